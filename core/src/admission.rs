@@ -1,0 +1,353 @@
+//! Whether a key may make a request, and what is reserved for it: pure decisions over a key's state.
+
+use crate::edge::Ask;
+use crate::money::Nanodollars;
+use crate::price::Price;
+use crate::refusal::{Code, Refusal};
+use crate::usage::Usage;
+use serde::{Deserialize, Serialize};
+
+/// Tokens that the largest image of any priced model is billed as (PROVIDERS: high detail, the dearest of the small models).
+const TOKENS_PER_IMAGE: u64 = 50_000;
+/// The smallest output a request is clamped to; below it the request is refused.
+pub const MIN_OUTPUT_TOKENS: u64 = 16;
+/// Output that a provider may have made, unseen, by the time it notices that a stream was cut: per choice.
+pub const IN_FLIGHT_TOKENS: u64 = 256;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Status {
+    Active,
+    /// An actual cost exceeded its hold: nothing more until an operator acts.
+    Frozen,
+    Revoked,
+}
+
+/// What a key may call. An empty list allows everything.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Allow {
+    /// Globs over model names.
+    pub models: Vec<String>,
+    /// Globs over `METHOD /path`, or `provider:METHOD /path`.
+    pub endpoints: Vec<String>,
+}
+
+/// A key as the ledger has it at the moment of the decision.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KeyState {
+    pub status: Status,
+    pub expires_ms: Option<u64>,
+    pub allow: Allow,
+    pub cap: Option<Nanodollars>,
+    pub spent: Nanodollars,
+    pub reserved: Nanodollars,
+    pub in_flight: u64,
+}
+
+/// What is set aside for one request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Hold {
+    pub total: Nanodollars,
+    /// The input's share of `total`.
+    pub input: Nanodollars,
+    /// Output tokens the request is clamped to; `None`: as it asked.
+    pub clamp: Option<u64>,
+}
+
+/// Decides one request. `price` is `None` when the operation or model has no price.
+pub fn decide(key: &KeyState, ask: &Ask, price: Option<&Price>, now_ms: u64) -> Result<Hold, Refusal> {
+    check_standing(key, now_ms)?;
+    check_allowed(&key.allow, ask)?;
+    reserve(key, ask, price)
+}
+
+fn check_standing(key: &KeyState, now_ms: u64) -> Result<(), Refusal> {
+    match key.status {
+        Status::Revoked => return Err(Refusal::new(Code::Revoked, "this virtual key has been revoked")),
+        Status::Frozen => {
+            return Err(Refusal::new(Code::CapExhausted, "this virtual key is frozen: a charge exceeded what was reserved for it"));
+        }
+        Status::Active => {}
+    }
+    match key.expires_ms {
+        Some(at) if at <= now_ms => Err(Refusal::new(Code::Expired, "this virtual key has expired")),
+        _ => Ok(()),
+    }
+}
+
+fn check_allowed(allow: &Allow, ask: &Ask) -> Result<(), Refusal> {
+    let endpoint_fits = |pattern: &String| match pattern.split_once(':') {
+        Some((provider, rest)) if !provider.contains(' ') => provider == ask.provider && glob(rest, &ask.endpoint),
+        _ => glob(pattern, &ask.endpoint),
+    };
+    if !allow.endpoints.is_empty() && !allow.endpoints.iter().any(endpoint_fits) {
+        return Err(Refusal::new(Code::EndpointNotAllowed, format!("this virtual key may not call {}", ask.endpoint)));
+    }
+    match &ask.model {
+        Some(model) if !allow.models.is_empty() && !allow.models.iter().any(|pattern| glob(pattern, model)) => {
+            Err(Refusal::new(Code::ModelNotAllowed, format!("this virtual key may not use the model {model}")))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// `*` stands for any run of characters; everything else for itself.
+fn glob(pattern: &str, text: &str) -> bool {
+    let mut parts = pattern.split('*');
+    let Some(mut rest) = parts.next().and_then(|first| text.strip_prefix(first)) else { return false };
+    let Some(last) = pattern.contains('*').then(|| parts.next_back().unwrap_or_default()) else { return rest.is_empty() };
+    for part in parts {
+        let Some((_, tail)) = rest.split_once(part) else { return false };
+        rest = tail;
+    }
+    rest.ends_with(last)
+}
+
+fn reserve(key: &KeyState, ask: &Ask, price: Option<&Price>) -> Result<Hold, Refusal> {
+    if ask.model.is_none() {
+        return Ok(Hold::default());
+    }
+    let (Some(cap), price) = (key.cap, price) else {
+        return Ok(price.map_or(Hold::default(), |price| bound(ask, price, None)));
+    };
+    if let Some(what) = &ask.unbounded {
+        return Err(Refusal::new(Code::UnboundedInput, format!("a key with a budget can't use {what}: its cost has no bound")));
+    }
+    let Some(price) = price else {
+        let model = ask.model.as_deref().unwrap_or_default();
+        return Err(Refusal::new(Code::UnboundedInput, format!("no price is known for the model {model}, and this key has a budget")));
+    };
+    let least = MIN_OUTPUT_TOKENS.max(ask.thinking_budget.saturating_add(1)).min(asked_output(ask, price));
+    let needed = bound(ask, price, Some(least)).total;
+    let left = cap.minus(key.spent);
+    if needed > left {
+        return Err(Refusal::new(
+            Code::CapExhausted,
+            format!("the budget of this key is spent: ${} of ${} left", left.max(Nanodollars::ZERO).to_usd(), cap.to_usd()),
+        ));
+    }
+    let unheld = left.minus(key.reserved);
+    if needed > unheld {
+        return Err(Refusal::new(Code::CapReserved, "what is left of this key's budget is reserved by requests in flight").retry_after(1));
+    }
+    let full = bound(ask, price, None);
+    let share = Nanodollars(unheld.0 / i64::try_from(key.in_flight.saturating_add(1)).unwrap_or(i64::MAX)).max(needed);
+    if full.total <= share {
+        return Ok(full);
+    }
+    let per_token = Nanodollars(price.dearest_output().0.saturating_mul(i64::try_from(ask.choices.max(1)).unwrap_or(i64::MAX)));
+    let clamp = share.minus(full.input).buys(per_token).unwrap_or(u64::MAX).max(least);
+    Ok(bound(ask, price, Some(clamp)))
+}
+
+fn asked_output(ask: &Ask, price: &Price) -> u64 {
+    ask.max_tokens.unwrap_or(price.max_output).min(price.max_output.max(1))
+}
+
+/// The most the request can cost when its output is limited to `clamp` tokens a choice.
+fn bound(ask: &Ask, price: &Price, clamp: Option<u64>) -> Hold {
+    let input_tokens = ask.bytes.saturating_add(ask.images.saturating_mul(TOKENS_PER_IMAGE)).min(price.context.unwrap_or(u64::MAX));
+    let output_tokens = clamp.unwrap_or(u64::MAX).min(asked_output(ask, price)).saturating_mul(ask.choices.max(1));
+    let input = (input_tokens, price.dearest_input());
+    let clamped = clamp.filter(|&n| ask.max_tokens.is_none_or(|asked| asked > n));
+    Hold {
+        total: Nanodollars::of_tokens(&[input, (output_tokens, price.dearest_output())]),
+        input: Nanodollars::of_tokens(&[input]),
+        clamp: clamped,
+    }
+}
+
+/// How a request ended, as far as its price goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ended<'a> {
+    /// Some try may have reached the provider.
+    pub sent: bool,
+    /// The provider's status, when it answered.
+    pub status: Option<u16>,
+    pub stream: bool,
+    /// Final usage, when the provider told it.
+    pub usage: Option<&'a Usage>,
+    /// Usage of the input alone.
+    pub input: Option<&'a Usage>,
+    /// Bytes of text that passed; `None` when they could not be told.
+    pub visible_bytes: Option<u64>,
+    pub choices: u64,
+}
+
+/// A charge, and whether it is an estimate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Charge {
+    pub amount: Nanodollars,
+    pub estimated: bool,
+}
+
+/// What a request that was held for is charged.
+pub fn charge(hold: &Hold, price: Option<&Price>, ended: &Ended<'_>) -> Charge {
+    let exactly = |amount| Charge { amount, estimated: false };
+    let about = |amount| Charge { amount, estimated: true };
+    let Some(price) = price else { return exactly(Nanodollars::ZERO) };
+    match (ended.sent, ended.status, ended.usage) {
+        (false, _, _) => exactly(Nanodollars::ZERO),
+        (true, _, Some(usage)) => exactly(price.cost(usage)),
+        // Sent, and nobody knows what became of it.
+        (true, None, None) => about(hold.total),
+        (true, Some(status), None) if status >= 300 => exactly(Nanodollars::ZERO),
+        (true, Some(_), None) => about(cut(hold, price, ended)),
+    }
+}
+
+/// The charge of an answer that stopped without telling usage.
+fn cut(hold: &Hold, price: &Price, ended: &Ended<'_>) -> Nanodollars {
+    let Some(bytes) = ended.visible_bytes.filter(|_| ended.stream && !price.reasoning) else { return hold.total };
+    let input = ended.input.map_or(hold.input, |usage| price.cost(usage));
+    let output = bytes.saturating_add(IN_FLIGHT_TOKENS.saturating_mul(ended.choices.max(1)));
+    hold.total.min(input.plus(Nanodollars::of_tokens(&[(output, price.dearest_output())])))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::price::PriceTable;
+    use proptest::prelude::*;
+
+    fn key(cap: Option<i64>) -> KeyState {
+        KeyState {
+            status: Status::Active,
+            expires_ms: None,
+            allow: Allow::default(),
+            cap: cap.map(Nanodollars),
+            spent: Nanodollars::ZERO,
+            reserved: Nanodollars::ZERO,
+            in_flight: 0,
+        }
+    }
+
+    fn ask(model: &str, bytes: u64, max_tokens: Option<u64>) -> Ask {
+        Ask {
+            provider: "openai".into(),
+            endpoint: "POST /v1/chat/completions".into(),
+            model: Some(model.into()),
+            bytes,
+            max_tokens,
+            choices: 1,
+            ..Ask::default()
+        }
+    }
+
+    fn price() -> Price {
+        *PriceTable::built_in().unwrap().find("openai", "gpt-4o").unwrap()
+    }
+
+    #[test]
+    fn standing_comes_first() {
+        let refused = |key: &KeyState| decide(key, &ask("gpt-4o", 10, None), Some(&price()), 1_000).unwrap_err().code;
+        assert_eq!(refused(&KeyState { status: Status::Revoked, ..key(None) }), Code::Revoked);
+        assert_eq!(refused(&KeyState { expires_ms: Some(1_000), ..key(None) }), Code::Expired);
+        assert_eq!(refused(&KeyState { status: Status::Frozen, ..key(None) }), Code::CapExhausted);
+        assert!(decide(&KeyState { expires_ms: Some(1_001), ..key(None) }, &ask("gpt-4o", 10, None), Some(&price()), 1_000).is_ok());
+    }
+
+    #[test]
+    fn globs() {
+        for (pattern, text, fits) in [
+            ("gpt-4o", "gpt-4o", true),
+            ("gpt-4o", "gpt-4o-mini", false),
+            ("gpt-4o*", "gpt-4o-mini", true),
+            ("*", "", true),
+            ("*mini", "gpt-4o-mini", true),
+            ("g*o*i", "gpt-4o-mini", true),
+            ("g*o*x", "gpt-4o-mini", false),
+            ("a*a", "a", false),
+            ("", "", true),
+            ("", "x", false),
+            ("ab*ba", "aba", false),
+        ] {
+            assert_eq!(glob(pattern, text), fits, "{pattern} on {text}");
+        }
+    }
+
+    #[test]
+    fn models_and_endpoints() {
+        let allow = |models: &[&str], endpoints: &[&str]| KeyState {
+            allow: Allow {
+                models: models.iter().map(|s| (*s).into()).collect(),
+                endpoints: endpoints.iter().map(|s| (*s).into()).collect(),
+            },
+            ..key(None)
+        };
+        let code = |key: &KeyState| decide(key, &ask("gpt-4o", 10, None), Some(&price()), 0).map_err(|r| r.code).err();
+        assert_eq!(code(&allow(&["gpt-4o"], &["POST /v1/chat/*"])), None);
+        assert_eq!(code(&allow(&[], &["openai:POST /v1/*"])), None);
+        assert_eq!(code(&allow(&[], &["anthropic:POST /v1/*"])), Some(Code::EndpointNotAllowed));
+        assert_eq!(code(&allow(&["claude-*"], &[])), Some(Code::ModelNotAllowed));
+    }
+
+    #[test]
+    fn a_small_budget_is_clamped_then_reserved_then_spent() {
+        // gpt-4o: 2,500 nanodollars an input token, 10,000 an output token.
+        let poor = key(Some(10 * 2_500 + 100 * 10_000));
+        let hold = decide(&poor, &ask("gpt-4o", 10, None), Some(&price()), 0).unwrap();
+        assert_eq!((hold.clamp, hold.total, hold.input), (Some(100), Nanodollars(1_025_000), Nanodollars(25_000)));
+        let busy = KeyState { reserved: hold.total, in_flight: 1, ..poor.clone() };
+        let refusal = decide(&busy, &ask("gpt-4o", 10, None), Some(&price()), 0).unwrap_err();
+        assert_eq!((refusal.code, refusal.retry_after), (Code::CapReserved, Some(1)));
+        let spent = KeyState { spent: hold.total, ..poor };
+        assert_eq!(decide(&spent, &ask("gpt-4o", 10, None), Some(&price()), 0).unwrap_err().code, Code::CapExhausted);
+    }
+
+    #[test]
+    fn what_has_no_bound_or_no_price_needs_a_key_without_budget() {
+        let mut hosted = ask("gpt-4o", 10, Some(5));
+        hosted.unbounded = Some("web_search_options".into());
+        assert_eq!(decide(&key(Some(1 << 40)), &hosted, Some(&price()), 0).unwrap_err().code, Code::UnboundedInput);
+        assert!(decide(&key(None), &hosted, Some(&price()), 0).is_ok());
+        assert_eq!(decide(&key(Some(1 << 40)), &ask("mystery", 10, Some(5)), None, 0).unwrap_err().code, Code::UnboundedInput);
+        assert_eq!(decide(&key(None), &ask("mystery", 10, Some(5)), None, 0), Ok(Hold::default()));
+    }
+
+    #[test]
+    fn a_thinking_budget_is_never_clamped_away() {
+        let mut thinking = ask("gpt-4o", 10, Some(4_000));
+        thinking.thinking_budget = 2_000;
+        let refusal = decide(&key(Some(1_000_000)), &thinking, Some(&price()), 0).unwrap_err();
+        assert_eq!(refusal.code, Code::CapExhausted);
+    }
+
+    #[test]
+    fn every_ending_has_its_charge() {
+        let price = price();
+        let hold = bound(&ask("gpt-4o", 100, Some(1_000)), &price, None);
+        let usage = Usage { input: 10, output: 20, ..Usage::default() };
+        let base = Ended { sent: true, status: Some(200), stream: true, usage: None, input: None, visible_bytes: Some(40), choices: 1 };
+        let of = |ended: Ended<'_>| charge(&hold, Some(&price), &ended);
+        assert_eq!(of(Ended { usage: Some(&usage), ..base }), Charge { amount: Nanodollars(225_000), estimated: false });
+        assert_eq!(of(Ended { sent: false, status: None, ..base }).amount, Nanodollars::ZERO);
+        assert_eq!(of(Ended { status: None, ..base }), Charge { amount: hold.total, estimated: true });
+        assert_eq!(of(Ended { status: Some(429), ..base }).amount, Nanodollars::ZERO);
+        assert_eq!(of(base), Charge { amount: Nanodollars(250_000 + (40 + 256) * 10_000), estimated: true });
+        assert_eq!(of(Ended { visible_bytes: None, ..base }).amount, hold.total, "an unreadable answer");
+        assert_eq!(of(Ended { stream: false, ..base }).amount, hold.total, "a buffered answer cut short was made in full");
+        let thinker = Price { reasoning: true, ..price };
+        assert_eq!(charge(&hold, Some(&thinker), &base).amount, hold.total, "hidden output can't be estimated");
+    }
+
+    proptest! {
+        /// I1 at admission: no request is ever given more than is left, and what it is given covers its own worst case.
+        #[test]
+        fn a_hold_fits_and_covers(cap in 0i64..1 << 40, spent in 0i64..1 << 40, reserved in 0i64..1 << 40, in_flight in 0u64..100,
+            bytes in 1u64..200_000, max in proptest::option::of(0u64..200_000), choices in 1u64..8, images in 0u64..3) {
+            let state = KeyState { spent: Nanodollars(spent), reserved: Nanodollars(reserved), in_flight, ..key(Some(cap)) };
+            let asked = Ask { choices, images, ..ask("gpt-4o", bytes, max) };
+            let price = price();
+            if let Ok(hold) = decide(&state, &asked, Some(&price), 0) {
+                prop_assert!(spent + reserved + hold.total.0 <= cap);
+                let output = hold.clamp.or(max).unwrap_or(price.max_output).min(price.max_output);
+                let input = bytes.min(price.context.unwrap());
+                let worst = price.cost(&Usage { input, output: output * choices, ..Usage::default() });
+                prop_assert!(worst <= hold.total);
+                if let (Some(clamp), Some(max)) = (hold.clamp, max) { prop_assert!(clamp < max); }
+            }
+        }
+    }
+}

@@ -1,0 +1,114 @@
+//! The attempt: one try at a provider. It overwrites everything by which a provider tells callers apart, each time anew,
+//! because all tries of a request share one set of headers.
+
+use crate::credentials::CREDENTIAL_HEADERS;
+use crate::edge::Try;
+use crate::gate::{Headers, Permit};
+use crate::operation::AuthScheme;
+
+/// A permitted request on its way: the permit, and what became of its tries.
+#[derive(Debug)]
+pub struct Flight {
+    permit: Permit,
+    tries: Vec<Running>,
+}
+
+#[derive(Debug)]
+struct Running {
+    credential: String,
+    status: Option<u16>,
+    started_ms: u64,
+    /// Milliseconds until the headers of the answer.
+    answered_ms: Option<u64>,
+    /// The connection never came about: the provider saw nothing.
+    never_sent: bool,
+}
+
+/// Request headers of one try.
+#[derive(Debug, PartialEq, Eq)]
+pub struct RequestEdits {
+    pub remove: Vec<&'static str>,
+    pub set: Vec<(&'static str, String)>,
+}
+
+impl Flight {
+    pub fn new(permit: Permit) -> Self {
+        Flight { permit, tries: Vec::new() }
+    }
+
+    /// Begins a try. `None` when no usable credential is left: then nothing may be sent.
+    pub fn begin(&mut self, now_ms: u64) -> Option<RequestEdits> {
+        let target = self.permit.target();
+        let credential = self.permit.plan().targets.first()?.credentials.first()?;
+        let auth = match target.provider.auth {
+            AuthScheme::Bearer => ("authorization", format!("Bearer {}", credential.secret.0)),
+            AuthScheme::Header(name) => (name, credential.secret.0.clone()),
+        };
+        let remove = CREDENTIAL_HEADERS.iter().copied().filter(|name| *name != auth.0).chain([
+            "x-envoy-attempt-count",
+            "x-envoy-expected-rq-timeout-ms",
+            "x-forwarded-for",
+            "x-forwarded-proto",
+            "x-envoy-external-address",
+            "x-envoy-internal",
+        ]);
+        let edits = RequestEdits {
+            remove: remove.collect(),
+            set: vec![
+                auth,
+                (":authority", target.provider.host.to_owned()),
+                (":path", target.operation.path.to_owned()),
+                ("accept-encoding", "identity".to_owned()),
+                // The id under which the audit chain has this request; OpenAI documents the header for exactly that.
+                ("x-client-request-id", self.permit.id().to_string()),
+            ],
+        };
+        self.tries.push(Running {
+            credential: credential.id.clone(),
+            status: None,
+            started_ms: now_ms,
+            answered_ms: None,
+            never_sent: false,
+        });
+        Some(edits)
+    }
+
+    /// The provider answered the last try with these headers. Returns those that repeat the credential: they don't go on.
+    pub fn answered(&mut self, headers: &Headers, now_ms: u64) -> Vec<Vec<u8>> {
+        let status = crate::gate::header(headers, ":status").and_then(|s| std::str::from_utf8(s).ok()?.parse().ok());
+        if let Some(last) = self.tries.last_mut() {
+            last.status = status;
+            last.answered_ms = Some(now_ms.saturating_sub(last.started_ms));
+        }
+        let secrets: Vec<&[u8]> = self.permit.plan().targets.iter().flat_map(|t| &t.credentials).map(|c| c.secret.0.as_bytes()).collect();
+        let repeats = |value: &[u8]| secrets.iter().any(|s| !s.is_empty() && value.windows(s.len()).any(|w| w == *s));
+        headers.iter().filter(|(_, value)| repeats(value)).map(|(name, _)| name.clone()).collect()
+    }
+
+    /// The last try's connection never came about.
+    pub fn never_connected(&mut self) {
+        if let Some(last) = self.tries.last_mut() {
+            last.never_sent = true;
+        }
+    }
+
+    /// Whether an attempt saw the headers of an answer.
+    pub fn was_answered(&self) -> bool {
+        self.tries.iter().any(|t| t.status.is_some())
+    }
+
+    pub fn may_have_been_sent(&self) -> bool {
+        self.tries.iter().any(|t| !t.never_sent)
+    }
+
+    /// The provider's last status.
+    pub fn status(&self) -> Option<u16> {
+        self.tries.last().and_then(|t| t.status)
+    }
+
+    /// The tries for the record; one that was never answered lasted until `end_ms`, counted from the request's start.
+    pub fn tries(&self, end_ms: u64) -> Vec<Try> {
+        let record = |t: &Running| Try { credential: t.credential.clone(), status: t.status, ms: t.answered_ms.unwrap_or(end_ms) };
+        self.tries.iter().map(record).collect()
+    }
+}

@@ -1,0 +1,323 @@
+//! What the filter and the policy service say to each other (`/edge/v1/*`), and the MAC that chains the filter's records.
+
+use crate::hex;
+use crate::refusal::Refusal;
+use crate::usage::Usage;
+use hkdf::Hkdf;
+use hmac::{Hmac, KeyInit, Mac};
+use serde::{Deserialize, Serialize};
+use sha2::Sha256;
+
+pub const ADMIT_PATH: &str = "/edge/v1/admit";
+pub const SETTLE_PATH: &str = "/edge/v1/settle";
+
+/// 128 random bits that name one request for good. Shown as `req_` + hex.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct RequestId(#[serde(with = "hex::serde_hex")] pub [u8; 16]);
+
+impl std::fmt::Display for RequestId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "req_{}", hex::encode(&self.0))
+    }
+}
+
+impl std::fmt::Debug for RequestId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{self}")
+    }
+}
+
+/// 128 random bits that name one VM from its start to its trap.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct VmId(#[serde(with = "hex::serde_hex")] pub [u8; 16]);
+
+/// A provider secret on its way to the attempt. It never prints itself.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Secret(pub String);
+
+impl std::fmt::Debug for Secret {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Secret(..)")
+    }
+}
+
+/// What is asked for: everything the decision and the reservation rest on.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Ask {
+    pub provider: String,
+    /// `METHOD /path` of the operation.
+    pub endpoint: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub model: Option<String>,
+    #[serde(default)]
+    pub stream: bool,
+    /// Length of the body, in bytes.
+    #[serde(default)]
+    pub bytes: u64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_tokens: Option<u64>,
+    #[serde(default)]
+    pub choices: u64,
+    #[serde(default)]
+    pub thinking_budget: u64,
+    #[serde(default)]
+    pub images: u64,
+    /// The first thing found whose cost has no bound.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unbounded: Option<String>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AdmitRequest {
+    pub req: RequestId,
+    pub vm: VmId,
+    /// Envoy's node id.
+    pub node: String,
+    /// SHA-256 of the virtual key.
+    #[serde(with = "hex::serde_hex")]
+    pub token: [u8; 32],
+    /// The VM has no edge key yet.
+    #[serde(default)]
+    pub need_key: bool,
+    pub ask: Ask,
+}
+
+/// The answer to an admit: exactly one of `plan` and `refusal`.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct AdmitAnswer {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub plan: Option<Plan>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub refusal: Option<Refusal>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub edge_key: Option<EdgeKey>,
+}
+
+/// What was admitted: where to go, with which credentials, within which limits.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Plan {
+    /// Id of the virtual key.
+    pub key: String,
+    /// Revision of the policy state that this was decided at.
+    pub rev: u64,
+    /// Output tokens to write into the body; `None`: as the caller asked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub clamp: Option<u64>,
+    pub targets: Vec<PlanTarget>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PlanTarget {
+    pub provider: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub model: Option<String>,
+    /// Usable credentials, best first.
+    pub credentials: Vec<PlanCredential>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PlanCredential {
+    pub id: String,
+    pub secret: Secret,
+}
+
+/// One try at a provider.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Try {
+    /// Credential id.
+    #[serde(rename = "c")]
+    pub credential: String,
+    /// The provider's status; `None`: it never answered.
+    #[serde(rename = "s", default, skip_serializing_if = "Option::is_none")]
+    pub status: Option<u16>,
+    /// Milliseconds from the try's start to its answer's headers, or to its end.
+    pub ms: u64,
+}
+
+/// How a request ended, from the gate's side.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Outcome {
+    /// The answer passed whole.
+    Complete,
+    /// The answer stopped half way, or never came.
+    Cut,
+    /// The gate gave up waiting for its admission: nothing was forwarded.
+    Void,
+}
+
+/// What the gate reports when a request is over.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Settlement {
+    pub req: RequestId,
+    pub outcome: Outcome,
+    /// Some try may have reached the provider.
+    pub sent: bool,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub status: Option<u16>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub usage: Option<Usage>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub input: Option<Usage>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub visible: Option<u64>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tries: Vec<Try>,
+    /// Milliseconds from the request's headers to its end.
+    pub ms: u64,
+    /// Unix milliseconds at the end.
+    pub at: u64,
+}
+
+/// The key of one VM's records, derived by the service from the VM's id.
+#[derive(Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct EdgeKey(#[serde(with = "hex::serde_hex")] pub [u8; 32]);
+
+impl std::fmt::Debug for EdgeKey {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("EdgeKey(..)")
+    }
+}
+
+impl EdgeKey {
+    pub fn derive(master: &[u8; 32], vm: VmId) -> Self {
+        let mut key = [0; 32];
+        let info = [b"keyward/edge-key/v1".as_slice(), &vm.0].concat();
+        // 32 bytes are far below HKDF's limit of 255 blocks: this can't fail.
+        let _ = Hkdf::<Sha256>::new(None, master).expand(&info, &mut key);
+        EdgeKey(key)
+    }
+}
+
+/// Where one VM's chain of records stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct EdgeChain {
+    pub vm: VmId,
+    pub seq: u64,
+    pub mac: [u8; 32],
+}
+
+impl EdgeChain {
+    pub fn new(vm: VmId) -> Self {
+        EdgeChain { vm, seq: 0, mac: [0; 32] }
+    }
+
+    /// Numbers and MACs the next record.
+    pub fn seal(&mut self, key: &EdgeKey, settlement: &Settlement) -> Record {
+        let payload = serde_json::to_string(settlement).unwrap_or_default();
+        let (seq, prev) = (self.seq + 1, self.mac);
+        let mac = record_mac(key, self.vm, seq, &prev, payload.as_bytes());
+        (self.seq, self.mac) = (seq, mac);
+        Record { vm: self.vm, seq, prev, mac, payload }
+    }
+}
+
+/// A sealed record: one line, the same on the edge API, in shared data and in Envoy's access log.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Record {
+    pub vm: VmId,
+    pub seq: u64,
+    /// MAC of the VM's record before.
+    pub prev: [u8; 32],
+    pub mac: [u8; 32],
+    payload: String,
+}
+
+impl Record {
+    /// `KS1 vm seq prev mac payload`, without a line end.
+    pub fn line(&self) -> String {
+        format!("KS1 {} {} {} {} {}", hex::encode(&self.vm.0), self.seq, hex::encode(&self.prev), hex::encode(&self.mac), self.payload)
+    }
+
+    pub fn parse(line: &str) -> Option<Self> {
+        let mut parts = line.splitn(6, ' ');
+        let mut part = || parts.next();
+        (part()? == "KS1").then_some(())?;
+        Some(Record {
+            vm: VmId(hex::decode(part()?)?),
+            seq: part()?.parse().ok()?,
+            prev: hex::decode(part()?)?,
+            mac: hex::decode(part()?)?,
+            payload: part()?.to_owned(),
+        })
+    }
+
+    /// The settlement, if the MAC is right.
+    pub fn open(&self, key: &EdgeKey) -> Option<Settlement> {
+        use subtle::ConstantTimeEq;
+        let mac = record_mac(key, self.vm, self.seq, &self.prev, self.payload.as_bytes());
+        bool::from(mac.ct_eq(&self.mac)).then(|| serde_json::from_str(&self.payload).ok())?
+    }
+}
+
+fn record_mac(key: &EdgeKey, vm: VmId, seq: u64, prev: &[u8; 32], payload: &[u8]) -> [u8; 32] {
+    // HMAC takes keys of any length: this can't fail.
+    let Ok(mut mac) = Hmac::<Sha256>::new_from_slice(&key.0) else { return [0; 32] };
+    for part in [b"keyward/edge/v1".as_slice(), &vm.0, &seq.to_be_bytes(), prev, payload] {
+        mac.update(part);
+    }
+    mac.finalize().into_bytes().into()
+}
+
+/// Answer to a settle batch.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SettleAnswer {
+    /// Records taken, duplicates included; they need not be sent again.
+    pub taken: u64,
+    /// Records whose MAC or form was wrong: reported, and not to be sent again.
+    pub rejected: u64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub edge_key: Option<EdgeKey>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn settlement() -> Settlement {
+        Settlement {
+            req: RequestId([1; 16]),
+            outcome: Outcome::Complete,
+            sent: true,
+            status: Some(200),
+            usage: Some(Usage { input: 5, output: 7, ..Usage::default() }),
+            input: None,
+            visible: Some(9),
+            tries: vec![Try { credential: "cred_a".into(), status: Some(200), ms: 12 }],
+            ms: 20,
+            at: 1_700_000_000_000,
+        }
+    }
+
+    #[test]
+    fn a_record_survives_its_line_and_no_change() {
+        let vm = VmId([9; 16]);
+        let key = EdgeKey::derive(&[3; 32], vm);
+        let mut chain = EdgeChain::new(vm);
+        let first = chain.seal(&key, &settlement());
+        let second = chain.seal(&key, &settlement());
+        assert_eq!((first.seq, second.seq, second.prev), (1, 2, first.mac));
+        let line = second.line();
+        assert_eq!(Record::parse(&line).unwrap().open(&key), Some(settlement()));
+        for at in 0..line.len() {
+            let mut bytes = line.clone().into_bytes();
+            bytes[at] ^= 1;
+            let opened = String::from_utf8(bytes).ok().and_then(|l| Record::parse(&l)).and_then(|r| r.open(&key));
+            assert_eq!(opened, None, "byte {at} changed");
+        }
+        assert_eq!(second.open(&EdgeKey::derive(&[3; 32], VmId([8; 16]))), None, "another VM's key");
+    }
+
+    #[test]
+    fn secrets_do_not_print() {
+        let credential = PlanCredential { id: "cred_a".into(), secret: Secret("sk-real".into()) };
+        assert!(!format!("{credential:?}").contains("sk-real"));
+        assert_eq!(format!("{:?}", EdgeKey([7; 32])), "EdgeKey(..)");
+    }
+}

@@ -1,0 +1,485 @@
+//! The gate: one request from its headers to its settlement. Each stage is a value that holds only what that stage
+//! needs, and moving on consumes it. Nothing can be forwarded without the [`Permit`] that only an admission makes.
+
+use crate::attempt::Flight;
+use crate::body::{BodyFacts, BodyReader, Edits, Splice};
+use crate::credentials::{self, Found};
+use crate::edge::{AdmitAnswer, AdmitRequest, Ask, Outcome, Plan, RequestId, Settlement, VmId};
+use crate::meter::{Measured, Meter, Passed};
+use crate::operation::{Dialect, NoTarget, Provider, Takes, Target, find};
+use crate::refusal::{Answer, Code, Refusal};
+use crate::token::TokenHash;
+
+/// Raw header names and values, pseudo-headers included, as the wire had them.
+pub type Headers = [(Vec<u8>, Vec<u8>)];
+
+/// What the gate is configured to allow, whoever asks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    pub max_body_bytes: u64,
+}
+
+/// A refusal with what is needed to say it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refused {
+    pub refusal: Refusal,
+    pub dialect: Dialect,
+    pub request_id: Option<RequestId>,
+}
+
+impl Refused {
+    pub fn answer(&self) -> Answer {
+        self.refusal.answer(self.dialect, self.request_id.map(|id| id.to_string()).as_deref())
+    }
+}
+
+/// First value of a header, by lower-case name.
+pub fn header<'a>(headers: &'a Headers, name: &str) -> Option<&'a [u8]> {
+    headers.iter().find(|(n, _)| n == name.as_bytes()).map(|(_, v)| v.as_slice())
+}
+
+/// Stage 1: the headers have come. Says who asks for what, or refuses at once.
+pub fn request_headers(headers: &Headers, limits: Limits) -> Result<Reading, Refused> {
+    let method = header(headers, ":method").and_then(|m| std::str::from_utf8(m).ok()).unwrap_or_default();
+    let raw_path = header(headers, ":path").unwrap_or_default();
+    let (path, query) = split_query(raw_path);
+    let path = std::str::from_utf8(path).unwrap_or_default();
+    let anthropic_version = header(headers, "anthropic-version").is_some();
+    let target = find(method, path, anthropic_version);
+    let dialect = match &target {
+        Ok(target) => target.provider.dialect,
+        Err(NoTarget::UnknownProvider(dialect) | NoTarget::UnknownEndpoint(dialect)) => *dialect,
+    };
+    let refuse = |code, message: &str| Refused { refusal: Refusal::new(code, message), dialect, request_id: None };
+
+    let token = match credentials::find(headers, query) {
+        Found::Key(key) => key.hash(),
+        Found::Nothing => return Err(refuse(Code::MissingKey, "no virtual key: send one as your SDK sends its API key")),
+        Found::Malformed => return Err(refuse(Code::UnknownKey, credentials::UNKNOWN_KEY)),
+        Found::Several => return Err(refuse(Code::BadRequest, "two different virtual keys were sent")),
+    };
+    let target = target.map_err(|none| match none {
+        NoTarget::UnknownProvider(_) => refuse(Code::UnknownProvider, "no such provider"),
+        NoTarget::UnknownEndpoint(_) => refuse(Code::EndpointNotAllowed, "this endpoint is not in the table of operations"),
+    })?;
+    if header(headers, "content-encoding").is_some_and(|e| !e.eq_ignore_ascii_case(b"identity")) {
+        return Err(refuse(Code::BadRequest, "a request body must not be content-encoded"));
+    }
+    let announced = header(headers, "content-length").and_then(|n| std::str::from_utf8(n).ok()?.parse::<u64>().ok());
+    if announced.is_some_and(|n| n > limits.max_body_bytes) {
+        return Err(too_large(dialect, limits));
+    }
+    let body = match target.operation.takes {
+        Takes::Nothing => None,
+        Takes::Generation { .. } => Some(Box::default()),
+    };
+    Ok(Reading { token, target, limits, body })
+}
+
+fn split_query(path: &[u8]) -> (&[u8], &[u8]) {
+    match path.iter().position(|&b| b == b'?') {
+        Some(at) => (path.get(..at).unwrap_or_default(), path.get(at + 1..).unwrap_or_default()),
+        None => (path, &[]),
+    }
+}
+
+fn too_large(dialect: Dialect, limits: Limits) -> Refused {
+    let refusal = Refusal::new(Code::BodyTooLarge, format!("the request body is larger than {} bytes", limits.max_body_bytes));
+    Refused { refusal, dialect, request_id: None }
+}
+
+/// Stage 2: the body is being read, in pieces.
+#[derive(Debug)]
+pub struct Reading {
+    token: TokenHash,
+    target: Target,
+    limits: Limits,
+    body: Option<Box<BodyReader>>,
+}
+
+impl Reading {
+    /// Bytes of the body read so far.
+    pub fn position(&self) -> u64 {
+        self.body.as_ref().map_or(0, |body| body.position())
+    }
+
+    pub fn dialect(&self) -> Dialect {
+        self.target.provider.dialect
+    }
+
+    pub fn piece(&mut self, piece: &[u8]) -> Result<(), Refused> {
+        if self.position().saturating_add(piece.len() as u64) > self.limits.max_body_bytes {
+            return Err(too_large(self.dialect(), self.limits));
+        }
+        let result = match &mut self.body {
+            Some(body) => body.feed(piece).map_err(|error| error.message()),
+            None if piece.is_empty() => Ok(()),
+            None => Err("this endpoint takes no request body".to_owned()),
+        };
+        result.map_err(|message| self.bad_request(message))
+    }
+
+    /// The body has ended: what is asked for is known.
+    pub fn end(mut self, id: RequestId) -> Result<Asking, Refused> {
+        let body = self.body.take().map(|body| body.finish()).transpose();
+        let facts = body.map_err(|error| self.bad_request(error.message()))?;
+        if matches!(self.target.operation.takes, Takes::Generation { .. })
+            && facts.as_ref().is_none_or(|f| f.model.as_deref().unwrap_or_default().is_empty())
+        {
+            return Err(self.bad_request("\"model\" is required".to_owned()));
+        }
+        Ok(Asking { id, token: self.token, target: self.target, facts: facts.unwrap_or_default() })
+    }
+
+    fn bad_request(&self, message: String) -> Refused {
+        Refused { refusal: Refusal::new(Code::BadRequest, message), dialect: self.dialect(), request_id: None }
+    }
+}
+
+/// Stage 3: the policy service has been asked.
+#[derive(Debug)]
+pub struct Asking {
+    id: RequestId,
+    token: TokenHash,
+    target: Target,
+    facts: BodyFacts,
+}
+
+impl Asking {
+    pub fn id(&self) -> RequestId {
+        self.id
+    }
+
+    pub fn admit_request(&self, vm: VmId, node: String, need_key: bool) -> AdmitRequest {
+        let facts = &self.facts;
+        AdmitRequest {
+            req: self.id,
+            vm,
+            node,
+            token: self.token.0,
+            need_key,
+            ask: Ask {
+                provider: self.target.provider.name.to_owned(),
+                endpoint: self.target.operation.endpoint(),
+                model: facts.model.clone(),
+                stream: facts.stream,
+                bytes: facts.bytes,
+                max_tokens: facts.max_tokens(),
+                choices: facts.choices,
+                thinking_budget: facts.thinking_budget,
+                images: facts.images,
+                unbounded: facts.unbounded.map(str::to_owned),
+            },
+        }
+    }
+
+    /// The service has answered. Anything but a plan that can be carried out is a refusal.
+    pub fn answered(self, answer: Option<AdmitAnswer>) -> Result<Admitted, Refused> {
+        let (plan, refusal) = answer.map_or((None, None), |a| (a.plan, a.refusal));
+        match (plan, refusal) {
+            (Some(plan), None) => self.admitted(plan),
+            (None, Some(refusal)) => Err(self.refused(refusal)),
+            _ => Err(self.unavailable()),
+        }
+    }
+
+    fn admitted(self, plan: Plan) -> Result<Admitted, Refused> {
+        let Some(target) = plan.targets.first() else { return Err(self.unavailable()) };
+        // This version never changes provider: a plan for another one is not ours to carry out.
+        if target.provider != self.target.provider.name {
+            return Err(self.unavailable());
+        }
+        let (limit_name, asks_for_usage) = match self.target.operation.takes {
+            Takes::Generation { limit, asks_for_usage } => (limit, asks_for_usage),
+            Takes::Nothing => ("", false),
+        };
+        let add_usage = asks_for_usage && self.facts.stream;
+        let edits = Edits { model: target.model.as_deref(), max_tokens: plan.clamp, limit_name, include_usage: add_usage };
+        let splices = self.facts.splices(&edits);
+        Ok(Admitted {
+            splices,
+            clamp: plan.clamp,
+            withhold_usage: add_usage && !self.facts.include_usage,
+            stream: self.facts.stream,
+            permit: Permit { id: self.id, target: self.target, plan },
+        })
+    }
+
+    /// Nobody answered in time: nothing is forwarded, and the service is told so.
+    pub fn unavailable(&self) -> Refused {
+        self.refused(Refusal::new(Code::PolicyUnavailable, "the policy service did not answer; nothing was forwarded").retry_after(1))
+    }
+
+    fn refused(&self, refusal: Refusal) -> Refused {
+        Refused { refusal, dialect: self.target.provider.dialect, request_id: Some(self.id) }
+    }
+}
+
+/// The right to forward one request. Only [`Asking::answered`] makes one.
+#[derive(Debug)]
+pub struct Permit {
+    id: RequestId,
+    target: Target,
+    plan: Plan,
+}
+
+impl Permit {
+    pub fn id(&self) -> RequestId {
+        self.id
+    }
+
+    pub fn target(&self) -> Target {
+        self.target
+    }
+
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+}
+
+/// Stage 4: admitted, with what must be written into the body before it goes on.
+#[derive(Debug)]
+pub struct Admitted {
+    pub permit: Permit,
+    /// Changes to the body, in order.
+    pub splices: Vec<Splice>,
+    pub clamp: Option<u64>,
+    withhold_usage: bool,
+    stream: bool,
+}
+
+impl Admitted {
+    /// The request goes on: its permit becomes a flight, which the attempts work from.
+    pub fn forward(self) -> (Answering, Flight) {
+        let answering = Answering {
+            dialect: self.permit.target.provider.dialect,
+            id: self.permit.id,
+            clamp: self.clamp,
+            withhold_usage: self.withhold_usage,
+            stream: self.stream,
+            meter: None,
+            complete: false,
+        };
+        (answering, Flight::new(self.permit))
+    }
+}
+
+/// Stage 5: forwarded; the answer is awaited or passing.
+#[derive(Debug)]
+pub struct Answering {
+    dialect: Dialect,
+    id: RequestId,
+    clamp: Option<u64>,
+    withhold_usage: bool,
+    stream: bool,
+    meter: Option<Meter>,
+    complete: bool,
+}
+
+/// What to do with an answer's headers.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct HeaderEdits {
+    pub remove: Vec<&'static str>,
+    pub set: Vec<(&'static str, String)>,
+}
+
+/// Answer headers that tell which account paid, or bind the caller to it.
+const ACCOUNT_HEADERS: [&str; 4] = ["set-cookie", "openai-organization", "openai-project", "anthropic-organization-id"];
+
+impl Answering {
+    /// The answer's headers. `from_provider`: an attempt saw them too, Envoy did not make them up.
+    pub fn headers(&mut self, headers: &Headers, from_provider: bool) -> Result<HeaderEdits, Refused> {
+        let status = header(headers, ":status").unwrap_or_default();
+        if from_provider && matches!(status, b"401" | b"403") {
+            // The caller's key was fine: it is our stored credential that the provider turned away.
+            let message = "the provider rejected the stored credential; an operator has to replace it";
+            let refusal = Refusal::new(Code::ProviderCredentialRejected, message);
+            return Err(Refused { refusal, dialect: self.dialect, request_id: Some(self.id) });
+        }
+        let encoded = header(headers, "content-encoding").is_some_and(|e| !e.eq_ignore_ascii_case(b"identity"));
+        let meter = Meter::new(header(headers, "content-type"), encoded, self.withhold_usage);
+        let mut edits = HeaderEdits { remove: ACCOUNT_HEADERS.to_vec(), set: vec![("x-keyward-request-id", self.id.to_string())] };
+        if meter.rewrites() {
+            edits.remove.push("content-length");
+        }
+        if let Some(clamp) = self.clamp {
+            edits.set.push(("x-keyward-max-tokens", clamp.to_string()));
+        }
+        self.meter = Some(meter);
+        Ok(edits)
+    }
+
+    /// A piece of the answer's body.
+    pub fn piece(&mut self, piece: &[u8], end: bool) -> Passed {
+        self.complete |= end;
+        self.meter.as_mut().map_or(Passed::AsIs, |meter| meter.piece(piece, end))
+    }
+
+    /// The answer ended without a last piece: by its headers, or by trailers.
+    pub fn ended(&mut self) {
+        self.complete = true;
+    }
+
+    /// The request is over, however it went.
+    pub fn over(self, flight: &Flight, ms: u64, at: u64) -> Settlement {
+        let readable = !matches!(self.meter, Some(Meter::Opaque { .. }));
+        let measured = self.meter.map_or(Measured::default(), Meter::finish);
+        // A stream's usage is final when it was told; a document's only when the document is whole.
+        let usage = measured.usage.filter(|_| self.complete || (self.stream && measured.is_final));
+        Settlement {
+            req: self.id,
+            outcome: if self.complete { Outcome::Complete } else { Outcome::Cut },
+            sent: flight.may_have_been_sent(),
+            status: flight.status(),
+            usage,
+            input: measured.input.filter(|_| usage.is_none()),
+            visible: readable.then_some(measured.visible_bytes),
+            tries: flight.tries(ms),
+            ms,
+            at,
+        }
+    }
+}
+
+/// The record of a gate that gave up before anything was forwarded.
+pub fn void(id: RequestId, ms: u64, at: u64) -> Settlement {
+    Settlement {
+        req: id,
+        outcome: Outcome::Void,
+        sent: false,
+        status: None,
+        usage: None,
+        input: None,
+        visible: None,
+        tries: Vec::new(),
+        ms,
+        at,
+    }
+}
+
+/// The name under which the router finds the provider's cluster.
+pub fn cluster(provider: &Provider) -> &'static str {
+    provider.name
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::edge::{PlanCredential, PlanTarget, Secret};
+    use crate::token::VirtualKey;
+    use crate::usage::Usage;
+
+    const LIMITS: Limits = Limits { max_body_bytes: 1_000 };
+
+    fn headers(extra: &[(&str, &str)]) -> Vec<(Vec<u8>, Vec<u8>)> {
+        let auth = format!("Bearer {}", VirtualKey::generate([1; 32]).reveal());
+        let mut all = vec![(":method", "POST"), (":path", "/v1/chat/completions"), ("authorization", auth.as_str())];
+        all.retain(|(name, _)| !extra.iter().any(|(other, _)| name == other));
+        all.extend_from_slice(extra);
+        all.iter().map(|(n, v)| (n.as_bytes().to_vec(), v.as_bytes().to_vec())).collect()
+    }
+
+    fn asking(body: &str) -> Result<Asking, Refused> {
+        let mut reading = request_headers(&headers(&[]), LIMITS)?;
+        reading.piece(body.as_bytes())?;
+        reading.end(RequestId([9; 16]))
+    }
+
+    fn plan(clamp: Option<u64>) -> Plan {
+        let credential = PlanCredential { id: "cred_a".into(), secret: Secret("sk-real".into()) };
+        let target = PlanTarget { provider: "openai".into(), model: Some("gpt-4o".into()), credentials: vec![credential] };
+        Plan { key: "key_1".into(), rev: 1, clamp, targets: vec![target] }
+    }
+
+    fn admitted(body: &str) -> Admitted {
+        asking(body).unwrap().answered(Some(AdmitAnswer { plan: Some(plan(None)), ..AdmitAnswer::default() })).unwrap()
+    }
+
+    fn code(result: Result<impl Sized, Refused>) -> Code {
+        result.err().map(|r| r.refusal.code).unwrap()
+    }
+
+    #[test]
+    fn refused_before_anybody_is_asked() {
+        let at = |extra: &[(&str, &str)]| code(request_headers(&headers(extra), LIMITS));
+        assert_eq!(at(&[("authorization", "")]), Code::MissingKey);
+        assert_eq!(at(&[("authorization", "Bearer vk_nope")]), Code::UnknownKey);
+        assert_eq!(at(&[("x-api-key", VirtualKey::generate([2; 32]).reveal())]), Code::BadRequest);
+        assert_eq!(at(&[(":path", "/nowhere/v1/x")]), Code::UnknownProvider);
+        assert_eq!(at(&[(":path", "/v1/files")]), Code::EndpointNotAllowed);
+        assert_eq!(at(&[("content-encoding", "gzip")]), Code::BadRequest);
+        assert_eq!(at(&[("content-length", "1001")]), Code::BodyTooLarge);
+        assert_eq!(code(asking("{\"model\":\"a\",\"model\":\"b\"}")), Code::BadRequest);
+        assert_eq!(code(asking("{}")), Code::BadRequest);
+        assert_eq!(code(asking("")), Code::BadRequest);
+        assert_eq!(code(asking(&"x".repeat(1_001))), Code::BodyTooLarge);
+    }
+
+    #[test]
+    fn undecided_means_refused() {
+        for answer in [
+            None,
+            Some(AdmitAnswer::default()),
+            Some(AdmitAnswer { plan: Some(Plan { targets: vec![], ..plan(None) }), ..AdmitAnswer::default() }),
+        ] {
+            assert_eq!(code(asking("{\"model\":\"gpt-4o\"}").unwrap().answered(answer)), Code::PolicyUnavailable);
+        }
+        let mut elsewhere = plan(None);
+        elsewhere.targets[0].provider = "anthropic".into();
+        let answer = AdmitAnswer { plan: Some(elsewhere), ..AdmitAnswer::default() };
+        assert_eq!(code(asking("{\"model\":\"gpt-4o\"}").unwrap().answered(Some(answer))), Code::PolicyUnavailable);
+    }
+
+    #[test]
+    fn each_try_overwrites_every_credential_header() {
+        let (_, mut flight) = admitted("{\"model\":\"gpt-4o\"}").forward();
+        let edits = flight.begin(0).unwrap();
+        assert!(edits.set.contains(&("authorization", "Bearer sk-real".to_owned())));
+        assert!(
+            edits.set.contains(&(":path", "/v1/chat/completions".to_owned()))
+                && edits.set.contains(&(":authority", "api.openai.com".to_owned()))
+        );
+        assert!(["x-api-key", "api-key", "proxy-authorization"].iter().all(|name| edits.remove.contains(name)));
+        let leak = flight.answered(&[(b":status".to_vec(), b"200".to_vec()), (b"x-echo".to_vec(), b"Bearer sk-real".to_vec())], 5);
+        assert_eq!(leak, [b"x-echo".to_vec()]);
+    }
+
+    #[test]
+    fn a_stream_is_asked_for_usage_and_settles_it() {
+        let admitted = admitted("{\"model\":\"gpt-4o\",\"stream\":true}");
+        assert_eq!(admitted.splices.len(), 1);
+        let (mut answering, mut flight) = admitted.forward();
+        flight.begin(0);
+        let head: Vec<(Vec<u8>, Vec<u8>)> =
+            vec![(b":status".to_vec(), b"200".to_vec()), (b"content-type".to_vec(), b"text/event-stream".to_vec())];
+        flight.answered(&head, 7);
+        answering.headers(&head, true).unwrap();
+        let usage = b"data: {\"choices\":[],\"usage\":{\"prompt_tokens\":3,\"completion_tokens\":4}}\n\n";
+        assert_eq!(answering.piece(usage, false), Passed::Instead(Vec::new()));
+        answering.piece(b"data: [DONE]\n\n", true);
+        let settled = answering.over(&flight, 30, 1_000);
+        assert_eq!((settled.outcome, settled.status, settled.sent), (Outcome::Complete, Some(200), true));
+        assert_eq!(settled.usage, Some(Usage { input: 3, output: 4, ..Usage::default() }));
+        assert_eq!((settled.tries[0].status, settled.tries[0].ms), (Some(200), 7));
+    }
+
+    #[test]
+    fn a_cut_anthropic_stream_tells_its_input_only() {
+        let (mut answering, mut flight) = admitted("{\"model\":\"gpt-4o\",\"stream\":true}").forward();
+        flight.begin(0);
+        answering
+            .headers(&[(b":status".to_vec(), b"200".to_vec()), (b"content-type".to_vec(), b"text/event-stream".to_vec())], true)
+            .unwrap();
+        answering.piece(b"data: {\"message\":{\"usage\":{\"input_tokens\":25,\"output_tokens\":1}}}\n\n", false);
+        let settled = answering.over(&flight, 30, 1_000);
+        assert_eq!((settled.outcome, settled.usage), (Outcome::Cut, None));
+        assert_eq!(settled.input.map(|u| (u.input, u.output)), Some((25, 0)));
+    }
+
+    #[test]
+    fn a_rejected_credential_is_not_the_callers_fault() {
+        let (mut answering, _) = admitted("{\"model\":\"gpt-4o\"}").forward();
+        let head = [(b":status".to_vec(), b"401".to_vec())];
+        assert_eq!(code(answering.headers(&head, true)), Code::ProviderCredentialRejected);
+    }
+}

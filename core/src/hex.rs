@@ -1,0 +1,53 @@
+//! Lower-case hexadecimal, for ids and hashes on the wire.
+
+/// Writes bytes as lower-case hex.
+pub fn encode(bytes: &[u8]) -> String {
+    const DIGITS: &[u8; 16] = b"0123456789abcdef";
+    let digit = |n: u8| char::from(DIGITS.get(usize::from(n)).copied().unwrap_or(b'0'));
+    bytes.iter().flat_map(|b| [digit(b >> 4), digit(b & 15)]).collect()
+}
+
+/// Reads exactly `N` bytes of lower-case hex; anything else is `None`.
+pub fn decode<const N: usize>(text: &str) -> Option<[u8; N]> {
+    let digits = text.as_bytes();
+    if digits.len() != 2 * N {
+        return None;
+    }
+    let mut out = [0; N];
+    for (byte, pair) in out.iter_mut().zip(digits.chunks_exact(2)) {
+        *byte = pair.iter().try_fold(0u8, |n, &d| match d {
+            b'0'..=b'9' => Some(n << 4 | (d - b'0')),
+            b'a'..=b'f' => Some(n << 4 | (d - b'a' + 10)),
+            _ => None,
+        })?;
+    }
+    Some(out)
+}
+
+/// serde for `[u8; N]` as hex.
+pub mod serde_hex {
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+
+    pub fn serialize<S: Serializer, const N: usize>(bytes: &[u8; N], s: S) -> Result<S::Ok, S::Error> {
+        s.serialize_str(&super::encode(bytes))
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>, const N: usize>(d: D) -> Result<[u8; N], D::Error> {
+        let text = <std::borrow::Cow<'de, str>>::deserialize(d)?;
+        super::decode(&text).ok_or_else(|| D::Error::custom("expected lower-case hex"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn round_trip_and_strictness() {
+        assert_eq!(encode(&[0, 0xa5, 0xff]), "00a5ff");
+        assert_eq!(decode::<3>("00a5ff"), Some([0, 0xa5, 0xff]));
+        for bad in ["00a5f", "00A5ff", "00a5fg", "00a5ff00"] {
+            assert_eq!(decode::<3>(bad), None, "{bad}");
+        }
+    }
+}

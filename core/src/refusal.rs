@@ -1,0 +1,166 @@
+//! Refusals: one code each, answered in the dialect of the endpoint that was called.
+
+use crate::operation::Dialect;
+use serde::{Deserialize, Serialize};
+
+/// Why a request is refused. The names are part of the interface (`x-keyward-reason`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Code {
+    MissingKey,
+    UnknownKey,
+    Revoked,
+    Expired,
+    ModelNotAllowed,
+    EndpointNotAllowed,
+    UnknownProvider,
+    UnknownModel,
+    BadRequest,
+    UnboundedInput,
+    BodyTooLarge,
+    CapExhausted,
+    CapReserved,
+    PoolExhausted,
+    ProviderCredentialRejected,
+    PolicyUnavailable,
+    AuditUnavailable,
+}
+
+impl Code {
+    pub fn name(self) -> &'static str {
+        match self {
+            Code::MissingKey => "missing_key",
+            Code::UnknownKey => "unknown_key",
+            Code::Revoked => "revoked",
+            Code::Expired => "expired",
+            Code::ModelNotAllowed => "model_not_allowed",
+            Code::EndpointNotAllowed => "endpoint_not_allowed",
+            Code::UnknownProvider => "unknown_provider",
+            Code::UnknownModel => "unknown_model",
+            Code::BadRequest => "bad_request",
+            Code::UnboundedInput => "unbounded_input",
+            Code::BodyTooLarge => "body_too_large",
+            Code::CapExhausted => "cap_exhausted",
+            Code::CapReserved => "cap_reserved",
+            Code::PoolExhausted => "pool_exhausted",
+            Code::ProviderCredentialRejected => "provider_credential_rejected",
+            Code::PolicyUnavailable => "policy_unavailable",
+            Code::AuditUnavailable => "audit_unavailable",
+        }
+    }
+
+    pub fn status(self) -> u16 {
+        match self {
+            Code::MissingKey | Code::UnknownKey | Code::Revoked | Code::Expired => 401,
+            Code::ModelNotAllowed | Code::EndpointNotAllowed => 403,
+            Code::UnknownProvider | Code::UnknownModel => 404,
+            Code::BadRequest | Code::UnboundedInput => 400,
+            Code::BodyTooLarge => 413,
+            Code::CapExhausted | Code::CapReserved | Code::PoolExhausted => 429,
+            Code::ProviderCredentialRejected => 502,
+            Code::PolicyUnavailable | Code::AuditUnavailable => 503,
+        }
+    }
+
+    /// Whether the same request may succeed later without anybody changing anything.
+    fn retry_can_help(self) -> bool {
+        matches!(self, Code::CapReserved | Code::PoolExhausted | Code::PolicyUnavailable | Code::AuditUnavailable)
+    }
+}
+
+/// A refusal, as the policy service or the gate states it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Refusal {
+    pub code: Code,
+    pub message: String,
+    /// Seconds until a retry can help.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retry_after: Option<u64>,
+}
+
+/// A whole answer to the caller.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Answer {
+    pub status: u16,
+    pub headers: Vec<(&'static str, String)>,
+    pub body: String,
+}
+
+impl Refusal {
+    pub fn new(code: Code, message: impl Into<String>) -> Self {
+        Refusal { code, message: message.into(), retry_after: None }
+    }
+
+    pub fn retry_after(mut self, seconds: u64) -> Self {
+        self.retry_after = Some(seconds);
+        self
+    }
+
+    /// The answer in the caller's dialect. `request_id` is `None` before the request has one.
+    pub fn answer(&self, dialect: Dialect, request_id: Option<&str>) -> Answer {
+        let mut headers = vec![("content-type", "application/json".to_owned()), ("x-keyward-reason", self.code.name().to_owned())];
+        if let Some(id) = request_id {
+            headers.push(("x-keyward-request-id", id.to_owned()));
+        }
+        if let Some(seconds) = self.retry_after {
+            headers.push(("retry-after", seconds.to_string()));
+        }
+        if !self.code.retry_can_help() {
+            headers.push(("x-should-retry", "false".to_owned()));
+        }
+        let body = match dialect {
+            Dialect::OpenAi => serde_json::json!({ "error": {
+                "message": self.message, "type": self.openai_type(), "param": null, "code": self.code.name(),
+            } }),
+            Dialect::Anthropic => serde_json::json!({ "type": "error", "error": {
+                "type": self.anthropic_type(), "message": self.message,
+            }, "request_id": request_id }),
+        };
+        Answer { status: self.code.status(), headers, body: body.to_string() }
+    }
+
+    fn openai_type(&self) -> &'static str {
+        match self.code {
+            Code::CapExhausted | Code::CapReserved => "insufficient_quota",
+            _ if self.code.status() == 429 => "rate_limit_error",
+            _ if self.code.status() >= 500 => "server_error",
+            _ => "invalid_request_error",
+        }
+    }
+
+    fn anthropic_type(&self) -> &'static str {
+        match self.code.status() {
+            400 => "invalid_request_error",
+            401 => "authentication_error",
+            403 => "permission_error",
+            404 => "not_found_error",
+            413 => "request_too_large",
+            429 => "rate_limit_error",
+            _ => "api_error",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_name_on_the_wire_is_the_name_in_the_header() {
+        for code in [Code::MissingKey, Code::EndpointNotAllowed, Code::ProviderCredentialRejected, Code::CapReserved] {
+            assert_eq!(serde_json::to_string(&code).unwrap(), format!("\"{}\"", code.name()));
+        }
+    }
+
+    #[test]
+    fn each_dialect_has_its_own_error_object() {
+        let refusal = Refusal::new(Code::CapReserved, "held").retry_after(3);
+        let answer = refusal.answer(Dialect::OpenAi, Some("req_1"));
+        assert_eq!(answer.status, 429);
+        assert_eq!(answer.body, r#"{"error":{"code":"cap_reserved","message":"held","param":null,"type":"insufficient_quota"}}"#);
+        assert!(answer.headers.contains(&("retry-after", "3".to_owned())) && !answer.headers.iter().any(|(n, _)| *n == "x-should-retry"));
+        let answer = Refusal::new(Code::Revoked, "gone").answer(Dialect::Anthropic, None);
+        assert_eq!(answer.body, r#"{"error":{"message":"gone","type":"authentication_error"},"request_id":null,"type":"error"}"#);
+        assert!(answer.headers.contains(&("x-should-retry", "false".to_owned())));
+    }
+}

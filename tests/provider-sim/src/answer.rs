@@ -1,0 +1,227 @@
+//! What the model says: decided completely before the first byte is sent, so that every figure is known exactly.
+
+use crate::directive::Directive;
+use crate::models::{Model, Usage};
+use crate::tokens::Text;
+
+/// A validated request, whatever its dialect.
+#[derive(Debug)]
+pub struct Asked {
+    pub model: &'static Model,
+    pub stream: bool,
+    pub include_usage: bool,
+    /// Answers wanted (`n`).
+    pub choices: usize,
+    /// Output tokens allowed for each of them, hidden ones included.
+    pub limit: u64,
+    pub stop: Vec<String>,
+    pub tools: Vec<String>,
+    /// A tool that must be called.
+    pub forced_tool: Option<String>,
+    pub prompt_tokens: u64,
+    /// The last text the user wrote.
+    pub last_user: String,
+    /// The conversation ends with results of tools: a scripted call has been made already.
+    pub after_tools: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Finish {
+    Done,
+    Length,
+    Tools,
+    /// A stop sequence, and which.
+    Sequence(String),
+}
+
+#[derive(Debug)]
+pub struct Call {
+    pub name: String,
+    pub args: Text,
+}
+
+#[derive(Debug)]
+pub struct Choice {
+    pub text: Text,
+    pub calls: Vec<Call>,
+    pub finish: Finish,
+    /// Visible tokens: text, names and arguments.
+    pub visible: u64,
+}
+
+#[derive(Debug)]
+pub struct Answer {
+    pub choices: Vec<Choice>,
+    pub usage: Usage,
+}
+
+const DEFAULT_TOKENS: u64 = 20;
+/// What a benchmark gets: little, so that it measures the way rather than the text.
+const BENCH_TOKENS: u64 = 8;
+/// What a reasoning model thinks when the script doesn't say.
+const DEFAULT_REASONING: u64 = 64;
+/// Tokens of a call's name and envelope.
+const CALL_OVERHEAD: u64 = 4;
+
+pub fn compose(asked: &Asked, directive: &Directive, said: &str, bench: bool) -> Answer {
+    let hidden = directive.reasoning.unwrap_or(if asked.model.reasons { DEFAULT_REASONING } else { 0 });
+    let can_hide = asked.model.reasons || asked.model.provider == crate::provider::Provider::Anthropic;
+    let hidden = if can_hide { hidden.min(asked.limit) } else { 0 };
+    let budget = asked.limit - hidden;
+    let choices: Vec<Choice> =
+        (0..asked.choices).map(|index| choice(asked, directive, said, budget, index, bench)).collect();
+    let reasoning = hidden * asked.choices as u64;
+    let visible: u64 = choices.iter().map(|choice| choice.visible).sum();
+    // The cache's parts are taken out of the prompt as counted: the total never exceeds the bytes received.
+    let cache_read = directive.cache_read.unwrap_or(0).min(asked.prompt_tokens);
+    let has_writes = asked.model.cache_write != asked.model.input;
+    let cache_write = if has_writes { directive.cache_write.unwrap_or(0) } else { 0 };
+    let usage = Usage {
+        prompt: asked.prompt_tokens,
+        cache_read,
+        cache_write: cache_write.min(asked.prompt_tokens - cache_read),
+        reasoning,
+        completion: reasoning + visible,
+    };
+    Answer { choices, usage }
+}
+
+fn choice(asked: &Asked, directive: &Directive, said: &str, budget: u64, index: usize, bench: bool) -> Choice {
+    let calls = scripted_calls(asked, directive);
+    if !calls.is_empty() {
+        return call_tools(calls, directive, budget, index);
+    }
+    let mut text = if directive.echo {
+        Text::of(said)
+    } else {
+        let wanted = directive.tokens.unwrap_or(if bench { BENCH_TOKENS } else { DEFAULT_TOKENS });
+        // One more than the budget is enough to see that it was cut.
+        let wanted = usize::try_from(wanted.min(budget.saturating_add(1))).unwrap_or(usize::MAX);
+        Text::generate(wanted, index, directive.unicode)
+    };
+    let first_stop = asked
+        .stop
+        .iter()
+        .filter_map(|stop| Some((text.as_str().find(stop.as_str())?, stop.clone())))
+        .min_by_key(|(at, _)| *at);
+    let mut finish = Finish::Done;
+    if let Some((at, stop)) = first_stop {
+        text = Text::of(text.as_str().get(..at).unwrap_or_default());
+        finish = Finish::Sequence(stop);
+    }
+    if text.truncate(budget) {
+        finish = Finish::Length;
+    }
+    Choice { visible: text.tokens(), text, calls: Vec::new(), finish }
+}
+
+fn scripted_calls(asked: &Asked, directive: &Directive) -> Vec<Call> {
+    let scripted = directive.tools.iter().filter(|tool| !asked.after_tools && asked.tools.contains(&tool.name));
+    let mut calls: Vec<Call> =
+        scripted.map(|tool| Call { name: tool.name.clone(), args: Text::of(tool.args.as_str()) }).collect();
+    if let Some(name) = asked.forced_tool.as_ref().filter(|_| calls.is_empty()) {
+        calls.push(Call { name: name.clone(), args: Text::of("{}") });
+    }
+    calls
+}
+
+fn call_tools(wanted: Vec<Call>, directive: &Directive, budget: u64, index: usize) -> Choice {
+    let mut text = directive.tokens.map_or_else(Text::default, |tokens| {
+        let tokens = usize::try_from(tokens.min(budget.saturating_add(1))).unwrap_or(usize::MAX);
+        Text::generate(tokens, index, directive.unicode)
+    });
+    let mut finish = if text.truncate(budget) { Finish::Length } else { Finish::Tools };
+    let mut visible = text.tokens();
+    let mut calls = Vec::new();
+    for mut call in wanted {
+        let left = budget - visible;
+        if finish == Finish::Length || left < CALL_OVERHEAD {
+            finish = Finish::Length;
+            break;
+        }
+        if call.args.truncate(left - CALL_OVERHEAD) {
+            finish = Finish::Length;
+        }
+        visible += CALL_OVERHEAD + call.args.tokens();
+        calls.push(call);
+    }
+    Choice { text, calls, finish, visible }
+}
+
+pub const fn call_overhead() -> u64 {
+    CALL_OVERHEAD
+}
+
+#[cfg(test)]
+pub mod tests {
+    use super::*;
+    use crate::provider::Provider;
+
+    pub fn asked(provider: Provider, model: &str) -> Option<Asked> {
+        let model = Model::find(provider, model)?;
+        Some(Asked {
+            model,
+            stream: false,
+            include_usage: false,
+            choices: 1,
+            limit: model.max_output,
+            stop: Vec::new(),
+            tools: Vec::new(),
+            forced_tool: None,
+            prompt_tokens: 30,
+            last_user: String::new(),
+            after_tools: false,
+        })
+    }
+
+    #[test]
+    fn the_limit_bounds_hidden_and_visible_tokens_together() -> Result<(), &'static str> {
+        let script = Directive { tokens: Some(50), reasoning: Some(70), ..Directive::default() };
+        for (limit, visible, completion, finish) in
+            [(200, 50, 120, Finish::Done), (100, 30, 100, Finish::Length), (60, 0, 60, Finish::Length)]
+        {
+            let asked = Asked { limit, ..asked(Provider::Openai, "o3").ok_or("model")? };
+            let answer = compose(&asked, &script, "", false);
+            assert_eq!(answer.usage.completion, completion);
+            assert_eq!(answer.choices.first().map(|choice| choice.visible), Some(visible));
+            assert_eq!(answer.choices.first().map(|choice| choice.finish.clone()), Some(finish));
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_stop_sequence_ends_the_text_before_it() -> Result<(), &'static str> {
+        let asked = Asked {
+            stop: vec!["zzz".into(), " is".into()],
+            ..asked(Provider::Openai, "gpt-4o").ok_or("model")?
+        };
+        let echo = Directive { echo: true, ..Directive::default() };
+        let answer = compose(&asked, &echo, "water is wet", false);
+        let choice = answer.choices.first().ok_or("choice")?;
+        assert_eq!((choice.text.as_str(), &choice.finish), ("water", &Finish::Sequence(" is".into())));
+        assert_eq!(answer.usage.completion, 2);
+        Ok(())
+    }
+
+    #[test]
+    fn cache_figures_are_parts_of_the_prompt() -> Result<(), &'static str> {
+        let asked = asked(Provider::Anthropic, "claude-haiku-4-5").ok_or("model")?;
+        let script = Directive { cache_read: Some(25), cache_write: Some(25), ..Directive::default() };
+        let usage = compose(&asked, &script, "", false).usage;
+        assert_eq!((usage.prompt, usage.cache_read, usage.cache_write, usage.fresh()), (30, 25, 5, 0));
+        Ok(())
+    }
+
+    #[test]
+    fn a_scripted_tool_is_called_once_and_only_if_offered() -> Result<(), &'static str> {
+        let script = Directive::parse("tool=look args={\"a\":1}").map_err(|_| "directive")?;
+        let mut asked = asked(Provider::Openai, "gpt-4o").ok_or("model")?;
+        assert!(compose(&asked, &script, "", false).choices.iter().all(|choice| choice.calls.is_empty()));
+        asked.tools = vec!["look".into()];
+        let answer = compose(&asked, &script, "", false);
+        assert_eq!(answer.choices.first().map(|choice| (choice.calls.len(), choice.finish.clone())), Some((1, Finish::Tools)));
+        asked.after_tools = true;
+        assert!(compose(&asked, &script, "", false).choices.iter().all(|choice| choice.calls.is_empty()));
+        Ok(())
+    }
+}

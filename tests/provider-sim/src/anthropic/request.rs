@@ -1,0 +1,308 @@
+//! What a messages request may say, and what Anthropic answers when it says something else.
+
+use serde_json::{Map, Value};
+
+use super::error;
+use crate::answer::Asked;
+use crate::models::Model;
+use crate::openai::request::text_of;
+use crate::provider::{ApiError, Provider};
+use crate::tokens;
+
+type Fields = Map<String, Value>;
+
+/// The version since which sampling parameters are refused.
+const NO_SAMPLING: &str = "2026-10-21";
+const VERSIONS: [&str; 3] = ["2023-01-01", "2023-06-01", NO_SAMPLING];
+
+const KNOWN: &[&str] = &[
+    "cache_control", "container", "context_management", "inference_geo", "max_tokens", "mcp_servers", "messages",
+    "metadata", "model", "output_config", "output_format", "service_tier", "speed", "stop_sequences", "stream", "system",
+    "temperature", "thinking", "tool_choice", "tools", "top_k", "top_p",
+];
+
+const MESSAGE_OVERHEAD: u64 = 3;
+/// An image or document counts at most this, and never more than its data has bytes.
+const IMAGE_TOKENS: u64 = 1600;
+
+pub fn check_version(version: Option<&str>) -> Result<(), ApiError> {
+    match version {
+        None => Err(ApiError::invalid("anthropic-version: header is required")),
+        Some(version) if VERSIONS.contains(&version) => Ok(()),
+        Some(version) => {
+            Err(ApiError::invalid(format!("anthropic-version: {version:?} is not a valid version for this endpoint")))
+        }
+    }
+}
+
+pub fn parse(body: &[u8], version: &str) -> Result<Asked, ApiError> {
+    let unreadable = || ApiError::invalid("The request body is not valid JSON");
+    let value: Value = serde_json::from_slice(body).map_err(|_| unreadable())?;
+    let Value::Object(fields) = value else { return Err(unreadable()) };
+    let name = match fields.get("model") {
+        Some(Value::String(name)) => name,
+        Some(_) => return Err(ApiError::invalid("model: Input should be a valid string")),
+        None => return Err(required("model")),
+    };
+    let limit = max_tokens(&fields)?;
+    let messages = match fields.get("messages") {
+        Some(Value::Array(messages)) => messages.as_slice(),
+        Some(_) => return Err(ApiError::invalid("messages: Input should be a valid list")),
+        None => return Err(required("messages")),
+    };
+    if let Some(unknown) = fields.keys().find(|key| !KNOWN.contains(&key.as_str())) {
+        return Err(ApiError::invalid(format!("{unknown}: Extra inputs are not permitted")));
+    }
+    let model = Model::find(Provider::Anthropic, name).ok_or_else(|| error::model_not_found(name))?;
+    if limit > model.max_output {
+        return Err(ApiError::invalid(format!(
+            "max_tokens: {limit} > {}, which is the maximum allowed number of output tokens for {}",
+            model.max_output, model.snapshot
+        )));
+    }
+    sampling(&fields, version)?;
+    check_messages(messages, version)?;
+    let tools = tools(&fields)?;
+    let prompt_tokens = prompt_tokens(&fields, messages).min(body.len() as u64);
+    if prompt_tokens > model.context {
+        let message = format!("prompt is too long: {prompt_tokens} tokens > {} maximum", model.context);
+        return Err(ApiError::invalid(message));
+    }
+    let stream = match fields.get("stream") {
+        None | Some(Value::Null) => false,
+        Some(Value::Bool(stream)) => *stream,
+        Some(_) => return Err(ApiError::invalid("stream: Input should be a valid boolean")),
+    };
+    Ok(Asked {
+        model,
+        stream,
+        include_usage: true,
+        choices: 1,
+        limit,
+        stop: stop(&fields)?,
+        forced_tool: forced_tool(&fields, &tools)?,
+        tools,
+        prompt_tokens,
+        last_user: last_user(messages),
+        after_tools: messages.last().is_some_and(|message| blocks(message, "tool_result").next().is_some()),
+    })
+}
+
+fn required(name: &str) -> ApiError {
+    ApiError::invalid(format!("{name}: Field required"))
+}
+
+fn max_tokens(fields: &Fields) -> Result<u64, ApiError> {
+    let value = fields.get("max_tokens").ok_or_else(|| required("max_tokens"))?;
+    match value.as_u64() {
+        Some(limit @ 1..) => Ok(limit),
+        None if !value.is_i64() => Err(ApiError::invalid("max_tokens: Input should be a valid integer")),
+        _ => Err(ApiError::invalid("max_tokens: Input should be greater than or equal to 1")),
+    }
+}
+
+fn sampling(fields: &Fields, version: &str) -> Result<(), ApiError> {
+    for name in ["temperature", "top_p", "top_k"] {
+        let Some(value) = fields.get(name).filter(|value| !value.is_null()) else { continue };
+        if version == NO_SAMPLING {
+            return Err(ApiError::invalid(format!("{name}: Extra inputs are not permitted")));
+        }
+        let Some(number) = value.as_f64() else {
+            return Err(ApiError::invalid(format!("{name}: Input should be a valid number")));
+        };
+        if name != "top_k" && !(0.0..=1.0).contains(&number) {
+            return Err(ApiError::invalid(format!("{name}: range: 0..1")));
+        }
+    }
+    Ok(())
+}
+
+fn check_messages(messages: &[Value], version: &str) -> Result<(), ApiError> {
+    if messages.is_empty() {
+        return Err(ApiError::invalid("messages: at least one message is required"));
+    }
+    let mut open: Vec<&str> = Vec::new();
+    for (index, message) in messages.iter().enumerate() {
+        let role = match message.get("role").and_then(Value::as_str) {
+            Some(role @ ("user" | "assistant")) => role,
+            Some("system") if version == NO_SAMPLING => "system",
+            Some(_) => {
+                let message = format!("messages.{index}.role: Input should be 'user' or 'assistant'");
+                return Err(ApiError::invalid(message));
+            }
+            None => return Err(required(&format!("messages.{index}.role"))),
+        };
+        if index == 0 && role == "assistant" {
+            return Err(ApiError::invalid("messages: first message must use the \"user\" role"));
+        }
+        check_content(index, role, message, version)?;
+        open = pair_tools(index, message, &open)?;
+    }
+    unanswered(messages.len(), &open)
+}
+
+fn check_content(index: usize, role: &str, message: &Value, version: &str) -> Result<(), ApiError> {
+    let parts = match message.get("content") {
+        Some(Value::String(text)) if text.is_empty() && role != "assistant" => return Err(empty(index)),
+        Some(Value::String(_)) => return Ok(()),
+        Some(Value::Array(parts)) => parts,
+        Some(_) => return Err(ApiError::invalid(format!("messages.{index}.content: Input should be a valid list"))),
+        None => return Err(required(&format!("messages.{index}.content"))),
+    };
+    if parts.is_empty() && role != "assistant" {
+        return Err(empty(index));
+    }
+    for (at, part) in parts.iter().enumerate() {
+        let place = format!("messages.{index}.content.{at}");
+        let kind = part.get("type").and_then(Value::as_str).ok_or_else(|| required(&format!("{place}.type")))?;
+        let has = |field: &str| part.get(field).ok_or_else(|| required(&format!("{place}.{kind}.{field}")));
+        match kind {
+            "text" => match has("text")?.as_str() {
+                Some("") => return Err(ApiError::invalid("messages: text content blocks must be non-empty")),
+                Some(_) => {}
+                None => return Err(ApiError::invalid(format!("{place}.text.text: Input should be a valid string"))),
+            },
+            "tool_use" if role == "assistant" => {
+                has("id")?;
+                has("name")?;
+                has("input")?;
+            }
+            "tool_result" if role == "user" => {
+                has("tool_use_id")?;
+            }
+            "document" if role == "assistant" && version == NO_SAMPLING => {
+                return Err(ApiError::invalid(format!("{place}: Extra inputs are not permitted")));
+            }
+            "image" | "document" => {
+                has("source")?;
+            }
+            "thinking" | "redacted_thinking" if role == "assistant" => {}
+            "search_result" | "server_tool_use" | "web_search_tool_result" | "container_upload" => {}
+            _ => {
+                let message = format!("{place}: Input tag '{kind}' found using 'type' does not match any of the expected tags");
+                return Err(ApiError::invalid(message));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn empty(index: usize) -> ApiError {
+    ApiError::invalid(format!("messages.{index}: user messages must have non-empty content"))
+}
+
+/// Checks the results in `message` against the calls of the message before; gives the calls this one makes.
+fn pair_tools<'a>(index: usize, message: &'a Value, open: &[&'a str]) -> Result<Vec<&'a str>, ApiError> {
+    let id = |block: &'a Value, field: &str| block.get(field).and_then(Value::as_str).unwrap_or_default();
+    let results: Vec<&str> = blocks(message, "tool_result").map(|block| id(block, "tool_use_id")).collect();
+    if let Some(stray) = results.iter().find(|result| !open.contains(result)) {
+        return Err(ApiError::invalid(format!(
+            "messages.{index}.content.0: unexpected `tool_use_id` found in `tool_result` blocks: {stray}. Each \
+             `tool_result` block must have a corresponding `tool_use` block in the previous message."
+        )));
+    }
+    let missing: Vec<&str> = open.iter().copied().filter(|call| !results.contains(call)).collect();
+    unanswered(index, &missing)?;
+    Ok(blocks(message, "tool_use").map(|block| id(block, "id")).collect())
+}
+
+fn unanswered(index: usize, missing: &[&str]) -> Result<(), ApiError> {
+    if missing.is_empty() {
+        return Ok(());
+    }
+    Err(ApiError::invalid(format!(
+        "messages.{}: `tool_use` ids were found without `tool_result` blocks immediately after: {}. Each `tool_use` block \
+         must have a corresponding `tool_result` block in the next message.",
+        index.saturating_sub(1),
+        missing.join(", ")
+    )))
+}
+
+fn blocks<'a>(message: &'a Value, kind: &str) -> impl Iterator<Item = &'a Value> {
+    let parts = message.get("content").and_then(Value::as_array).into_iter().flatten();
+    parts.filter(move |part| part.get("type").is_some_and(|given| given == kind))
+}
+
+fn stop(fields: &Fields) -> Result<Vec<String>, ApiError> {
+    let wrong = || ApiError::invalid("stop_sequences: Input should be a valid list of strings");
+    let sequences = match fields.get("stop_sequences") {
+        None | Some(Value::Null) => return Ok(Vec::new()),
+        Some(Value::Array(sequences)) => sequences,
+        Some(_) => return Err(wrong()),
+    };
+    let one = |sequence: &Value| match sequence.as_str() {
+        Some(text) if text.trim().is_empty() => {
+            Err(ApiError::invalid("stop_sequences: each stop sequence must contain non-whitespace"))
+        }
+        Some(text) => Ok(text.to_owned()),
+        None => Err(wrong()),
+    };
+    sequences.iter().map(one).collect()
+}
+
+fn tools(fields: &Fields) -> Result<Vec<String>, ApiError> {
+    let tools = match fields.get("tools") {
+        None | Some(Value::Null) => return Ok(Vec::new()),
+        Some(Value::Array(tools)) => tools,
+        Some(_) => return Err(ApiError::invalid("tools: Input should be a valid list")),
+    };
+    let one = |(index, tool): (usize, &Value)| {
+        let name = tool.get("name").and_then(Value::as_str);
+        let name = name.ok_or_else(|| required(&format!("tools.{index}.custom.name")))?;
+        let hosted = tool.get("type").and_then(Value::as_str).is_some_and(|kind| kind != "custom");
+        let legal = |char: char| char.is_ascii_alphanumeric() || char == '_' || char == '-';
+        if name.is_empty() || name.len() > 128 || !name.chars().all(legal) {
+            let message = format!("tools.{index}.custom.name: String should match pattern '^[a-zA-Z0-9_-]{{1,128}}$'");
+            return Err(ApiError::invalid(message));
+        }
+        if !hosted && !tool.get("input_schema").is_some_and(Value::is_object) {
+            return Err(required(&format!("tools.{index}.custom.input_schema")));
+        }
+        Ok(name.to_owned())
+    };
+    tools.iter().enumerate().map(one).collect()
+}
+
+fn forced_tool(fields: &Fields, tools: &[String]) -> Result<Option<String>, ApiError> {
+    let Some(choice) = fields.get("tool_choice").filter(|choice| !choice.is_null()) else { return Ok(None) };
+    match choice.get("type").and_then(Value::as_str) {
+        Some("auto" | "none") => Ok(None),
+        Some("any" | "tool") if tools.is_empty() => {
+            Err(ApiError::invalid("tool_choice may only be specified while providing tools"))
+        }
+        Some("any") => Ok(tools.first().cloned()),
+        Some("tool") => {
+            let name = choice.get("name").and_then(Value::as_str).ok_or_else(|| required("tool_choice.tool.name"))?;
+            let known = tools.iter().find(|tool| *tool == name);
+            let missing = || ApiError::invalid(format!("Tool '{name}' not found in provided tools"));
+            known.cloned().map(Some).ok_or_else(missing)
+        }
+        _ => Err(ApiError::invalid(
+            "tool_choice: Input tag found using 'type' does not match any of the expected tags: 'auto', 'any', 'tool', 'none'",
+        )),
+    }
+}
+
+fn prompt_tokens(fields: &Fields, messages: &[Value]) -> u64 {
+    let content = |content: Option<&Value>| match content {
+        Some(Value::Array(parts)) => parts.iter().map(part_tokens).sum(),
+        Some(other) => tokens::count_json(other),
+        None => 0,
+    };
+    let said: u64 = messages.iter().map(|message| MESSAGE_OVERHEAD + content(message.get("content"))).sum();
+    said + content(fields.get("system")) + fields.get("tools").map_or(0, tokens::count_json) + MESSAGE_OVERHEAD
+}
+
+fn part_tokens(part: &Value) -> u64 {
+    let data = part.pointer("/source/data").or_else(|| part.pointer("/source/url")).and_then(Value::as_str);
+    match (data, part.get("text")) {
+        (Some(data), _) => IMAGE_TOKENS.min(data.len() as u64),
+        (None, Some(text)) => tokens::count_json(text),
+        (None, None) => tokens::count_json(part),
+    }
+}
+
+fn last_user(messages: &[Value]) -> String {
+    let users = messages.iter().rev().filter(|message| message.get("role").is_some_and(|role| role == "user"));
+    users.map(|message| text_of(message.get("content"))).find(|text| !text.is_empty()).unwrap_or_default()
+}

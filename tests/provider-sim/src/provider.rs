@@ -1,0 +1,47 @@
+//! The two providers and the error both dialects are rendered from.
+
+use std::borrow::Cow;
+
+use serde::{Deserialize, Serialize};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Provider {
+    Openai,
+    Anthropic,
+}
+
+/// An error before it takes a provider's shape. `code` and `param` exist only in OpenAI's.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ApiError {
+    pub status: u16,
+    pub kind: Cow<'static, str>,
+    pub code: Option<Cow<'static, str>>,
+    pub param: Option<String>,
+    pub message: String,
+    /// Seconds for the `retry-after` header.
+    pub retry_after: Option<u64>,
+}
+
+impl ApiError {
+    pub fn new(status: u16, kind: impl Into<Cow<'static, str>>, message: impl Into<String>) -> Self {
+        ApiError { status, kind: kind.into(), code: None, param: None, message: message.into(), retry_after: None }
+    }
+
+    /// 400 `invalid_request_error`, which both providers have.
+    pub fn invalid(message: impl Into<String>) -> Self {
+        ApiError::new(400, "invalid_request_error", message)
+    }
+
+    pub fn code(self, code: impl Into<Cow<'static, str>>) -> Self {
+        ApiError { code: Some(code.into()), ..self }
+    }
+
+    pub fn param(self, param: impl Into<String>) -> Self {
+        ApiError { param: Some(param.into()), ..self }
+    }
+
+    pub fn retry_after(self, seconds: Option<u64>) -> Self {
+        ApiError { retry_after: seconds, ..self }
+    }
+}
