@@ -197,6 +197,7 @@ impl Asking {
         let edits = Edits { model: target.model.as_deref(), max_tokens: plan.clamp, limit_name, include_usage: add_usage };
         let splices = self.facts.splices(&edits);
         Ok(Admitted {
+            body_bytes: self.facts.bytes,
             splices,
             clamp: plan.clamp,
             withhold_usage: add_usage && !self.facts.include_usage,
@@ -241,6 +242,8 @@ impl Permit {
 #[derive(Debug)]
 pub struct Admitted {
     pub permit: Permit,
+    /// Length of the body as it came.
+    pub body_bytes: u64,
     /// Changes to the body, in order.
     pub splices: Vec<Splice>,
     pub clamp: Option<u64>,
@@ -313,6 +316,12 @@ impl Answering {
     pub fn piece(&mut self, piece: &[u8], end: bool) -> Passed {
         self.complete |= end;
         self.meter.as_mut().map_or(Passed::AsIs, |meter| meter.piece(piece, end))
+    }
+
+    /// The admitted request could not be put together: nothing was forwarded.
+    pub fn failed(&self) -> Refused {
+        let refusal = Refusal::new(Code::PolicyUnavailable, "the request could not be forwarded; nothing left").retry_after(1);
+        Refused { refusal, dialect: self.dialect, request_id: Some(self.id) }
     }
 
     /// The answer ended without a last piece: by its headers, or by trailers.

@@ -24,6 +24,12 @@ pub fn decode<const N: usize>(text: &str) -> Option<[u8; N]> {
     Some(out)
 }
 
+/// Reads any whole number of bytes of lower-case hex.
+pub fn decode_vec(text: &str) -> Option<Vec<u8>> {
+    let pairs = text.as_bytes().chunks(2);
+    pairs.map(|pair| decode::<1>(std::str::from_utf8(pair).ok()?).map(|[byte]| byte)).collect()
+}
+
 /// serde for `[u8; N]` as hex.
 pub mod serde_hex {
     use serde::{Deserialize, Deserializer, Serializer, de::Error};
@@ -48,6 +54,7 @@ mod tests {
         assert_eq!(decode::<3>("00a5ff"), Some([0, 0xa5, 0xff]));
         for bad in ["00a5f", "00A5ff", "00a5fg", "00a5ff00"] {
             assert_eq!(decode::<3>(bad), None, "{bad}");
+            assert_ne!(decode_vec(bad), Some(vec![0, 0xa5, 0xff]), "{bad}");
         }
     }
 }

@@ -1,1 +1,88 @@
+//! The filter: one Wasm module with two roots. `gate` is a listener filter, `attempt` an upstream filter of each provider
+//! cluster; both run in one VM per worker thread. Decisions are in `keyward_core`; here callbacks become events and
+//! effects become host calls.
+#![cfg(target_os = "wasi")]
 
+mod attempt;
+mod config;
+mod gate;
+mod host;
+mod metrics;
+mod settlements;
+mod vm;
+
+use crate::attempt::AttemptStream;
+use crate::config::Config;
+use crate::gate::GateStream;
+use crate::host::{Buffer, Map};
+use crate::vm::vm;
+use proxy_wasm::traits::{Context, HttpContext, RootContext};
+use proxy_wasm::types::ContextType;
+use std::rc::Rc;
+use std::time::Duration;
+
+/// How often settlements are sent.
+const TICK: Duration = Duration::from_millis(50);
+
+#[allow(unsafe_code)]
+mod entry {
+    use proxy_wasm::types::LogLevel;
+
+    proxy_wasm::main! {{
+        proxy_wasm::set_log_level(LogLevel::Info);
+        proxy_wasm::set_root_context(|_| Box::new(super::Root::default()));
+    }}
+}
+
+/// One root context of a VM; which one it is, its root id tells.
+#[derive(Default)]
+struct Root {
+    is_gate: bool,
+}
+
+impl Context for Root {
+    fn on_http_call_response(&mut self, token: u32, _: usize, body_size: usize, _: usize) {
+        let vm = vm();
+        let ok = host::header(Map::CallResponseHeaders, ":status").is_some_and(|status| status == b"200");
+        let body = if ok { host::buffer(Buffer::CallResponseBody, 0, body_size) } else { None };
+        let answer = body.and_then(|body| serde_json::from_slice(&body).ok());
+        if let Some(id) = vm.id() {
+            vm.settlements.borrow_mut().answered(id, token, answer, host::now_ms());
+        }
+    }
+}
+
+impl RootContext for Root {
+    fn on_configure(&mut self, size: usize) -> bool {
+        self.is_gate = host::property(&["plugin_root_id"]).is_some_and(|id| id == b"gate");
+        if !self.is_gate {
+            return true;
+        }
+        match Config::parse(&host::buffer(Buffer::PluginConfiguration, 0, size).unwrap_or_default()) {
+            Ok(config) => {
+                *vm().config.borrow_mut() = Rc::new(config);
+                host::set_tick_period(TICK);
+                true
+            }
+            Err(error) => {
+                log::error!("keyward: the gate's configuration can't be read: {error}");
+                false
+            }
+        }
+    }
+
+    fn on_tick(&mut self) {
+        let vm = vm();
+        if let Some(id) = vm.id() {
+            vm.settlements.borrow_mut().flush(id, &vm.config().policy_cluster, host::now_ms());
+        }
+    }
+
+    fn create_http_context(&self, _: u32) -> Option<Box<dyn HttpContext>> {
+        Some(if self.is_gate { Box::new(GateStream::new()) } else { Box::new(AttemptStream::default()) })
+    }
+
+    fn get_type(&self) -> Option<ContextType> {
+        Some(ContextType::HttpContext)
+    }
+}

@@ -68,8 +68,7 @@ pub fn compose(asked: &Asked, directive: &Directive, said: &str, bench: bool) ->
     let can_hide = asked.model.reasons || asked.model.provider == crate::provider::Provider::Anthropic;
     let hidden = if can_hide { hidden.min(asked.limit) } else { 0 };
     let budget = asked.limit - hidden;
-    let choices: Vec<Choice> =
-        (0..asked.choices).map(|index| choice(asked, directive, said, budget, index, bench)).collect();
+    let choices: Vec<Choice> = (0..asked.choices).map(|index| choice(asked, directive, said, budget, index, bench)).collect();
     let reasoning = hidden * asked.choices as u64;
     let visible: u64 = choices.iter().map(|choice| choice.visible).sum();
     // The cache's parts are taken out of the prompt as counted: the total never exceeds the bytes received.
@@ -99,11 +98,8 @@ fn choice(asked: &Asked, directive: &Directive, said: &str, budget: u64, index: 
         let wanted = usize::try_from(wanted.min(budget.saturating_add(1))).unwrap_or(usize::MAX);
         Text::generate(wanted, index, directive.unicode)
     };
-    let first_stop = asked
-        .stop
-        .iter()
-        .filter_map(|stop| Some((text.as_str().find(stop.as_str())?, stop.clone())))
-        .min_by_key(|(at, _)| *at);
+    let first_stop =
+        asked.stop.iter().filter_map(|stop| Some((text.as_str().find(stop.as_str())?, stop.clone()))).min_by_key(|(at, _)| *at);
     let mut finish = Finish::Done;
     if let Some((at, stop)) = first_stop {
         text = Text::of(text.as_str().get(..at).unwrap_or_default());
@@ -117,8 +113,7 @@ fn choice(asked: &Asked, directive: &Directive, said: &str, budget: u64, index: 
 
 fn scripted_calls(asked: &Asked, directive: &Directive) -> Vec<Call> {
     let scripted = directive.tools.iter().filter(|tool| !asked.after_tools && asked.tools.contains(&tool.name));
-    let mut calls: Vec<Call> =
-        scripted.map(|tool| Call { name: tool.name.clone(), args: Text::of(tool.args.as_str()) }).collect();
+    let mut calls: Vec<Call> = scripted.map(|tool| Call { name: tool.name.clone(), args: Text::of(tool.args.as_str()) }).collect();
     if let Some(name) = asked.forced_tool.as_ref().filter(|_| calls.is_empty()) {
         calls.push(Call { name: name.clone(), args: Text::of("{}") });
     }
@@ -191,10 +186,7 @@ pub mod tests {
 
     #[test]
     fn a_stop_sequence_ends_the_text_before_it() -> Result<(), &'static str> {
-        let asked = Asked {
-            stop: vec!["zzz".into(), " is".into()],
-            ..asked(Provider::Openai, "gpt-4o").ok_or("model")?
-        };
+        let asked = Asked { stop: vec!["zzz".into(), " is".into()], ..asked(Provider::Openai, "gpt-4o").ok_or("model")? };
         let echo = Directive { echo: true, ..Directive::default() };
         let answer = compose(&asked, &echo, "water is wet", false);
         let choice = answer.choices.first().ok_or("choice")?;

@@ -43,8 +43,12 @@ pub struct SimBody {
     /// A delta has gone out: the next one keeps the pace.
     paced: bool,
     pause: Option<Pin<Box<Sleep>>>,
-    /// The pause before the frame in front is over.
+    /// The pause before the frame in front has been taken.
     rested: bool,
+    /// The pause before the cut has been taken.
+    cut_rested: bool,
+    /// Nothing more until what was handed out has been flushed.
+    flush: bool,
 }
 
 impl SimBody {
@@ -73,6 +77,8 @@ impl SimBody {
             paced: false,
             pause: None,
             rested: false,
+            cut_rested: false,
+            flush: false,
         }
     }
 
@@ -96,6 +102,15 @@ impl SimBody {
         }
         self.ticket.close(Ended::Fault);
         io::Error::other("scripted cut")
+    }
+
+    fn end_of_body(&mut self) -> Option<io::Result<HttpFrame<Bytes>>> {
+        if !std::mem::replace(&mut self.trailers, false) {
+            return None;
+        }
+        let mut trailers = HeaderMap::new();
+        trailers.insert(HeaderName::from_static("x-sim-trailer"), HeaderValue::from_static("1"));
+        Some(Ok(HttpFrame::trailers(trailers)))
     }
 
     /// The next piece of the frame in front, no longer than the split and the cut allow.
@@ -128,49 +143,38 @@ impl Body for SimBody {
 
     fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<io::Result<HttpFrame<Bytes>>>> {
         let this = self.get_mut();
+        if std::mem::replace(&mut this.flush, false) {
+            // The server flushes whenever a body has nothing to give.
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
         loop {
             if let Some(pause) = this.pause.as_mut() {
                 if pause.as_mut().poll(cx).is_pending() {
                     return Poll::Pending;
                 }
                 this.pause = None;
-                this.rested = true;
             }
             if let Some(cut) = this.cut.filter(|cut| this.sent >= cut.after) {
-                if this.rested && this.started {
+                if std::mem::replace(&mut this.cut_rested, true) {
                     return Poll::Ready(Some(Err(this.break_off(cut))));
                 }
-                this.started = true;
                 this.rest(BEFORE_CUT);
                 continue;
             }
             let Some(front) = this.frames.front() else {
-                if std::mem::replace(&mut this.trailers, false) {
-                    let mut trailers = HeaderMap::new();
-                    trailers.insert(HeaderName::from_static("x-sim-trailer"), HeaderValue::from_static("1"));
-                    return Poll::Ready(Some(Ok(HttpFrame::trailers(trailers))));
-                }
-                return Poll::Ready(None);
+                return Poll::Ready(this.end_of_body());
             };
-            if !this.rested {
+            if !std::mem::replace(&mut this.rested, true) {
                 let delta = front.delta;
                 let pause = this.pause_before(delta);
-                this.rested = true;
                 if !pause.is_zero() {
                     this.rest(pause);
                     continue;
                 }
             }
-            let piece = this.next_piece();
-            if this.cut.is_some() {
-                // The pause before the cut is still to come.
-                this.rested &= this.cut.is_some_and(|cut| this.sent < cut.after);
-            }
-            if this.split.is_some() {
-                // Nothing more until this piece has been flushed.
-                this.rest(Duration::ZERO);
-            }
-            return Poll::Ready(piece.map(|piece| Ok(HttpFrame::data(piece))));
+            this.flush = this.split.is_some();
+            return Poll::Ready(this.next_piece().map(|piece| Ok(HttpFrame::data(piece))));
         }
     }
 

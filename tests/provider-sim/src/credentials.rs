@@ -107,9 +107,7 @@ impl Credential {
         }
         let left = WINDOW.saturating_sub(now.saturating_duration_since(account.since));
         let wait_ms = u64::try_from(left.as_millis()).unwrap_or(u64::MAX);
-        let over = |limit: Option<u64>, used: u64, what| {
-            limit.filter(|limit| used > *limit).map(|limit| Exceeded { what, limit, wait_ms })
-        };
+        let over = |limit: Option<u64>, used: u64, what| limit.filter(|limit| used > *limit).map(|limit| Exceeded { what, limit, wait_ms });
         let exceeded = over(account.rpm, account.requests + 1, "requests")
             .or_else(|| over(account.tpm, account.tokens.saturating_add(tokens), "tokens"));
         if exceeded.is_none() {
@@ -149,13 +147,7 @@ impl Credential {
 
     pub fn shown(&self) -> Shown {
         let account = self.account();
-        Shown {
-            id: Arc::clone(&self.id),
-            provider: self.provider,
-            rpm: account.rpm,
-            tpm: account.tpm,
-            state: account.state,
-        }
+        Shown { id: Arc::clone(&self.id), provider: self.provider, rpm: account.rpm, tpm: account.tpm, state: account.state }
     }
 
     fn account(&self) -> std::sync::MutexGuard<'_, Account> {
@@ -200,9 +192,7 @@ impl Credentials {
     /// `text` with every known secret replaced by its credential's name.
     pub fn redact(&self, text: &str) -> String {
         let known = self.in_order.iter().filter(|credential| text.contains(&credential.secret));
-        known.fold(text.to_owned(), |text, credential| {
-            text.replace(&credential.secret, &format!("<credential:{}>", credential.id))
-        })
+        known.fold(text.to_owned(), |text, credential| text.replace(&credential.secret, &format!("<credential:{}>", credential.id)))
     }
 }
 

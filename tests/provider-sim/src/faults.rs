@@ -81,7 +81,7 @@ mod tests {
         faults.add(serde_json::from_str(queued).map_err(|error| error.to_string())?)?;
         let model = Model::find(Provider::Openai, "gpt-4o").ok_or("model")?;
         let other = Model::find(Provider::Openai, "gpt-4.1").ok_or("model")?;
-        let mut status = |id, model| faults.take(id, model).and_then(|directive| directive.status);
+        let status = |id, model| faults.take(id, model).and_then(|directive| directive.status);
         assert_eq!(status("b", other), None);
         assert_eq!(status("a", model), Some(429));
         assert_eq!(status("b", model), Some(500));

@@ -17,6 +17,7 @@ pub struct Model {
     /// Anthropic's five-minute cache; equal to `input` where writes are not charged apart.
     pub cache_write: u64,
     pub output: u64,
+    /// The largest prompt.
     pub context: u64,
     pub max_output: u64,
     /// Reasons before answering: hidden output tokens, fixed temperature, no `max_tokens`.
@@ -118,8 +119,8 @@ static MODELS: [Model; 11] = [
     openai("gpt-4o-mini", "gpt-4o-mini-2024-07-18", 1_721_172_741, (15 * CENT, 75 * MILL, 60 * CENT), (128_000, 16_384), false),
     openai("gpt-4.1", "gpt-4.1-2025-04-14", 1_744_316_542, (2 * USD, 50 * CENT, 8 * USD), (1_047_576, 32_768), false),
     openai("gpt-4.1-mini", "gpt-4.1-mini-2025-04-14", 1_744_318_173, (40 * CENT, 10 * CENT, 160 * CENT), (1_047_576, 32_768), false),
-    openai("gpt-5", "gpt-5-2025-08-07", 1_754_425_777, (125 * CENT, 125 * MILL, 10 * USD), (400_000, 128_000), true),
-    openai("gpt-5-mini", "gpt-5-mini-2025-08-07", 1_754_425_928, (25 * CENT, 25 * MILL, 2 * USD), (400_000, 128_000), true),
+    openai("gpt-5", "gpt-5-2025-08-07", 1_754_425_777, (125 * CENT, 125 * MILL, 10 * USD), (272_000, 128_000), true),
+    openai("gpt-5-mini", "gpt-5-mini-2025-08-07", 1_754_425_928, (25 * CENT, 25 * MILL, 2 * USD), (272_000, 128_000), true),
     openai("o3", "o3-2025-04-16", 1_744_225_308, (2 * USD, 50 * CENT, 8 * USD), (200_000, 100_000), true),
     openai("o4-mini", "o4-mini-2025-04-16", 1_744_225_351, (110 * CENT, 275 * MILL, 440 * CENT), (200_000, 100_000), true),
     claude(("claude-sonnet-4-5", "claude-sonnet-4-5-20250929", "Claude Sonnet 4.5"), 1_759_104_000, (3 * USD, 30 * CENT, 375 * CENT, 15 * USD), (200_000, 64_000)),

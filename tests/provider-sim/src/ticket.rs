@@ -51,8 +51,7 @@ impl Ticket {
         if std::mem::replace(&mut self.closed, true) {
             return;
         }
-        let (usage, cost_nanodollars) =
-            self.bill.as_ref().map_or_else(Default::default, |bill| bill.due(ended, self.shared.abort_overrun));
+        let (usage, cost_nanodollars) = self.bill.as_ref().map_or_else(Default::default, |bill| bill.due(ended, self.shared.abort_overrun));
         let credential = self.credential.as_ref().map(|credential| &credential.id);
         let end = End { ended, usage, cost_nanodollars };
         self.shared.ledger.end(self.seq, &end, credential, self.status);

@@ -24,14 +24,11 @@ impl Text {
 
     /// `tokens` words. `seed` makes the choices of one answer differ from each other.
     pub fn generate(tokens: usize, seed: usize, unicode: bool) -> Self {
-        const PLAIN: [&str; 16] = [
-            "the", "sky", "is", "blue", "and", "wind", "sea", "calm", "rain", "fell", "moon", "rose", "soft", "day",
-            "hill", "lake",
-        ];
+        const PLAIN: [&str; 16] =
+            ["the", "sky", "is", "blue", "and", "wind", "sea", "calm", "rain", "fell", "moon", "rose", "soft", "day", "hill", "lake"];
         const WIDE: [&str; 8] = ["né", "日", "bär", "😀", "ñu", "語", "да", "🦀"];
         let words: &[&str] = if unicode { &WIDE } else { &PLAIN };
-        let mut made =
-            Text { text: String::with_capacity(tokens.saturating_mul(6)), ends: Vec::with_capacity(tokens) };
+        let mut made = Text { text: String::with_capacity(tokens.saturating_mul(6)), ends: Vec::with_capacity(tokens) };
         for i in 0..tokens {
             if i > 0 {
                 made.text.push(' ');

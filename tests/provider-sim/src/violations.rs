@@ -157,6 +157,8 @@ fn string_end(body: &[u8], mut at: usize) -> usize {
 mod tests {
     use super::*;
 
+    type Lines = &'static [(&'static str, &'static str)];
+
     const KEY: &str = "vk_0123456789";
 
     fn credentials() -> Result<Credentials, String> {
@@ -180,7 +182,7 @@ mod tests {
 
     #[test]
     fn each_kind_is_found_where_it_stands() -> Result<(), String> {
-        let cases: [(&str, &[(&str, &str)], &str, &str); 14] = [
+        let cases: [(&str, Lines, &str, &str); 14] = [
             ("/", &[("x-a", KEY)], "", "virtual_key: header x-a"),
             ("/?key=vk_0123456789", &[], "", "virtual_key: path or query"),
             ("/", &[], "{\"user\":\"xvk_0123456789\"}", "virtual_key: body"),

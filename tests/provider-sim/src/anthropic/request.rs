@@ -16,9 +16,31 @@ const NO_SAMPLING: &str = "2026-10-21";
 const VERSIONS: [&str; 3] = ["2023-01-01", "2023-06-01", NO_SAMPLING];
 
 const KNOWN: &[&str] = &[
-    "cache_control", "container", "context_management", "inference_geo", "max_tokens", "mcp_servers", "messages",
-    "metadata", "model", "output_config", "output_format", "service_tier", "speed", "stop_sequences", "stream", "system",
-    "temperature", "thinking", "tool_choice", "tools", "top_k", "top_p",
+    "cache_control",
+    "container",
+    "context_management",
+    "diagnostics",
+    "inference_geo",
+    "max_tokens",
+    "mcp_servers",
+    "messages",
+    "metadata",
+    "model",
+    "output_config",
+    "output_format",
+    "service_tier",
+    "speed",
+    "stop_sequences",
+    "stream",
+    "system",
+    "temperature",
+    "thinking",
+    "tool_choice",
+    "tools",
+    "top_k",
+    "top_p",
+    "user_profile_id",
+    "workspace_id",
 ];
 
 const MESSAGE_OVERHEAD: u64 = 3;
@@ -29,9 +51,7 @@ pub fn check_version(version: Option<&str>) -> Result<(), ApiError> {
     match version {
         None => Err(ApiError::invalid("anthropic-version: header is required")),
         Some(version) if VERSIONS.contains(&version) => Ok(()),
-        Some(version) => {
-            Err(ApiError::invalid(format!("anthropic-version: {version:?} is not a valid version for this endpoint")))
-        }
+        Some(version) => Err(ApiError::invalid(format!("anthropic-version: {version:?} is not a valid version for this endpoint"))),
     }
 }
 
@@ -231,9 +251,7 @@ fn stop(fields: &Fields) -> Result<Vec<String>, ApiError> {
         Some(_) => return Err(wrong()),
     };
     let one = |sequence: &Value| match sequence.as_str() {
-        Some(text) if text.trim().is_empty() => {
-            Err(ApiError::invalid("stop_sequences: each stop sequence must contain non-whitespace"))
-        }
+        Some(text) if text.trim().is_empty() => Err(ApiError::invalid("stop_sequences: each stop sequence must contain non-whitespace")),
         Some(text) => Ok(text.to_owned()),
         None => Err(wrong()),
     };
@@ -267,9 +285,7 @@ fn forced_tool(fields: &Fields, tools: &[String]) -> Result<Option<String>, ApiE
     let Some(choice) = fields.get("tool_choice").filter(|choice| !choice.is_null()) else { return Ok(None) };
     match choice.get("type").and_then(Value::as_str) {
         Some("auto" | "none") => Ok(None),
-        Some("any" | "tool") if tools.is_empty() => {
-            Err(ApiError::invalid("tool_choice may only be specified while providing tools"))
-        }
+        Some("any" | "tool") if tools.is_empty() => Err(ApiError::invalid("tool_choice may only be specified while providing tools")),
         Some("any") => Ok(tools.first().cloned()),
         Some("tool") => {
             let name = choice.get("name").and_then(Value::as_str).ok_or_else(|| required("tool_choice.tool.name"))?;

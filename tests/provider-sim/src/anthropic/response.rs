@@ -28,8 +28,7 @@ pub fn buffered(head: &Head, answer: &Answer, directive: &Directive) -> Vec<Fram
         let input = if object { call.args.as_str() } else { "{}" };
         blocks.push(format!(r#"{{"type":"tool_use","id":"{id}","name":{name},"input":{input}}}"#));
     }
-    let usage =
-        if directive.no_usage { String::new() } else { format!(r#","usage":{}"#, usage(&answer.usage, answer.usage.completion)) };
+    let usage = if directive.no_usage { String::new() } else { format!(r#","usage":{}"#, usage(&answer.usage, answer.usage.completion)) };
     let body = format!(
         r#"{{"model":"{}","id":"{}","type":"message","role":"assistant","content":[{}],{}{usage}{}}}"#,
         head.model,
@@ -71,9 +70,7 @@ pub fn stream(head: &Head, answer: &Answer, directive: &Directive, per_delta: us
 
 fn content_events(frames: &mut Frames, choice: &Choice, mut extra: String, per_delta: usize) {
     let mut index = 0;
-    let start = |index: u64, block: &str| {
-        event("content_block_start", &format!(r#","index":{index},"content_block":{block}"#))
-    };
+    let start = |index: u64, block: &str| event("content_block_start", &format!(r#","index":{index},"content_block":{block}"#));
     let mut delta = |index: u64, delta: &str| {
         let text = event("content_block_delta", &format!(r#","index":{index},"delta":{delta}{extra}"#));
         extra.clear();
@@ -91,10 +88,7 @@ fn content_events(frames: &mut Frames, choice: &Choice, mut extra: String, per_d
     }
     for call in &choice.calls {
         let (id, name) = (identifier("toolu_", 24), quoted(&call.name));
-        frames.push_delta(
-            start(index, &format!(r#"{{"type":"tool_use","id":"{id}","name":{name},"input":{{}}}}"#)),
-            call_overhead(),
-        );
+        frames.push_delta(start(index, &format!(r#"{{"type":"tool_use","id":"{id}","name":{name},"input":{{}}}}"#)), call_overhead());
         let json = |piece: &str| format!(r#"{{"type":"input_json_delta","partial_json":{}}}"#, quoted(piece));
         frames.push(delta(index, &json("")));
         for (piece, tokens) in call.args.deltas(per_delta) {
@@ -140,10 +134,8 @@ mod tests {
     fn a_stream_reads_exactly_like_this() -> Result<(), &'static str> {
         let script = Directive { tokens: Some(2), cache_read: Some(10), ..Directive::default() };
         let answer = compose(&asked(Provider::Anthropic, "claude-haiku-4-5").ok_or("model")?, &script, "", false);
-        let text: String = stream(&HEAD, &answer, &script, 3)
-            .iter()
-            .map(|frame| String::from_utf8_lossy(&frame.bytes).into_owned())
-            .collect();
+        let text: String =
+            stream(&HEAD, &answer, &script, 3).iter().map(|frame| String::from_utf8_lossy(&frame.bytes).into_owned()).collect();
         let expected = concat!(
             "event: message_start\n",
             r#"data: {"type":"message_start","message":{"model":"claude-haiku-4-5-20251001","id":"msg_1","type":"message","role":"assistant","content":[],"stop_reason":null,"stop_sequence":null,"usage":{"input_tokens":20,"cache_creation_input_tokens":0,"cache_read_input_tokens":10,"cache_creation":{"ephemeral_5m_input_tokens":0,"ephemeral_1h_input_tokens":0},"output_tokens":1,"service_tier":"standard","inference_geo":"not_available"}}}"#,
@@ -170,8 +162,7 @@ mod tests {
         let script = Directive::parse("tool=look args={\"city\":\"Paris\"}").map_err(|_| "directive")?;
         let answer = compose(&request, &script, "", false);
         let frames = buffered(&HEAD, &answer, &script);
-        let body: Value =
-            frames.first().and_then(|frame| serde_json::from_slice(&frame.bytes).ok()).ok_or("not JSON")?;
+        let body: Value = frames.first().and_then(|frame| serde_json::from_slice(&frame.bytes).ok()).ok_or("not JSON")?;
         assert_eq!(body.pointer("/stop_reason"), Some(&Value::from("max_tokens")));
         assert_eq!(body.pointer("/content/0/input"), Some(&serde_json::json!({})));
         assert_eq!(body.pointer("/usage/output_tokens"), Some(&Value::from(6)));

@@ -33,10 +33,8 @@ pub fn missing_key() -> ApiError {
 }
 
 pub fn bad_key(key: &str) -> ApiError {
-    let message = format!(
-        "Incorrect API key provided: {}. You can find your API key at https://platform.openai.com/account/api-keys.",
-        masked(key)
-    );
+    let message =
+        format!("Incorrect API key provided: {}. You can find your API key at https://platform.openai.com/account/api-keys.", masked(key));
     ApiError::new(401, "invalid_request_error", message).code("invalid_api_key")
 }
 

@@ -14,11 +14,43 @@ type Fields = Map<String, Value>;
 
 /// Arguments that exist; any other is refused by name.
 const KNOWN: &[&str] = &[
-    "audio", "frequency_penalty", "function_call", "functions", "logit_bias", "logprobs", "max_completion_tokens",
-    "max_tokens", "messages", "metadata", "modalities", "model", "moderation", "n", "parallel_tool_calls", "prediction",
-    "presence_penalty", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "reasoning_effort",
-    "response_format", "safety_identifier", "seed", "service_tier", "stop", "store", "stream", "stream_options",
-    "temperature", "tool_choice", "tools", "top_logprobs", "top_p", "user", "verbosity", "web_search_options",
+    "audio",
+    "frequency_penalty",
+    "function_call",
+    "functions",
+    "logit_bias",
+    "logprobs",
+    "max_completion_tokens",
+    "max_tokens",
+    "messages",
+    "metadata",
+    "modalities",
+    "model",
+    "moderation",
+    "n",
+    "parallel_tool_calls",
+    "prediction",
+    "presence_penalty",
+    "prompt_cache_key",
+    "prompt_cache_options",
+    "prompt_cache_retention",
+    "reasoning_effort",
+    "response_format",
+    "safety_identifier",
+    "seed",
+    "service_tier",
+    "stop",
+    "store",
+    "stream",
+    "stream_options",
+    "temperature",
+    "tool_choice",
+    "tools",
+    "top_logprobs",
+    "top_p",
+    "user",
+    "verbosity",
+    "web_search_options",
 ];
 
 /// Tokens around each message and before the answer.
@@ -39,7 +71,9 @@ pub fn parse(body: &[u8]) -> Result<Asked, ApiError> {
     sampling(&fields, model)?;
     let tools = tools(&fields)?;
     let prompt_tokens = prompt_tokens(&fields, messages).min(body.len() as u64);
-    if prompt_tokens + if limit == model.max_output { 0 } else { limit } > model.context {
+    // A limit nobody named takes no room; a reasoning model's output has a window of its own.
+    let reserved = if limit == model.max_output || model.reasons { 0 } else { limit };
+    if prompt_tokens + reserved > model.context {
         let message = format!(
             "This model's maximum context length is {} tokens. However, your messages resulted in {prompt_tokens} tokens. \
              Please reduce the length of the messages.",
@@ -71,9 +105,7 @@ fn unreadable() -> ApiError {
 
 fn model(fields: &Fields) -> Result<&'static Model, ApiError> {
     match fields.get("model") {
-        Some(Value::String(name)) => {
-            Model::find(Provider::Openai, name).ok_or_else(|| error::model_not_found(name))
-        }
+        Some(Value::String(name)) => Model::find(Provider::Openai, name).ok_or_else(|| error::model_not_found(name)),
         Some(Value::Null) | None => Err(ApiError::invalid("you must provide a model parameter")),
         Some(other) => Err(wrong_type("model", "a string", other)),
     }
@@ -215,12 +247,9 @@ fn limit(fields: &Fields, model: &Model) -> Result<u64, ApiError> {
 }
 
 fn sampling(fields: &Fields, model: &Model) -> Result<(), ApiError> {
-    for (name, low, high) in [
-        ("temperature", 0.0, 2.0),
-        ("top_p", 0.0, 1.0),
-        ("presence_penalty", -2.0, 2.0),
-        ("frequency_penalty", -2.0, 2.0),
-    ] {
+    for (name, low, high) in
+        [("temperature", 0.0, 2.0), ("top_p", 0.0, 1.0), ("presence_penalty", -2.0, 2.0), ("frequency_penalty", -2.0, 2.0)]
+    {
         let Some(value) = fields.get(name).filter(|value| !value.is_null()) else { continue };
         let number = value.as_f64().ok_or_else(|| wrong_type(name, "a decimal", value))?;
         let bound = if number < low {
@@ -231,9 +260,7 @@ fn sampling(fields: &Fields, model: &Model) -> Result<(), ApiError> {
             None
         };
         if let Some((what, sign, bound, code)) = bound {
-            let message = format!(
-                "Invalid '{name}': decimal {what} value. Expected a value {sign} {bound}, but got {value} instead."
-            );
+            let message = format!("Invalid '{name}': decimal {what} value. Expected a value {sign} {bound}, but got {value} instead.");
             return Err(ApiError::invalid(message).param(name).code(code));
         }
         if model.reasons && name == "temperature" && !(1.0..=1.0).contains(&number) {
@@ -395,8 +422,7 @@ fn integer(fields: &Fields, name: &str, low: u64, high: u64) -> Result<Option<u6
     } else {
         ("above maximum", "<=", high, "integer_above_max_value")
     };
-    let message =
-        format!("Invalid '{name}': integer {what} value. Expected a value {sign} {bound}, but got {value} instead.");
+    let message = format!("Invalid '{name}': integer {what} value. Expected a value {sign} {bound}, but got {value} instead.");
     Err(ApiError::invalid(message).param(name).code(code))
 }
 

@@ -52,13 +52,7 @@ fn whole_choice(index: usize, choice: &Choice) -> String {
     )
 }
 
-pub fn stream(
-    head: &Head,
-    answer: &Answer,
-    directive: &Directive,
-    include_usage: bool,
-    per_delta: usize,
-) -> Vec<Frame> {
+pub fn stream(head: &Head, answer: &Answer, directive: &Directive, include_usage: bool, per_delta: usize) -> Vec<Frame> {
     let with_usage = include_usage && !directive.no_usage;
     let chunk = |choices: &str, usage: &str, extra: &str| {
         let usage = if with_usage { format!(r#","usage":{usage}"#) } else { String::new() };
@@ -79,8 +73,7 @@ pub fn stream(
         frames.push(delta(index, &role, "null", ""));
     }
     let mut extra = padding(directive);
-    let mut queues: Vec<_> =
-        answer.choices.iter().map(|choice| choice_deltas(choice, per_delta).into_iter()).collect();
+    let mut queues: Vec<_> = answer.choices.iter().map(|choice| choice_deltas(choice, per_delta).into_iter()).collect();
     // Choices are generated side by side: their deltas come in turns.
     let mut more = true;
     while more {
@@ -104,11 +97,8 @@ pub fn stream(
 }
 
 fn choice_deltas(choice: &Choice, per_delta: usize) -> Vec<(String, u64)> {
-    let mut deltas: Vec<(String, u64)> = choice
-        .text
-        .deltas(per_delta)
-        .map(|(piece, tokens)| (format!(r#"{{"content":{}}}"#, quoted(piece)), tokens))
-        .collect();
+    let mut deltas: Vec<(String, u64)> =
+        choice.text.deltas(per_delta).map(|(piece, tokens)| (format!(r#"{{"content":{}}}"#, quoted(piece)), tokens)).collect();
     for (index, call) in choice.calls.iter().enumerate() {
         let opening = format!(
             r#"{{"tool_calls":[{{"index":{index},"id":"{}","type":"function","function":{{"name":{},"arguments":""}}}}]}}"#,

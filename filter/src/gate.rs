@@ -1,0 +1,306 @@
+//! The gate: Envoy's callbacks of a downstream stream, turned into the stages of `keyward_core::gate`.
+
+use crate::host::{self, Buffer, Map};
+use crate::metrics;
+use crate::vm::{FLIGHT, SharedFlight, TARGET, Vm, vm};
+use keyward_core::body::{Splice, splice_piece, spliced_length};
+use keyward_core::credentials::is_stripped;
+use keyward_core::edge::{ADMIT_PATH, AdmitAnswer, RequestId, Settlement};
+use keyward_core::gate::{self, Admitted, Answering, Asking, Reading, Refused};
+use keyward_core::hex;
+use keyward_core::meter::Passed;
+use proxy_wasm::traits::{Context, HttpContext};
+use proxy_wasm::types::Action;
+use std::rc::Rc;
+
+/// How much of a body is copied into the VM at a time.
+const PIECE: usize = 64 * 1024;
+
+/// The stages a stream goes through; each holds only what it needs.
+enum Stage {
+    New,
+    Reading(Reading),
+    Asking(Asking),
+    Answering {
+        answering: Box<Answering>,
+        flight: SharedFlight,
+        id: RequestId,
+        replaced: bool,
+    },
+    /// Refused, or already settled.
+    Over,
+}
+
+pub struct GateStream {
+    vm: Rc<Vm>,
+    stage: Stage,
+    started_ms: u64,
+    /// Body bytes of this stream that count as waiting.
+    waiting: u64,
+}
+
+impl GateStream {
+    pub fn new() -> Self {
+        GateStream { vm: vm(), stage: Stage::New, started_ms: 0, waiting: 0 }
+    }
+
+    fn take(&mut self) -> Stage {
+        std::mem::replace(&mut self.stage, Stage::Over)
+    }
+
+    /// Reads what has newly come of the request body.
+    fn read_body(&mut self, reading: &mut Reading, size: usize) -> Result<(), Refused> {
+        let mut from = usize::try_from(reading.position()).unwrap_or(usize::MAX);
+        while from < size {
+            let piece = host::buffer(Buffer::RequestBody, from, PIECE.min(size - from)).filter(|p| !p.is_empty());
+            let Some(piece) = piece else { return Err(busy(reading)) };
+            reading.piece(&piece)?;
+            from += piece.len();
+        }
+        let waiting = size as u64;
+        let fits = self.vm.wait_with(self.waiting, waiting);
+        self.waiting = waiting;
+        if fits { Ok(()) } else { Err(busy(reading)) }
+    }
+
+    fn ask(&mut self, reading: Reading) -> Action {
+        let (Some(id), Some(vm_id)) = (host::random(), self.vm.id()) else { return self.refuse(&busy(&reading)) };
+        let asking = match reading.end(RequestId(id)) {
+            Ok(asking) => asking,
+            Err(refused) => return self.refuse(&refused),
+        };
+        let config = self.vm.config();
+        let need_key = self.vm.settlements.borrow().needs_key();
+        let request = asking.admit_request(vm_id, self.vm.node().to_string(), need_key);
+        let body = serde_json::to_vec(&request).unwrap_or_default();
+        let headers =
+            vec![(":method", "POST"), (":path", ADMIT_PATH), (":authority", "keyward-policy"), ("content-type", "application/json")];
+        match host::call(&config.policy_cluster, headers, &body, config.admit_timeout()) {
+            Some(_) => self.stage = Stage::Asking(asking),
+            None => return self.refuse(&asking.unavailable()),
+        }
+        Action::Pause
+    }
+
+    /// Answers in the caller's dialect; nothing more happens on this stream.
+    fn refuse(&mut self, refused: &Refused) -> Action {
+        let code = refused.refusal.code.name();
+        metrics::refused(code);
+        if refused.request_id.is_none() {
+            self.vm.settlements.borrow_mut().count_refusal(code);
+        }
+        host::set_filter_state("keyward.reason", code);
+        let answer = refused.answer();
+        let headers: Vec<(&str, &str)> = answer.headers.iter().map(|(n, v)| (*n, v.as_str())).collect();
+        host::send_response(answer.status, &headers, &answer.body);
+        Action::Pause
+    }
+
+    fn settle(&self, settlement: Settlement) {
+        let now = host::now_ms();
+        if let Some(line) = self.vm.settlements.borrow_mut().push(settlement, now) {
+            host::set_filter_state("keyward.settle", &line);
+        }
+    }
+
+    fn forward(&mut self, admitted: Admitted) {
+        let id = admitted.permit.id();
+        let cluster = gate::cluster(admitted.permit.target().provider);
+        host::set_filter_state("keyward.key", &admitted.permit.plan().key);
+        host::set_filter_state("keyward.request_id", &id.to_string());
+        let ready = write_body(&admitted.splices, admitted.body_bytes)
+            && host::set_filter_state(FLIGHT, &hex::encode(&id.0))
+            && host::set_filter_state(TARGET, cluster)
+            && host::clear_route_cache();
+        self.vm.wait_with(std::mem::take(&mut self.waiting), 0);
+        let (answering, flight) = admitted.forward();
+        if !ready {
+            // Nothing has left: the reservation goes back.
+            self.settle(gate::void(id, 0, host::now_ms()));
+            self.refuse(&answering.failed());
+            return;
+        }
+        metrics::admitted();
+        let flight = self.vm.take_off(id, flight);
+        self.stage = Stage::Answering { answering: Box::new(answering), flight, id, replaced: false };
+        host::resume_request();
+    }
+
+    fn elapsed_ms(&self) -> u64 {
+        host::now_ms().saturating_sub(self.started_ms)
+    }
+}
+
+/// Writes the admitted values into the buffered body, reading it in pieces so that only one copy is in the VM.
+fn write_body(splices: &[Splice], length: u64) -> bool {
+    if splices.is_empty() {
+        return true;
+    }
+    let new_length = spliced_length(length, splices);
+    let (Ok(length), Ok(capacity)) = (usize::try_from(length), usize::try_from(new_length)) else { return false };
+    let mut body = Vec::with_capacity(capacity);
+    let mut from = 0;
+    while from < length {
+        let Some(piece) = host::buffer(Buffer::RequestBody, from, PIECE.min(length - from)).filter(|p| !p.is_empty()) else { return false };
+        splice_piece(&piece, from as u64, splices, &mut body);
+        from += piece.len();
+    }
+    let announced = host::header(Map::RequestHeaders, "content-length").is_some_and(|v| !v.is_empty());
+    host::replace_buffer(Buffer::RequestBody, length, &body)
+        && (!announced || host::set_header(Map::RequestHeaders, "content-length", &new_length.to_string()))
+}
+
+fn busy(reading: &Reading) -> Refused {
+    let refusal =
+        keyward_core::refusal::Refusal::new(keyward_core::refusal::Code::PolicyUnavailable, "this worker is at its limit; try again")
+            .retry_after(1);
+    Refused { refusal, dialect: reading.dialect(), request_id: None }
+}
+
+impl Context for GateStream {
+    fn on_http_call_response(&mut self, _token: u32, _headers: usize, body_size: usize, _trailers: usize) {
+        let asking = match self.take() {
+            Stage::Asking(asking) => asking,
+            other => {
+                self.stage = other;
+                return;
+            }
+        };
+        let ok = host::header(Map::CallResponseHeaders, ":status").is_some_and(|status| status == b"200");
+        let body = if ok { host::buffer(Buffer::CallResponseBody, 0, body_size) } else { None };
+        let answer: Option<AdmitAnswer> = body.and_then(|body| serde_json::from_slice(&body).ok());
+        if let (Some(vm_id), Some(key)) = (self.vm.id(), answer.as_ref().and_then(|a| a.edge_key)) {
+            self.vm.settlements.borrow_mut().has_key(vm_id, key);
+        }
+        let (id, decided) = (asking.id(), answer.as_ref().is_some_and(|a| a.refusal.is_some()));
+        match asking.answered(answer) {
+            Ok(admitted) => self.forward(admitted),
+            Err(refused) => {
+                if !decided {
+                    self.settle(gate::void(id, self.elapsed_ms(), host::now_ms()));
+                }
+                self.vm.wait_with(std::mem::take(&mut self.waiting), 0);
+                self.refuse(&refused);
+            }
+        }
+    }
+}
+
+impl HttpContext for GateStream {
+    fn on_http_request_headers(&mut self, _: usize, end_of_stream: bool) -> Action {
+        self.started_ms = host::now_ms();
+        let headers = host::headers(Map::RequestHeaders);
+        let reading = match gate::request_headers(&headers, self.vm.config().limits()) {
+            Ok(reading) => reading,
+            Err(refused) => return self.refuse(&refused),
+        };
+        for (name, _) in &headers {
+            if std::str::from_utf8(name).map_or(true, is_stripped) {
+                host::remove_header(Map::RequestHeaders, name);
+            }
+        }
+        if end_of_stream {
+            return self.ask(reading);
+        }
+        self.stage = Stage::Reading(reading);
+        Action::Pause
+    }
+
+    fn on_http_request_body(&mut self, size: usize, end_of_stream: bool) -> Action {
+        let mut reading = match self.take() {
+            Stage::Reading(reading) => reading,
+            other => {
+                self.stage = other;
+                // An answering stream was resumed with its body; any other waits or is over.
+                return if matches!(self.stage, Stage::Answering { .. }) { Action::Continue } else { Action::Pause };
+            }
+        };
+        if let Err(refused) = self.read_body(&mut reading, size) {
+            return self.refuse(&refused);
+        }
+        if end_of_stream {
+            return self.ask(reading);
+        }
+        self.stage = Stage::Reading(reading);
+        Action::Pause
+    }
+
+    /// Trailers end the body: no body callback told so.
+    fn on_http_request_trailers(&mut self, _: usize) -> Action {
+        match self.take() {
+            Stage::Reading(reading) => self.ask(reading),
+            other => {
+                self.stage = other;
+                if matches!(self.stage, Stage::Answering { .. }) { Action::Continue } else { Action::Pause }
+            }
+        }
+    }
+
+    fn on_http_response_headers(&mut self, _: usize, end_of_stream: bool) -> Action {
+        let Stage::Answering { answering, flight, replaced, .. } = &mut self.stage else { return Action::Continue };
+        if *replaced {
+            return Action::Continue;
+        }
+        let headers = host::headers(Map::ResponseHeaders);
+        let from_provider = flight.borrow().was_answered();
+        match answering.headers(&headers, from_provider) {
+            Ok(edits) => {
+                for name in edits.remove {
+                    host::remove_header(Map::ResponseHeaders, name.as_bytes());
+                }
+                for (name, value) in edits.set {
+                    host::set_header(Map::ResponseHeaders, name, &value);
+                }
+                if end_of_stream {
+                    answering.ended();
+                }
+                Action::Continue
+            }
+            Err(refused) => {
+                *replaced = true;
+                self.refuse(&refused)
+            }
+        }
+    }
+
+    fn on_http_response_body(&mut self, size: usize, end_of_stream: bool) -> Action {
+        let Stage::Answering { answering, replaced: false, .. } = &mut self.stage else { return Action::Continue };
+        let piece = host::buffer(Buffer::ResponseBody, 0, size).unwrap_or_default();
+        if let Passed::Instead(other) = answering.piece(&piece, end_of_stream) {
+            host::replace_buffer(Buffer::ResponseBody, size, &other);
+        }
+        Action::Continue
+    }
+
+    fn on_http_response_trailers(&mut self, _: usize) -> Action {
+        if let Stage::Answering { answering, .. } = &mut self.stage {
+            answering.ended();
+        }
+        Action::Continue
+    }
+
+    /// The stream is over, however it ended.
+    fn on_log(&mut self) {
+        self.vm.wait_with(std::mem::take(&mut self.waiting), 0);
+        match self.take() {
+            Stage::Asking(asking) => self.settle(gate::void(asking.id(), self.elapsed_ms(), host::now_ms())),
+            Stage::Answering { answering, flight, id, .. } => {
+                self.vm.land(id);
+                if !flight.borrow().was_answered() && nothing_was_sent() {
+                    flight.borrow_mut().never_connected();
+                }
+                let settlement = answering.over(&flight.borrow(), self.elapsed_ms(), host::now_ms());
+                self.settle(settlement);
+            }
+            Stage::New | Stage::Reading(_) | Stage::Over => {}
+        }
+    }
+}
+
+/// Whether Envoy says for certain that no byte of the request reached the provider.
+fn nothing_was_sent() -> bool {
+    const CERTAIN: [&str; 5] = ["connection_failure", "no_healthy_upstream", "overflow", "cluster_not_found", "route_not_found"];
+    let details = host::property(&["response", "code_details"]).unwrap_or_default();
+    let details = String::from_utf8_lossy(&details).into_owned();
+    CERTAIN.iter().any(|sure| details.contains(sure))
+}

@@ -1,0 +1,82 @@
+//! What one VM keeps between callbacks: the flights that gate and attempt share, and its identity towards the service.
+//! It is one per worker thread, and gone after a trap.
+
+use crate::config::Config;
+use crate::host;
+use crate::settlements::Settlements;
+use keyward_core::attempt::Flight;
+use keyward_core::edge::{RequestId, VmId};
+use keyward_core::hex;
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::rc::Rc;
+
+/// Filter state that hands a flight from the gate to the attempt.
+pub const FLIGHT: &str = "keyward.flight";
+/// Filter state that names the cluster to the route.
+pub const TARGET: &str = "keyward.target";
+
+pub type SharedFlight = Rc<RefCell<Flight>>;
+
+#[derive(Default)]
+pub struct Vm {
+    pub config: RefCell<Rc<Config>>,
+    pub settlements: RefCell<Settlements>,
+    flights: RefCell<HashMap<RequestId, SharedFlight>>,
+    id: Cell<Option<VmId>>,
+    node: RefCell<Option<Rc<str>>>,
+    waiting_bytes: Cell<u64>,
+}
+
+thread_local! {
+    static VM: Rc<Vm> = Rc::default();
+}
+
+/// This worker's VM.
+pub fn vm() -> Rc<Vm> {
+    VM.with(Rc::clone)
+}
+
+impl Vm {
+    pub fn config(&self) -> Rc<Config> {
+        self.config.borrow().clone()
+    }
+
+    /// The VM's random id, drawn at its first use.
+    pub fn id(&self) -> Option<VmId> {
+        if self.id.get().is_none() {
+            self.id.set(host::random().map(VmId));
+        }
+        self.id.get()
+    }
+
+    /// Envoy's node id.
+    pub fn node(&self) -> Rc<str> {
+        let read = || Rc::from(host::property(&["node", "id"]).and_then(|id| String::from_utf8(id).ok()).unwrap_or_default());
+        self.node.borrow_mut().get_or_insert_with(read).clone()
+    }
+
+    pub fn take_off(&self, id: RequestId, flight: Flight) -> SharedFlight {
+        let flight = Rc::new(RefCell::new(flight));
+        self.flights.borrow_mut().insert(id, flight.clone());
+        flight
+    }
+
+    pub fn land(&self, id: RequestId) {
+        self.flights.borrow_mut().remove(&id);
+    }
+
+    /// The flight that this stream's filter state names.
+    pub fn flight_of_stream(&self) -> Option<SharedFlight> {
+        let id = host::property(&[FLIGHT])?;
+        let id = RequestId(hex::decode(std::str::from_utf8(&id).ok()?)?);
+        self.flights.borrow().get(&id).cloned()
+    }
+
+    /// Changes how many body bytes wait; `false` when that is more than this worker may hold.
+    pub fn wait_with(&self, before: u64, after: u64) -> bool {
+        let total = self.waiting_bytes.get().saturating_sub(before).saturating_add(after);
+        self.waiting_bytes.set(total);
+        total <= self.config().max_waiting_bytes
+    }
+}

@@ -1,0 +1,457 @@
+//! The ledger's operations inside one SQLite transaction. Each first reads and decides, then writes: one that refuses
+//! leaves nothing behind.
+
+use super::{Admission, Admit, KeyRow, LedgerKeys, NewKey, Settle, Settled, StoreError};
+use keyward_core::admission::{self, Charge, Ended, Hold, KeyState, Status};
+use keyward_core::audit::{self, Entry, Event, TryEntry};
+use keyward_core::edge::{Outcome, RequestId, Settlement};
+use keyward_core::money::Nanodollars;
+use keyward_core::refusal::{Code, Refusal};
+use rusqlite::{Connection, OptionalExtension, Row, params};
+use sha2::{Digest, Sha256};
+
+/// Ended requests are remembered this long, so that a replay is told from a new request.
+const REMEMBER_MS: u64 = 7 * 24 * 3_600_000;
+/// Holds that one sweep charges at most.
+const SWEEP: u32 = 1_000;
+
+/// `requests.state`.
+mod state {
+    pub const HELD: i64 = 0;
+    pub const SETTLED: i64 = 1;
+    pub const VOIDED: i64 = 2;
+    pub const EXPIRED: i64 = 3;
+    pub const TOMBSTONE: i64 = 4;
+}
+
+pub struct Ledger<'a> {
+    pub db: &'a Connection,
+    pub keys: &'a LedgerKeys,
+}
+
+/// The end of a key's chain.
+struct Chain {
+    organisation: String,
+    epoch: u64,
+    seq: u64,
+    mac: [u8; 32],
+}
+
+/// A request as the ledger has it.
+struct Request {
+    key_id: String,
+    state: i64,
+    provider: String,
+    model: String,
+    stream: bool,
+    choices: u64,
+    hold: Hold,
+    charge: Nanodollars,
+}
+
+impl From<rusqlite::Error> for StoreError {
+    fn from(error: rusqlite::Error) -> Self {
+        StoreError::Database(error.to_string())
+    }
+}
+
+impl Ledger<'_> {
+    pub fn admit(&self, admit: &Admit) -> Result<Admission, StoreError> {
+        let ask = &admit.request.ask;
+        let fingerprint = fingerprint(admit);
+        let Some((key_id, key, chain)) = self.key_by_token(&admit.token_hash)? else {
+            return Ok(Admission::Refused(Refusal::new(Code::UnknownKey, keyward_core::credentials::UNKNOWN_KEY)));
+        };
+        match self.seen(admit.request.req)? {
+            Some((state::TOMBSTONE, _, _)) => {
+                let refusal = Refusal::new(Code::PolicyUnavailable, "this request was given up before it was admitted");
+                return self.refuse(&key_id, &chain, admit, refusal);
+            }
+            Some((state::HELD, seen, hold)) if seen == fingerprint => return Ok(Admission::Admitted { key_id, hold }),
+            Some(_) => return Ok(Admission::Conflict),
+            None => {}
+        }
+        let price = ask.model.as_deref().and_then(|model| self.keys.prices.find(&ask.provider, model));
+        let decided = admission::decide(&key, ask, price, admit.now_ms).and_then(|hold| match admit.credentials.is_empty() {
+            true => Err(Refusal::new(Code::PoolExhausted, format!("no credential for {} is stored", ask.provider)).retry_after(30)),
+            false => Ok(hold),
+        });
+        let hold = match decided {
+            Ok(hold) => hold,
+            Err(refusal) => return self.refuse(&key_id, &chain, admit, refusal),
+        };
+        let event = Event::Admitted(audit::Admitted {
+            req: admit.request.req.0,
+            vm: admit.request.vm.0,
+            node: admit.request.node.clone(),
+            provider: ask.provider.clone(),
+            endpoint: ask.endpoint.clone(),
+            model: ask.model.clone().unwrap_or_default(),
+            stream: ask.stream,
+            bytes: ask.bytes,
+            clamp: hold.clamp.unwrap_or(u64::MAX),
+            choices: ask.choices,
+            hold: hold.total.0,
+            rev: 0,
+            credentials: admit.credentials.clone(),
+        });
+        let (seq, mac) = self.append(&key_id, &chain, admit.now_ms, event)?;
+        self.db
+            .prepare_cached(
+                "UPDATE keys SET reserved = reserved + ?2, in_flight = in_flight + 1, chain_seq = ?3, chain_mac = ?4 WHERE id = ?1",
+            )?
+            .execute(params![key_id, hold.total.0, signed(seq), mac])?;
+        self.db
+            .prepare_cached(
+                "INSERT INTO requests (req, key_id, state, fingerprint, provider, model, stream, choices, hold, hold_input, clamp, expires_ms)
+                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12)",
+            )?
+            .execute(params![
+                admit.request.req.0,
+                key_id,
+                state::HELD,
+                fingerprint,
+                ask.provider,
+                ask.model.as_deref().unwrap_or_default(),
+                ask.stream,
+                signed(ask.choices),
+                hold.total.0,
+                hold.input.0,
+                hold.clamp.map(signed),
+                signed(admit.expires_ms),
+            ])?;
+        Ok(Admission::Admitted { key_id, hold })
+    }
+
+    fn refuse(&self, key_id: &str, chain: &Chain, admit: &Admit, refusal: Refusal) -> Result<Admission, StoreError> {
+        let ask = &admit.request.ask;
+        let event = Event::Refused(audit::Refused {
+            req: admit.request.req.0,
+            code: refusal.code.name().to_owned(),
+            provider: ask.provider.clone(),
+            endpoint: ask.endpoint.clone(),
+            model: ask.model.clone().unwrap_or_default(),
+        });
+        self.append_alone(key_id, chain, admit.now_ms, event)?;
+        Ok(Admission::Refused(refusal))
+    }
+
+    /// Takes a batch of one or more VMs, in the order in which it was sent.
+    pub fn settle(&self, batch: &[Settle], now_ms: u64) -> Result<Settled, StoreError> {
+        let mut done = Settled::default();
+        for settle in batch {
+            done.gaps += self.follow_vm(settle, now_ms)?;
+            self.settle_one(&settle.settlement, now_ms, &mut done)?;
+        }
+        Ok(done)
+    }
+
+    /// Follows the chain of a VM's records. Returns how many are missing before this one.
+    fn follow_vm(&self, settle: &Settle, now_ms: u64) -> Result<u64, StoreError> {
+        let record = &settle.record;
+        let known: Option<(i64, [u8; 32])> = self
+            .db
+            .prepare_cached("SELECT seq, mac FROM vms WHERE vm = ?1")?
+            .query_row([record.vm.0], |row| Ok((row.get(0)?, row.get(1)?)))
+            .optional()?;
+        let (last, mac) = known.map_or((0, [0; 32]), |(seq, mac)| (unsigned(seq), mac));
+        if record.seq <= last {
+            return Ok(0);
+        }
+        self.db
+            .prepare_cached("INSERT INTO vms (vm, seq, mac, seen_ms) VALUES (?1, ?2, ?3, ?4) ON CONFLICT (vm) DO UPDATE SET seq = ?2, mac = ?3, seen_ms = ?4")?
+            .execute(params![record.vm.0, signed(record.seq), record.mac, signed(now_ms)])?;
+        let missing = record.seq - last - 1;
+        Ok(if missing == 0 && record.prev != mac { 1 } else { missing })
+    }
+
+    fn settle_one(&self, settlement: &Settlement, now_ms: u64, done: &mut Settled) -> Result<(), StoreError> {
+        let void = settlement.outcome == Outcome::Void;
+        let Some(request) = self.request(settlement.req)? else {
+            done.unknown += u64::from(!void);
+            done.voided += u64::from(void);
+            return self.bury(settlement.req, now_ms);
+        };
+        match (request.state, void) {
+            (state::HELD | state::EXPIRED, true) => {
+                done.voided += 1;
+                self.finish(settlement.req, &request, state::VOIDED, Nanodollars::ZERO, now_ms, Event::Voided { req: settlement.req.0 })
+            }
+            (state::HELD | state::EXPIRED, false) => self.charge(settlement, &request, now_ms, done),
+            _ => {
+                done.repeated += 1;
+                Ok(())
+            }
+        }
+    }
+
+    fn charge(&self, settlement: &Settlement, request: &Request, now_ms: u64, done: &mut Settled) -> Result<(), StoreError> {
+        let price = self.keys.prices.find(&request.provider, &request.model);
+        let ended = Ended {
+            sent: settlement.sent,
+            status: settlement.status,
+            stream: request.stream,
+            usage: settlement.usage.as_ref(),
+            input: settlement.input.as_ref(),
+            visible_bytes: settlement.visible,
+            choices: request.choices,
+        };
+        let charge = admission::charge(&request.hold, price, &ended);
+        self.finish(settlement.req, request, state::SETTLED, charge.amount, now_ms, settled_event(settlement, charge))?;
+        done.charged += 1;
+        done.nanodollars = done.nanodollars.saturating_add(charge.amount.0);
+        if charge.amount > request.hold.total && self.freeze(&request.key_id, settlement.req, now_ms)? {
+            done.frozen += 1;
+        }
+        Ok(())
+    }
+
+    /// Moves a request to its end: the hold goes, the charge comes, the chain says so.
+    fn finish(&self, req: RequestId, request: &Request, to: i64, charge: Nanodollars, now_ms: u64, event: Event) -> Result<(), StoreError> {
+        let chain = self.chain(&request.key_id)?;
+        let (seq, mac) = self.append(&request.key_id, &chain, now_ms, event)?;
+        let held = request.state == state::HELD;
+        let released = if held { request.hold.total.0 } else { 0 };
+        self.db
+            .prepare_cached(
+                "UPDATE keys SET spent = max(0, spent + ?2), reserved = reserved - ?3, in_flight = in_flight - ?4, chain_seq = ?5, chain_mac = ?6 WHERE id = ?1",
+            )?
+            .execute(params![request.key_id, charge.minus(request.charge).0, released, i64::from(held), signed(seq), mac])?;
+        self.db.prepare_cached("UPDATE requests SET state = ?2, charge = ?3 WHERE req = ?1")?.execute(params![req.0, to, charge.0])?;
+        Ok(())
+    }
+
+    /// An actual cost exceeded its hold: the key stops until an operator acts. Keys without a budget have no hold to exceed.
+    fn freeze(&self, key_id: &str, req: RequestId, now_ms: u64) -> Result<bool, StoreError> {
+        let changed = self
+            .db
+            .prepare_cached("UPDATE keys SET status = 'frozen' WHERE id = ?1 AND status = 'active' AND cap IS NOT NULL")?
+            .execute([key_id])?;
+        if changed > 0 {
+            let reason = format!("the actual cost of {req} exceeded its hold");
+            self.append_alone(key_id, &self.chain(key_id)?, now_ms, Event::KeyFrozen { reason })?;
+        }
+        Ok(changed > 0)
+    }
+
+    /// Remembers a request that was voided before it was admitted, so that its admission is refused.
+    fn bury(&self, req: RequestId, now_ms: u64) -> Result<(), StoreError> {
+        self.db
+            .prepare_cached(
+                "INSERT INTO requests (req, key_id, state, fingerprint, provider, model, stream, choices, hold, hold_input, expires_ms)
+                 VALUES (?1, '', ?2, x'', '', '', 0, 0, 0, 0, ?3)",
+            )?
+            .execute(params![req.0, state::TOMBSTONE, signed(now_ms)])?;
+        Ok(())
+    }
+
+    /// Charges the holds that are past their time: whoever held them has not said what they cost.
+    pub fn expire(&self, now_ms: u64) -> Result<u64, StoreError> {
+        let mut select =
+            self.db.prepare_cached("SELECT req FROM requests WHERE state = 0 AND expires_ms <= ?1 ORDER BY expires_ms LIMIT ?2")?;
+        let due: Vec<[u8; 16]> = select.query_map(params![signed(now_ms), SWEEP], |row| row.get(0))?.collect::<Result<_, _>>()?;
+        for req in &due {
+            let Some(request) = self.request(RequestId(*req))? else { continue };
+            let charge = request.hold.total;
+            self.finish(RequestId(*req), &request, state::EXPIRED, charge, now_ms, Event::Expired { req: *req, charge: charge.0 })?;
+        }
+        self.db
+            .prepare_cached("DELETE FROM requests WHERE req IN (SELECT req FROM requests WHERE state > 0 AND expires_ms < ?1 LIMIT ?2)")?
+            .execute(params![signed(now_ms.saturating_sub(REMEMBER_MS)), SWEEP])?;
+        Ok(due.len() as u64)
+    }
+
+    pub fn create_key(&self, key: &NewKey) -> Result<KeyRow, StoreError> {
+        let row = &key.row;
+        let allow = serde_json::to_string(&row.allow).map_err(|_| StoreError::Damaged("an allow list that can't be written"))?;
+        let detail =
+            serde_json::json!({ "label": row.label, "allow": row.allow, "cap": row.cap, "expires_ms": row.expires_ms }).to_string();
+        let chain = Chain { organisation: row.organisation.clone(), epoch: 0, seq: 0, mac: audit::genesis(&self.keys.origin, &row.id) };
+        self.db
+            .prepare_cached(
+                "INSERT INTO keys (id, token_hash, organisation, label, allow, status, created_ms, expires_ms, cap, chain_seq, chain_mac)
+                 VALUES (?1, ?2, ?3, ?4, ?5, 'active', ?6, ?7, ?8, 0, ?9)",
+            )?
+            .execute(params![
+                row.id,
+                key.token_hash,
+                row.organisation,
+                row.label,
+                allow,
+                signed(row.created_ms),
+                row.expires_ms.map(signed),
+                row.cap.map(|cap| cap.0),
+                chain.mac,
+            ])?;
+        self.append_alone(&row.id, &chain, row.created_ms, Event::KeyCreated { actor: key.actor.clone(), detail })?;
+        Ok(row.clone())
+    }
+
+    pub fn revoke_key(&self, id: &str, actor: &str, now_ms: u64) -> Result<Option<()>, StoreError> {
+        let changed = self.db.prepare_cached("UPDATE keys SET status = 'revoked' WHERE id = ?1 AND status <> 'revoked'")?.execute([id])?;
+        if changed == 0 {
+            let exists = self.db.prepare_cached("SELECT 1 FROM keys WHERE id = ?1")?.exists([id])?;
+            return Ok(exists.then_some(()));
+        }
+        self.append_alone(id, &self.chain(id)?, now_ms, Event::KeyRevoked { actor: actor.to_owned() })?;
+        Ok(Some(()))
+    }
+
+    fn append(&self, key_id: &str, chain: &Chain, time_ms: u64, event: Event) -> Result<(u64, [u8; 32]), StoreError> {
+        let seq = chain.seq + 1;
+        let entry =
+            Entry { epoch: chain.epoch, seq, time_ms, organisation: chain.organisation.clone(), key_id: key_id.to_owned(), event }.encode();
+        let mac = self.keys.chain_key(key_id, chain.epoch).link(&chain.mac, &entry);
+        self.db.prepare_cached("INSERT INTO audit (key_id, seq, entry, mac) VALUES (?1, ?2, ?3, ?4)")?.execute(params![
+            key_id,
+            signed(seq),
+            entry,
+            mac
+        ])?;
+        Ok((seq, mac))
+    }
+
+    fn append_alone(&self, key_id: &str, chain: &Chain, time_ms: u64, event: Event) -> Result<(), StoreError> {
+        let (seq, mac) = self.append(key_id, chain, time_ms, event)?;
+        self.db.prepare_cached("UPDATE keys SET chain_seq = ?2, chain_mac = ?3 WHERE id = ?1")?.execute(params![
+            key_id,
+            signed(seq),
+            mac
+        ])?;
+        Ok(())
+    }
+
+    fn key_by_token(&self, token_hash: &[u8; 32]) -> Result<Option<(String, KeyState, Chain)>, StoreError> {
+        let mut select = self.db.prepare_cached(
+            "SELECT id, status, expires_ms, allow, cap, spent, reserved, in_flight, organisation, chain_epoch, chain_seq, chain_mac
+             FROM keys WHERE token_hash = ?1",
+        )?;
+        let found = select
+            .query_row([token_hash], |row| {
+                let key = KeyState {
+                    status: status(row, 1)?,
+                    expires_ms: row.get::<_, Option<i64>>(2)?.map(unsigned),
+                    allow: allow(row, 3)?,
+                    cap: row.get::<_, Option<i64>>(4)?.map(Nanodollars),
+                    spent: Nanodollars(row.get(5)?),
+                    reserved: Nanodollars(row.get(6)?),
+                    in_flight: unsigned(row.get(7)?),
+                };
+                Ok((row.get(0)?, key, chain_at(row, 8)?))
+            })
+            .optional()?;
+        Ok(found)
+    }
+
+    fn chain(&self, key_id: &str) -> Result<Chain, StoreError> {
+        let mut select = self.db.prepare_cached("SELECT organisation, chain_epoch, chain_seq, chain_mac FROM keys WHERE id = ?1")?;
+        Ok(select.query_row([key_id], |row| chain_at(row, 0))?)
+    }
+
+    fn seen(&self, req: RequestId) -> Result<Option<(i64, Vec<u8>, Hold)>, StoreError> {
+        let mut select = self.db.prepare_cached("SELECT state, fingerprint, hold, hold_input, clamp FROM requests WHERE req = ?1")?;
+        Ok(select.query_row([req.0], |row| Ok((row.get(0)?, row.get(1)?, hold_at(row, 2)?))).optional()?)
+    }
+
+    fn request(&self, req: RequestId) -> Result<Option<Request>, StoreError> {
+        let mut select = self.db.prepare_cached(
+            "SELECT key_id, state, provider, model, stream, choices, charge, hold, hold_input, clamp FROM requests WHERE req = ?1",
+        )?;
+        let request = select.query_row([req.0], |row| {
+            Ok(Request {
+                key_id: row.get(0)?,
+                state: row.get(1)?,
+                provider: row.get(2)?,
+                model: row.get(3)?,
+                stream: row.get(4)?,
+                choices: unsigned(row.get(5)?),
+                charge: Nanodollars(row.get(6)?),
+                hold: hold_at(row, 7)?,
+            })
+        });
+        Ok(request.optional()?)
+    }
+}
+
+/// Columns of a key in the order of [`KeyRow`].
+pub const KEY_COLUMNS: &str = "id, organisation, label, allow, status, created_ms, expires_ms, cap, spent, reserved, in_flight";
+
+pub fn key_row(row: &Row<'_>) -> rusqlite::Result<KeyRow> {
+    Ok(KeyRow {
+        id: row.get(0)?,
+        organisation: row.get(1)?,
+        label: row.get(2)?,
+        allow: allow(row, 3)?,
+        status: status(row, 4)?,
+        created_ms: unsigned(row.get(5)?),
+        expires_ms: row.get::<_, Option<i64>>(6)?.map(unsigned),
+        cap: row.get::<_, Option<i64>>(7)?.map(Nanodollars),
+        spent: Nanodollars(row.get(8)?),
+        reserved: Nanodollars(row.get(9)?),
+        in_flight: unsigned(row.get(10)?),
+    })
+}
+
+fn settled_event(settlement: &Settlement, charge: Charge) -> Event {
+    let usage = settlement.usage.or(settlement.input).unwrap_or_default();
+    let tries =
+        settlement.tries.iter().map(|t| TryEntry { credential: t.credential.clone(), status: u64::from(t.status.unwrap_or(0)), ms: t.ms });
+    Event::Settled(audit::Settled {
+        req: settlement.req.0,
+        outcome: match settlement.outcome {
+            Outcome::Complete => "complete",
+            Outcome::Cut => "cut",
+            Outcome::Void => "void",
+        }
+        .to_owned(),
+        status: u64::from(settlement.status.unwrap_or(0)),
+        input: usage.input,
+        cache_read: usage.cache_read,
+        cache_write: usage.cache_write,
+        cache_write_1h: usage.cache_write_1h,
+        output: usage.output,
+        reasoning: usage.reasoning,
+        charge: charge.amount.0,
+        estimated: charge.estimated,
+        ms: settlement.ms,
+        tries: tries.collect(),
+    })
+}
+
+/// What a replay must repeat exactly to be the same request.
+fn fingerprint(admit: &Admit) -> Vec<u8> {
+    let ask = serde_json::to_vec(&admit.request.ask).unwrap_or_default();
+    Sha256::new().chain_update(admit.token_hash).chain_update(ask).finalize().to_vec()
+}
+
+fn status(row: &Row<'_>, at: usize) -> rusqlite::Result<Status> {
+    Ok(match row.get_ref(at)?.as_str()? {
+        "active" => Status::Active,
+        "frozen" => Status::Frozen,
+        // Whatever else it says, the key must not pass.
+        _ => Status::Revoked,
+    })
+}
+
+fn allow(row: &Row<'_>, at: usize) -> rusqlite::Result<admission::Allow> {
+    let text = row.get_ref(at)?.as_str()?;
+    serde_json::from_str(text).map_err(|error| rusqlite::Error::FromSqlConversionFailure(at, rusqlite::types::Type::Text, Box::new(error)))
+}
+
+fn chain_at(row: &Row<'_>, at: usize) -> rusqlite::Result<Chain> {
+    Ok(Chain { organisation: row.get(at)?, epoch: unsigned(row.get(at + 1)?), seq: unsigned(row.get(at + 2)?), mac: row.get(at + 3)? })
+}
+
+fn hold_at(row: &Row<'_>, at: usize) -> rusqlite::Result<Hold> {
+    let clamp: Option<i64> = row.get(at + 2)?;
+    Ok(Hold { total: Nanodollars(row.get(at)?), input: Nanodollars(row.get(at + 1)?), clamp: clamp.map(unsigned) })
+}
+
+/// SQLite integers are signed; nothing stored here comes near the limit, and what does saturates.
+pub fn signed(n: u64) -> i64 {
+    i64::try_from(n).unwrap_or(i64::MAX)
+}
+
+pub fn unsigned(n: i64) -> u64 {
+    u64::try_from(n).unwrap_or(0)
+}

@@ -1,0 +1,285 @@
+//! SQLite: one writer thread that commits what has queued up in one transaction, readers on their own connections.
+
+use super::ledger::{KEY_COLUMNS, Ledger, key_row, signed, unsigned};
+use super::{Admission, Admit, AuditRow, CredentialRow, KeyRow, LedgerKeys, NewKey, Settle, Settled, Store, StoreError};
+use async_trait::async_trait;
+use keyward_core::edge::RequestId;
+use rusqlite::{Connection, OpenFlags, OptionalExtension, TransactionBehavior, params};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, mpsc};
+use std::time::Duration;
+use tokio::sync::oneshot;
+
+/// Most operations that share one commit.
+const MAX_GROUP: usize = 256;
+/// Operations that may wait for the writer; more is answered as unavailable, at once.
+const MAX_QUEUE: usize = 16_384;
+const MIGRATIONS: &[&str] = &[include_str!("schema.sql")];
+
+type Apply = Box<dyn Fn(&Ledger<'_>) -> Result<(), StoreError> + Send>;
+
+/// One change: run it (again, if its group failed), then tell whoever waits.
+struct Change {
+    apply: Apply,
+    done: oneshot::Sender<Result<(), StoreError>>,
+}
+
+pub struct SqliteStore {
+    writer: Mutex<Option<mpsc::SyncSender<Change>>>,
+    thread: Mutex<Option<std::thread::JoinHandle<()>>>,
+    path: PathBuf,
+    readers: Arc<Mutex<Vec<Connection>>>,
+}
+
+impl SqliteStore {
+    /// Opens or creates the database and brings it to the newest version.
+    pub fn open(path: &Path, keys: LedgerKeys) -> Result<Self, StoreError> {
+        let mut db = connect(path, false)?;
+        migrate(&mut db)?;
+        let (sender, receiver) = mpsc::sync_channel(MAX_QUEUE);
+        let thread = std::thread::Builder::new().name("store-writer".to_owned()).spawn(move || write_all(&mut db, &keys, &receiver));
+        let thread = thread.map_err(|error| StoreError::Database(error.to_string()))?;
+        Ok(SqliteStore {
+            writer: Mutex::new(Some(sender)),
+            thread: Mutex::new(Some(thread)),
+            path: path.to_owned(),
+            readers: Arc::default(),
+        })
+    }
+
+    /// Lets the writer finish what has queued up, then closes the database.
+    pub fn close(&self) {
+        drop(self.writer.lock().map(|mut writer| writer.take()));
+        let thread = self.thread.lock().ok().and_then(|mut thread| thread.take());
+        if let Some(thread) = thread {
+            let _ = thread.join();
+        }
+    }
+
+    /// Runs a change on the writer thread; returns when it is durable.
+    async fn write<T: Send + 'static>(
+        &self,
+        change: impl Fn(&Ledger<'_>) -> Result<T, StoreError> + Send + 'static,
+    ) -> Result<T, StoreError> {
+        let slot: Arc<Mutex<Option<T>>> = Arc::default();
+        let (done, wait) = oneshot::channel();
+        let result = slot.clone();
+        let apply: Apply = Box::new(move |ledger| {
+            let value = change(ledger)?;
+            if let Ok(mut slot) = result.lock() {
+                *slot = Some(value);
+            }
+            Ok(())
+        });
+        let sender = self.writer.lock().ok().and_then(|writer| writer.clone()).ok_or(StoreError::Closed)?;
+        sender.try_send(Change { apply, done }).map_err(|_| StoreError::Database("too many changes are waiting".to_owned()))?;
+        wait.await.map_err(|_| StoreError::Closed)??;
+        let value = slot.lock().ok().and_then(|mut slot| slot.take());
+        value.ok_or(StoreError::Closed)
+    }
+
+    /// Runs a query on a reader's connection, off the async threads.
+    async fn read<T: Send + 'static>(
+        &self,
+        query: impl FnOnce(&Connection) -> Result<T, StoreError> + Send + 'static,
+    ) -> Result<T, StoreError> {
+        let (pool, path) = (self.readers.clone(), self.path.clone());
+        let task = tokio::task::spawn_blocking(move || {
+            let idle = pool.lock().ok().and_then(|mut pool| pool.pop());
+            let db = idle.map_or_else(|| connect(&path, true), Ok)?;
+            let result = query(&db);
+            if let Ok(mut pool) = pool.lock() {
+                pool.push(db);
+            }
+            result
+        });
+        task.await.map_err(|_| StoreError::Closed)?
+    }
+}
+
+fn connect(path: &Path, read_only: bool) -> Result<Connection, StoreError> {
+    let access =
+        if read_only { OpenFlags::SQLITE_OPEN_READ_ONLY } else { OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_CREATE };
+    let db = Connection::open_with_flags(path, access | OpenFlags::SQLITE_OPEN_NO_MUTEX)?;
+    db.busy_timeout(Duration::from_secs(5))?;
+    db.set_prepared_statement_cache_capacity(64);
+    if !read_only {
+        db.pragma_update(None, "journal_mode", "WAL")?;
+        // FULL: a commit is on the disk before anybody is told of it.
+        db.pragma_update(None, "synchronous", "FULL")?;
+        db.pragma_update(None, "foreign_keys", "ON")?;
+        // Large enough that a checkpoint seldom falls into a group.
+        db.pragma_update(None, "wal_autocheckpoint", 4_000)?;
+        db.pragma_update(None, "cache_size", -65_536)?;
+    }
+    Ok(db)
+}
+
+fn migrate(db: &mut Connection) -> Result<(), StoreError> {
+    let tx = db.transaction_with_behavior(TransactionBehavior::Immediate)?;
+    let version: i64 = tx.pragma_query_value(None, "user_version", |row| row.get(0))?;
+    let version = usize::try_from(version).map_err(|_| StoreError::Damaged("a negative schema version"))?;
+    if version > MIGRATIONS.len() {
+        return Err(StoreError::Damaged("the database was written by a newer version"));
+    }
+    for migration in MIGRATIONS.iter().skip(version) {
+        tx.execute_batch(migration)?;
+    }
+    tx.pragma_update(None, "user_version", signed(MIGRATIONS.len() as u64))?;
+    Ok(tx.commit()?)
+}
+
+/// The writer thread: takes what has queued up, applies it in one transaction, and tells each once it is durable.
+fn write_all(db: &mut Connection, keys: &LedgerKeys, queue: &mpsc::Receiver<Change>) {
+    while let Ok(first) = queue.recv() {
+        let mut group = vec![first];
+        group.extend(queue.try_iter().take(MAX_GROUP - 1));
+        metrics::histogram!("keyward_commit_group_size").record(u32::try_from(group.len()).unwrap_or(u32::MAX));
+        match commit(db, keys, &group) {
+            Ok(()) => group.into_iter().for_each(|change| drop(change.done.send(Ok(())))),
+            // One bad change must not take the others with it: each gets a transaction of its own.
+            Err(_) => group.into_iter().for_each(|change| {
+                let result = commit(db, keys, std::slice::from_ref(&change));
+                if let Err(error) = &result {
+                    tracing::error!(%error, "a change could not be committed");
+                    metrics::counter!("keyward_store_errors_total").increment(1);
+                }
+                drop(change.done.send(result));
+            }),
+        }
+    }
+    let _ = db.pragma_update(None, "wal_checkpoint", "TRUNCATE");
+}
+
+fn commit(db: &mut Connection, keys: &LedgerKeys, group: &[Change]) -> Result<(), StoreError> {
+    let tx = db.transaction_with_behavior(TransactionBehavior::Immediate)?;
+    let ledger = Ledger { db: &tx, keys };
+    for change in group {
+        (change.apply)(&ledger)?;
+    }
+    Ok(tx.commit()?)
+}
+
+#[async_trait]
+impl Store for SqliteStore {
+    async fn admit(&self, admit: Admit) -> Result<Admission, StoreError> {
+        self.write(move |ledger| ledger.admit(&admit)).await
+    }
+
+    async fn settle(&self, batch: Vec<Settle>, now_ms: u64) -> Result<Settled, StoreError> {
+        self.write(move |ledger| ledger.settle(&batch, now_ms)).await
+    }
+
+    async fn expire(&self, now_ms: u64) -> Result<u64, StoreError> {
+        self.write(move |ledger| ledger.expire(now_ms)).await
+    }
+
+    async fn create_key(&self, key: NewKey) -> Result<KeyRow, StoreError> {
+        self.write(move |ledger| ledger.create_key(&key)).await
+    }
+
+    async fn revoke_key(&self, id: &str, actor: &str, now_ms: u64) -> Result<Option<()>, StoreError> {
+        let (id, actor) = (id.to_owned(), actor.to_owned());
+        self.write(move |ledger| ledger.revoke_key(&id, &actor, now_ms)).await
+    }
+
+    async fn key(&self, id: &str) -> Result<Option<KeyRow>, StoreError> {
+        let id = id.to_owned();
+        let select = format!("SELECT {KEY_COLUMNS} FROM keys WHERE id = ?1");
+        self.read(move |db| Ok(db.prepare_cached(&select)?.query_row([id], key_row).optional()?)).await
+    }
+
+    async fn keys(&self, after: &str, limit: u32) -> Result<Vec<KeyRow>, StoreError> {
+        let after = after.to_owned();
+        let select = format!("SELECT {KEY_COLUMNS} FROM keys WHERE id > ?1 ORDER BY id LIMIT ?2");
+        self.read(move |db| Ok(db.prepare_cached(&select)?.query_map(params![after, limit], key_row)?.collect::<Result<_, _>>()?)).await
+    }
+
+    async fn put_credential(&self, row: CredentialRow) -> Result<(), StoreError> {
+        self.write(move |ledger| {
+            let insert =
+                "INSERT INTO credentials (id, provider, label, account, version, sealed, created_ms) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)";
+            let values = params![row.id, row.provider, row.label, row.account, signed(row.version), row.sealed, signed(row.created_ms)];
+            ledger.db.prepare_cached(insert)?.execute(values)?;
+            Ok(())
+        })
+        .await
+    }
+
+    async fn remove_credential(&self, id: &str) -> Result<bool, StoreError> {
+        let id = id.to_owned();
+        self.write(move |ledger| Ok(ledger.db.prepare_cached("DELETE FROM credentials WHERE id = ?1")?.execute([&id])? > 0)).await
+    }
+
+    async fn credentials(&self) -> Result<Vec<CredentialRow>, StoreError> {
+        self.read(|db| {
+            let mut select = db.prepare_cached(
+                "SELECT id, provider, label, account, version, sealed, created_ms FROM credentials ORDER BY created_ms, id",
+            )?;
+            let rows = select.query_map([], |row| {
+                Ok(CredentialRow {
+                    id: row.get(0)?,
+                    provider: row.get(1)?,
+                    label: row.get(2)?,
+                    account: row.get(3)?,
+                    version: unsigned(row.get(4)?),
+                    sealed: row.get(5)?,
+                    created_ms: unsigned(row.get(6)?),
+                })
+            })?;
+            Ok(rows.collect::<Result<_, _>>()?)
+        })
+        .await
+    }
+
+    async fn audit(&self, key_id: &str, from: u64, limit: u32) -> Result<Vec<AuditRow>, StoreError> {
+        let key_id = key_id.to_owned();
+        self.read(move |db| {
+            let mut select =
+                db.prepare_cached("SELECT seq, entry, mac FROM audit WHERE key_id = ?1 AND seq >= ?2 ORDER BY seq LIMIT ?3")?;
+            let rows = select.query_map(params![key_id, signed(from), limit], |row| {
+                Ok(AuditRow { seq: unsigned(row.get(0)?), entry: row.get(1)?, mac: row.get(2)? })
+            })?;
+            Ok(rows.collect::<Result<_, _>>()?)
+        })
+        .await
+    }
+
+    async fn held(&self) -> Result<BTreeMap<String, RequestId>, StoreError> {
+        self.read(|db| {
+            let mut select = db.prepare_cached("SELECT req, key_id FROM requests WHERE state = 0")?;
+            let rows = select.query_map([], |row| Ok((row.get(1)?, RequestId(row.get(0)?))))?;
+            Ok(rows.collect::<Result<_, _>>()?)
+        })
+        .await
+    }
+
+    async fn put_admin_token(&self, id: &str, hash: [u8; 32], role: &str, now_ms: u64) -> Result<(), StoreError> {
+        let (id, role) = (id.to_owned(), role.to_owned());
+        self.write(move |ledger| {
+            let insert = "INSERT INTO admin_tokens (id, token_hash, role, created_ms) VALUES (?1, ?2, ?3, ?4)";
+            ledger.db.prepare_cached(insert)?.execute(params![id, hash, role, signed(now_ms)])?;
+            Ok(())
+        })
+        .await
+    }
+
+    async fn admin_role(&self, hash: [u8; 32]) -> Result<Option<String>, StoreError> {
+        self.read(move |db| {
+            Ok(db.prepare_cached("SELECT role FROM admin_tokens WHERE token_hash = ?1")?.query_row([hash], |row| row.get(0)).optional()?)
+        })
+        .await
+    }
+
+    async fn ready(&self) -> Result<(), StoreError> {
+        self.write(|ledger| {
+            ledger
+                .db
+                .prepare_cached("INSERT INTO meta (name, value) VALUES ('ready', x'') ON CONFLICT (name) DO UPDATE SET value = x''")?
+                .execute([])?;
+            Ok(())
+        })
+        .await
+    }
+}

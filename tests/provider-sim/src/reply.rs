@@ -1,0 +1,158 @@
+//! The headers around every answer.
+
+use hyper::header::{self as names, HeaderMap, HeaderName, HeaderValue};
+use hyper::{Response, StatusCode};
+
+use crate::anthropic;
+use crate::body::SimBody;
+use crate::credentials::Quota;
+use crate::directive::Directive;
+use crate::frames::Frame;
+use crate::ledger::Ended;
+use crate::openai;
+use crate::provider::{ApiError, Provider};
+use crate::text::{duration, identifier, rfc3339, unix_us};
+use crate::ticket::Ticket;
+
+const JSON: HeaderValue = HeaderValue::from_static("application/json");
+const EVENTS: HeaderValue = HeaderValue::from_static("text/event-stream; charset=utf-8");
+
+/// What is known about the answer to one request so far.
+#[derive(Debug)]
+pub struct Reply {
+    pub provider: Provider,
+    pub request_id: String,
+    /// Where the credential stands, once it has been asked.
+    pub quota: Option<Quota>,
+    pub gzip: bool,
+    /// Scripted milliseconds before the headers.
+    pub wait_ms: Option<u64>,
+}
+
+impl Reply {
+    pub fn new(provider: Provider) -> Self {
+        let request_id = match provider {
+            Provider::Openai => identifier("req_", 32),
+            Provider::Anthropic => identifier("req_011", 21),
+        };
+        Reply { provider, request_id, quota: None, gzip: false, wait_ms: None }
+    }
+
+    pub fn document(&self, mut ticket: Ticket, text: String) -> Response<SimBody> {
+        ticket.status = Some(200);
+        self.with_headers(SimBody::plain(text.into(), ticket, Ended::Complete), StatusCode::OK, JSON)
+    }
+
+    pub fn refuse(&self, mut ticket: Ticket, error: &ApiError) -> Response<SimBody> {
+        let text = match self.provider {
+            Provider::Openai => openai::error::body(error),
+            Provider::Anthropic => anthropic::error::body(error, &self.request_id),
+        };
+        ticket.status = Some(error.status);
+        let status = StatusCode::from_u16(error.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        let mut response = self.with_headers(SimBody::plain(text.into(), ticket, Ended::Error), status, JSON);
+        if let Some(seconds) = error.retry_after {
+            response.headers_mut().insert(names::RETRY_AFTER, seconds.into());
+        }
+        if error.status == 529 {
+            put(response.headers_mut(), "x-should-retry", HeaderValue::from_static("true"));
+        }
+        response
+    }
+
+    pub fn generation(
+        &self,
+        mut ticket: Ticket,
+        frames: Vec<Frame>,
+        outcome: Ended,
+        stream: bool,
+        script: &Directive,
+    ) -> Response<SimBody> {
+        ticket.status = Some(200);
+        ticket.shared().ledger.update(ticket.seq, |entry| entry.status = Some(200));
+        let body = SimBody::scripted(frames, ticket, outcome, script, !stream);
+        let mut response = self.with_headers(body, StatusCode::OK, if stream { EVENTS } else { JSON });
+        let headers = response.headers_mut();
+        if stream {
+            headers.insert(names::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
+        }
+        if self.gzip {
+            headers.insert(names::CONTENT_ENCODING, HeaderValue::from_static("gzip"));
+        }
+        if script.trailers {
+            headers.insert(names::TRAILER, HeaderValue::from_static("x-sim-trailer"));
+        }
+        response
+    }
+
+    fn with_headers(&self, body: SimBody, status: StatusCode, kind: HeaderValue) -> Response<SimBody> {
+        let mut response = Response::new(body);
+        *response.status_mut() = status;
+        let headers = response.headers_mut();
+        headers.reserve(16);
+        headers.insert(names::CONTENT_TYPE, kind);
+        match self.provider {
+            Provider::Openai => self.openai(headers),
+            Provider::Anthropic => self.anthropic(headers),
+        }
+        response
+    }
+
+    fn openai(&self, headers: &mut HeaderMap) {
+        put(headers, "x-request-id", text(&self.request_id));
+        put(headers, "openai-organization", HeaderValue::from_static("org-sim"));
+        put(headers, "openai-processing-ms", HeaderValue::from_static("7"));
+        put(headers, "openai-version", HeaderValue::from_static("2020-10-01"));
+        let cookie = format!("{}; path=/; HttpOnly; Secure; SameSite=None", identifier("__cf_bm=", 40));
+        headers.insert(names::SET_COOKIE, text(&cookie));
+        let Some(quota) = self.quota else { return };
+        let reset = text(&duration(quota.reset_ms));
+        put(headers, "x-ratelimit-limit-requests", quota.limit_requests.into());
+        put(headers, "x-ratelimit-limit-tokens", quota.limit_tokens.into());
+        put(headers, "x-ratelimit-remaining-requests", quota.remaining_requests.into());
+        put(headers, "x-ratelimit-remaining-tokens", quota.remaining_tokens.into());
+        put(headers, "x-ratelimit-reset-requests", reset.clone());
+        put(headers, "x-ratelimit-reset-tokens", reset);
+    }
+
+    fn anthropic(&self, headers: &mut HeaderMap) {
+        put(headers, "request-id", text(&self.request_id));
+        put(headers, "anthropic-organization-id", HeaderValue::from_static("00000000-0000-4000-8000-000000000000"));
+        let Some(quota) = self.quota else { return };
+        let reset = text(&rfc3339((unix_us() / 1000 + quota.reset_ms).div_ceil(1000)));
+        put(headers, "anthropic-ratelimit-requests-limit", quota.limit_requests.into());
+        put(headers, "anthropic-ratelimit-requests-remaining", quota.remaining_requests.into());
+        put(headers, "anthropic-ratelimit-requests-reset", reset.clone());
+        for (limit, remaining, until) in [
+            ("anthropic-ratelimit-tokens-limit", "anthropic-ratelimit-tokens-remaining", "anthropic-ratelimit-tokens-reset"),
+            (
+                "anthropic-ratelimit-input-tokens-limit",
+                "anthropic-ratelimit-input-tokens-remaining",
+                "anthropic-ratelimit-input-tokens-reset",
+            ),
+            (
+                "anthropic-ratelimit-output-tokens-limit",
+                "anthropic-ratelimit-output-tokens-remaining",
+                "anthropic-ratelimit-output-tokens-reset",
+            ),
+        ] {
+            put(headers, limit, quota.limit_tokens.into());
+            put(headers, remaining, quota.remaining_tokens.into());
+            put(headers, until, reset.clone());
+        }
+    }
+}
+
+/// The value of a header, if it is text.
+pub fn header<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
+    headers.get(name).and_then(|value| value.to_str().ok())
+}
+
+fn put(headers: &mut HeaderMap, name: &'static str, value: HeaderValue) {
+    headers.insert(HeaderName::from_static(name), value);
+}
+
+/// Only called with text made here, all of it visible ASCII.
+fn text(value: &str) -> HeaderValue {
+    HeaderValue::from_str(value).unwrap_or_else(|_| HeaderValue::from_static(""))
+}

@@ -1,0 +1,239 @@
+//! The simulator over sockets, as a proxy meets it.
+
+mod support;
+
+use std::io::{Read, Write};
+
+use serde_json::{Value, json};
+use support::{ANTHROPIC, OPENAI, Outcome, Sim, read, request};
+
+fn chat(text: &str) -> Value {
+    json!({"model": "gpt-4o", "messages": [{"role": "user", "content": text}]})
+}
+
+fn streamed(text: &str) -> Value {
+    let mut body = chat(text);
+    body["stream"] = true.into();
+    body["stream_options"] = json!({"include_usage": true});
+    body
+}
+
+fn claude(text: &str, stream: bool) -> Value {
+    json!({"model": "claude-haiku-4-5", "max_tokens": 50, "stream": stream, "messages": [{"role": "user", "content": text}]})
+}
+
+#[test]
+fn a_buffered_completion_is_billed_as_it_says() -> Outcome {
+    let sim = Sim::start()?;
+    let answer = sim.chat(OPENAI, &chat("[[sim tokens=12]]"))?;
+    let body = answer.json()?;
+    assert_eq!((answer.status, answer.whole), (200, true));
+    assert_eq!(body["usage"]["completion_tokens"], 12);
+    assert!(answer.header("x-ratelimit-remaining-requests").is_some() && answer.header("set-cookie").is_some());
+    let entry = sim.last_entry()?;
+    let prompt = body["usage"]["prompt_tokens"].as_u64().ok_or("no prompt tokens")?;
+    assert_eq!(entry["cost_nanodollars"], prompt * 2_500 + 12 * 10_000);
+    assert_eq!((&entry["ended"], &entry["credential"], &entry["model"]), (&json!("complete"), &json!("o"), &json!("gpt-4o")));
+    assert_eq!(entry["response_id"], body["id"]);
+    assert!(prompt <= entry["body_bytes"].as_u64().unwrap_or(0));
+    assert_eq!(sim.totals()?["violation_count"], 0);
+    Ok(())
+}
+
+#[test]
+fn the_exact_request_is_kept_without_its_secret() -> Outcome {
+    let sim = Sim::start()?;
+    let body = r#"{ "messages":[{"content":"hi","role":"user"}], "model":"gpt-4o" }"#;
+    sim.send("POST", "/v1/chat/completions", OPENAI, body)?;
+    let seq = sim.last_entry()?["seq"].clone();
+    assert_eq!(sim.raw_control(&format!("/control/bodies?seq={seq}"))?.text(), body);
+    let headers = sim.control("GET", &format!("/control/headers?seq={seq}"), None)?;
+    assert!(headers.to_string().contains(r#"["authorization","Bearer <credential:o>"]"#), "{headers}");
+    Ok(())
+}
+
+#[test]
+fn a_stream_carries_usage_only_when_asked() -> Outcome {
+    let sim = Sim::start()?;
+    let answer = sim.chat(OPENAI, &streamed("[[sim tokens=7 per_delta=2 split=5 unicode=1]]"))?;
+    let events = answer.events();
+    assert!(answer.whole && answer.text().ends_with("data: [DONE]\n\n"));
+    let last = events.last().ok_or("no events")?;
+    assert_eq!((&last["choices"], &last["usage"]["completion_tokens"]), (&json!([]), &json!(7)));
+    assert!(events.iter().rev().skip(1).all(|event| event.get("usage") == Some(&Value::Null)));
+    let deltas = events.iter().filter(|event| event.pointer("/choices/0/delta/content").is_some_and(|text| text != ""));
+    assert_eq!(deltas.count(), 4);
+    let mut bare = chat("hi");
+    bare["stream"] = true.into();
+    assert!(!sim.chat(OPENAI, &bare)?.text().contains("usage"));
+    Ok(())
+}
+
+#[test]
+fn anthropic_answers_in_its_own_dialect() -> Outcome {
+    let sim = Sim::start()?;
+    let body = sim.messages(ANTHROPIC, &claude("[[sim tokens=5 cache_read=4 cache_write=3]]", false))?.json()?;
+    assert_eq!((&body["type"], &body["usage"]["output_tokens"]), (&json!("message"), &json!(5)));
+    assert_eq!(body["usage"]["cache_read_input_tokens"], 4);
+    let answer = sim.messages(ANTHROPIC, &claude("[[sim tokens=500]]", true))?;
+    let kinds: Vec<String> = answer.events().iter().filter_map(|event| event["type"].as_str().map(str::to_owned)).collect();
+    assert_eq!(kinds.first().map(String::as_str), Some("message_start"));
+    assert_eq!(kinds.last().map(String::as_str), Some("message_stop"));
+    let end = answer.events().into_iter().find(|event| event["type"] == "message_delta").ok_or("no message_delta")?;
+    assert_eq!((&end["delta"]["stop_reason"], &end["usage"]["output_tokens"]), (&json!("max_tokens"), &json!(50)));
+    let missing = sim.messages("x-api-key: sk-ant-test\r\n", &claude("hi", false))?;
+    assert_eq!((missing.status, &missing.json()?["error"]["type"]), (400, &json!("invalid_request_error")));
+    assert!(missing.header("request-id").is_some());
+    Ok(())
+}
+
+#[test]
+fn wrong_keys_states_and_models_are_refused_in_shape() -> Outcome {
+    let sim = Sim::start()?;
+    let stranger = sim.chat("authorization: Bearer sk-abcdefghijklmxyz\r\n", &chat("hi"))?;
+    assert_eq!((stranger.status, &stranger.json()?["error"]["code"]), (401, &json!("invalid_api_key")));
+    assert!(stranger.text().contains("sk-abc***xyz"));
+    let foreign = sim.messages("x-api-key: sk-openai-test\r\nanthropic-version: 2023-06-01\r\n", &claude("hi", false))?;
+    assert_eq!((foreign.status, &foreign.json()?["error"]["type"]), (401, &json!("authentication_error")));
+    let unknown = json!({"model": "gpt-nope", "messages": [{"role": "user", "content": "hi"}]});
+    assert_eq!(sim.chat(OPENAI, &unknown)?.status, 404);
+    assert_eq!(sim.send("GET", "/v1/files", OPENAI, "")?.status, 404);
+    for (state, status) in [("insufficient_quota", 429), ("overloaded", 503), ("invalid", 401), ("ok", 200)] {
+        sim.control("PATCH", "/control/credentials/o", Some(&json!({"state": state})))?;
+        assert_eq!(sim.chat(OPENAI, &chat("hi"))?.status, status, "{state}");
+    }
+    let totals = sim.totals()?;
+    let what = totals["violations"].to_string();
+    assert!(what.contains("unknown_secret: header authorization"), "{what}");
+    assert!(what.contains("foreign_secret: header x-api-key has credential o"), "{what}");
+    assert_eq!(totals["credentials"]["o"]["by_status"]["429"], 1);
+    Ok(())
+}
+
+#[test]
+fn requests_and_tokens_per_minute_are_enforced() -> Outcome {
+    let sim = Sim::start()?;
+    sim.control("PATCH", "/control/credentials/o", Some(&json!({"rpm": 2})))?;
+    let statuses: Vec<u16> = (0..3).map(|_| sim.chat(OPENAI, &chat("hi")).map(|answer| answer.status)).collect::<Outcome<_>>()?;
+    assert_eq!(statuses, [200, 200, 429]);
+    sim.control("PATCH", "/control/credentials/o", Some(&json!({"rpm": null, "tpm": 60})))?;
+    assert_eq!(sim.chat(OPENAI, &chat("[[sim tokens=20]]"))?.status, 200);
+    let refused = sim.chat(OPENAI, &chat("[[sim tokens=30]]"))?;
+    assert_eq!((refused.status, &refused.json()?["error"]["type"]), (429, &json!("tokens")));
+    assert!(refused.header("retry-after").is_some());
+    assert_eq!(sim.last_entry()?["cost_nanodollars"], 0);
+    Ok(())
+}
+
+#[test]
+fn a_client_that_leaves_a_stream_pays_a_little_more_than_it_saw() -> Outcome {
+    let sim = Sim::start()?;
+    let body = streamed("[[sim tokens=1000 per_delta=1 pace_ms=60000]]").to_string();
+    let mut stream = sim.connect()?;
+    stream.write_all(request("POST", "/v1/chat/completions", OPENAI, &body).as_bytes())?;
+    let mut seen = Vec::new();
+    while !String::from_utf8_lossy(&seen).contains("\"the\"") {
+        let mut buffer = [0; 4096];
+        let read = stream.read(&mut buffer)?;
+        seen.extend_from_slice(&buffer[..read]);
+    }
+    drop(stream);
+    sim.settle()?;
+    let entry = sim.last_entry()?;
+    assert_eq!((&entry["ended"], &entry["completion_tokens"]), (&json!("client_gone"), &json!(17)));
+    Ok(())
+}
+
+#[test]
+fn a_client_that_leaves_a_buffered_request_pays_it_in_full() -> Outcome {
+    let sim = Sim::start()?;
+    let mut stream = sim.connect()?;
+    let body = chat("[[sim tokens=100 first_ms=600000]]").to_string();
+    stream.write_all(request("POST", "/v1/chat/completions", OPENAI, &body).as_bytes())?;
+    // Known to have begun once its answer is decided.
+    while sim.control("GET", "/control/ledger", None)?["requests"][0]["response_id"].is_null() {
+        std::thread::yield_now();
+    }
+    assert_eq!(sim.last_entry()?["ended"], Value::Null);
+    drop(stream);
+    sim.settle()?;
+    let entry = sim.last_entry()?;
+    assert_eq!((&entry["ended"], &entry["completion_tokens"]), (&json!("client_gone"), &json!(100)));
+    Ok(())
+}
+
+#[test]
+fn bodies_break_off_where_the_script_says() -> Outcome {
+    let sim = Sim::start()?;
+    for words in ["cut_after_bytes=100", "reset_after_bytes=100"] {
+        for body in [chat(&format!("[[sim {words}]]")), streamed(&format!("[[sim {words}]]"))] {
+            let answer = sim.chat(OPENAI, &body)?;
+            assert_eq!((answer.status, answer.body.len(), answer.whole), (200, 100, false), "{words}");
+            assert_eq!(sim.last_entry()?["ended"], "fault");
+        }
+    }
+    let answer = sim.chat(OPENAI, &streamed("[[sim error_midstream=1 tokens=30]]"))?;
+    assert_eq!(answer.events().last().and_then(|event| event.pointer("/error/type").cloned()), Some(json!("server_error")));
+    assert_eq!(sim.last_entry()?["completion_tokens"], 30);
+    let gzip = sim.chat(OPENAI, &chat("[[sim gzip=1]]"))?;
+    assert_eq!((gzip.header("content-encoding"), gzip.body.first()), (Some("gzip"), Some(&0x1f)));
+    Ok(())
+}
+
+#[test]
+fn trailers_follow_a_body_when_the_client_takes_them() -> Outcome {
+    let sim = Sim::start()?;
+    let mut stream = sim.connect()?;
+    let body = streamed("[[sim trailers=1]]").to_string();
+    let headers = format!("{OPENAI}te: trailers\r\n");
+    stream.write_all(request("POST", "/v1/chat/completions", &headers, &body).as_bytes())?;
+    let mut raw = String::new();
+    stream.read_to_string(&mut raw)?;
+    assert!(raw.ends_with("\r\n0\r\nx-sim-trailer: 1\r\n\r\n"), "{raw}");
+    Ok(())
+}
+
+#[test]
+fn queued_faults_meet_the_next_requests_that_fit() -> Outcome {
+    let sim = Sim::start()?;
+    let fault = json!([{"provider": "openai", "credential": "o", "count": 2, "sim": "status=429 retry_after=7"}]);
+    sim.control("POST", "/control/faults", Some(&fault))?;
+    assert_eq!(sim.messages(ANTHROPIC, &claude("hi", false))?.status, 200);
+    let first = sim.chat(OPENAI, &chat("hi"))?;
+    assert_eq!((first.status, first.header("retry-after")), (429, Some("7")));
+    sim.control("DELETE", "/control/faults", None)?;
+    assert_eq!(sim.chat(OPENAI, &chat("hi"))?.status, 200);
+    Ok(())
+}
+
+#[test]
+fn what_must_not_arrive_is_seen_on_the_wire() -> Outcome {
+    let sim = Sim::start()?;
+    let body = r#"{"model":"gpt-4o","messages":[{"role":"user","content":"vk_0123456789abc"}],"model":"o3"}"#;
+    let headers = format!("{OPENAI}x-keyward-plan: 1\r\ncontent-length: {}\r\n", body.len());
+    sim.send("POST", "/v1/chat/completions", &headers, body)?;
+    let mut garbage = sim.connect()?;
+    garbage.write_all(b"{\"left\":\"over\"}\r\n\r\n")?;
+    assert_eq!(read(&mut garbage)?.status, 400);
+    let mut truncated = sim.connect()?;
+    truncated.write_all(b"POST /v1/messages HTTP/1.1\r\nhost: x\r\ncontent-length: 50\r\n\r\n{}")?;
+    drop(truncated);
+    let found = loop {
+        let violations = sim.settle()?["violations"].to_string();
+        if violations.contains("parse_error") && violations.contains("body_length") {
+            break violations;
+        }
+    };
+    for what in [
+        "virtual_key: body",
+        "several_content_lengths: 2",
+        "internal_header: x-keyward-plan",
+        "duplicate_key: model",
+        "body_length: announced 50, got less",
+    ] {
+        assert!(found.contains(what), "{what} is not in {found}");
+    }
+    sim.control("POST", "/control/reset", None)?;
+    assert_eq!(sim.totals()?["violation_count"], 0);
+    Ok(())
+}
