@@ -1,1 +1,21 @@
-fn main() {}
+//! The `keyward` command.
+
+mod audit;
+mod cli;
+mod client;
+mod envoy;
+mod up;
+
+use clap::Parser;
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let options = cli::Options::parse();
+    match cli::run(options) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(message) => {
+            eprintln!("keyward: {message}");
+            ExitCode::FAILURE
+        }
+    }
+}

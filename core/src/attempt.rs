@@ -1,7 +1,7 @@
 //! The attempt: one try at a provider. It overwrites everything by which a provider tells callers apart, each time anew,
 //! because all tries of a request share one set of headers.
 
-use crate::credentials::CREDENTIAL_HEADERS;
+use crate::credentials::{CREDENTIAL_HEADERS, NETWORK_HEADERS};
 use crate::edge::Try;
 use crate::gate::{Headers, Permit};
 use crate::operation::AuthScheme;
@@ -44,14 +44,8 @@ impl Flight {
             AuthScheme::Bearer => ("authorization", format!("Bearer {}", credential.secret.0)),
             AuthScheme::Header(name) => (name, credential.secret.0.clone()),
         };
-        let remove = CREDENTIAL_HEADERS.iter().copied().filter(|name| *name != auth.0).chain([
-            "x-envoy-attempt-count",
-            "x-envoy-expected-rq-timeout-ms",
-            "x-forwarded-for",
-            "x-forwarded-proto",
-            "x-envoy-external-address",
-            "x-envoy-internal",
-        ]);
+        let other_auth = CREDENTIAL_HEADERS.iter().copied().filter(|name| *name != auth.0);
+        let remove = other_auth.chain(NETWORK_HEADERS).chain(["x-envoy-attempt-count"]);
         let edits = RequestEdits {
             remove: remove.collect(),
             set: vec![

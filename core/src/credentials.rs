@@ -20,21 +20,11 @@ pub const CREDENTIAL_HEADERS: [&str; 8] = [
     "x-postmark-account-token",
 ];
 
-/// Headers that change who is billed, or say things about the caller that a provider has no business with.
-pub const STEERING_HEADERS: [&str; 12] = [
-    "cookie",
-    "openai-organization",
-    "openai-project",
-    "x-goog-user-project",
-    "stripe-account",
-    "stripe-context",
-    "x-forwarded-for",
-    "x-forwarded-proto",
-    "x-forwarded-host",
-    "x-real-ip",
-    "forwarded",
-    "via",
-];
+/// Headers that change who is billed, or carry a session of somebody else.
+pub const STEERING_HEADERS: [&str; 6] = ["cookie", "openai-organization", "openai-project", "x-goog-user-project", "stripe-account", "stripe-context"];
+
+/// Headers that tell about the caller's network. Envoy's router needs some of them, so only the attempt takes them out.
+pub const NETWORK_HEADERS: [&str; 6] = ["x-forwarded-for", "x-forwarded-proto", "x-forwarded-host", "x-real-ip", "forwarded", "via"];
 
 /// Prefixes of headers by which a client could steer Envoy or Keyward.
 pub const STEERING_PREFIXES: [&str; 2] = ["x-envoy-", "x-keyward-"];

@@ -77,7 +77,8 @@ pub async fn start(config: Config) -> Result<Running, StartError> {
         None => Vault::from_file(&config.data.join("kek"))?,
     };
     let edge_token_file = config.data.join("edge-token");
-    let make = || random::<32>().map(|token| hex::encode(&token)).map_err(|error| error.to_string());
+    // The whole header value, as Envoy's credential_injector sends it.
+    let make = || random::<32>().map(|token| format!("Bearer kwe_{}", hex::encode(&token))).map_err(|error| error.to_string());
     let edge_token = files::read_or_create(&edge_token_file, make)
         .map_err(|error| StartError::Setup(format!("{}: {error}", edge_token_file.display())))?;
 

@@ -97,7 +97,13 @@ pub enum Admitted {
 
 impl Service {
     /// Starts on a store and opens every stored credential, so that a wrong KEK shows now and not at the first request.
-    pub async fn start(store: Arc<dyn Store>, vault: Vault, roots: Roots, origin: String, hold_ttl: Duration) -> Result<Self, ServiceError> {
+    pub async fn start(
+        store: Arc<dyn Store>,
+        vault: Vault,
+        roots: Roots,
+        origin: String,
+        hold_ttl: Duration,
+    ) -> Result<Self, ServiceError> {
         let service = Service { store, vault, roots, origin, hold_ttl, loaded: RwLock::default() };
         service.reload().await?;
         Ok(service)

@@ -16,6 +16,7 @@ use zeroize::Zeroizing;
 /// Largest batch of records, in bytes.
 const MAX_BODY: usize = 1024 * 1024;
 
+/// The whole `authorization` value that opens the edge API.
 #[derive(Clone)]
 pub struct EdgeToken(pub Arc<Zeroizing<String>>);
 
@@ -37,8 +38,7 @@ async fn authenticate(State(token): State<EdgeToken>, request: Request, next: Ne
 }
 
 fn is_authentic(headers: &HeaderMap, token: &EdgeToken) -> bool {
-    let sent = headers.get(header::AUTHORIZATION).and_then(|v| v.as_bytes().strip_prefix(b"Bearer "));
-    sent.is_some_and(|sent| bool::from(sent.ct_eq(token.0.as_bytes())))
+    headers.get(header::AUTHORIZATION).is_some_and(|sent| bool::from(sent.as_bytes().ct_eq(token.0.as_bytes())))
 }
 
 async fn admit(State(service): State<Arc<Service>>, body: Bytes) -> Response {

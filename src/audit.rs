@@ -1,0 +1,95 @@
+//! Reading and checking audit chains from the command line.
+
+use crate::cli::out;
+use crate::client::Client;
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use keyward_core::audit::{ChainKey, Verifier};
+use keyward_core::hex;
+use serde::Deserialize;
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+/// How many entries `tail` starts with.
+const TAIL: u64 = 20;
+
+/// First line of an export.
+#[derive(Deserialize)]
+struct Head {
+    format: String,
+    origin: String,
+    key: String,
+    chain_keys: BTreeMap<u64, String>,
+}
+
+#[derive(Deserialize)]
+struct Line {
+    seq: u64,
+    entry: String,
+    mac: String,
+}
+
+/// Last line of an export.
+#[derive(Deserialize)]
+struct Tail {
+    count: u64,
+    head: String,
+}
+
+/// Checks an export. Returns what was found right; the error names the first entry that is not.
+pub fn verify(text: &str) -> Result<String, String> {
+    let mut lines = text.lines();
+    let head: Head = lines.next().and_then(|l| serde_json::from_str(l).ok()).ok_or("the first line is not the head of an audit export")?;
+    if head.format != "keyward-audit-export/v1" {
+        return Err(format!("the format {:?} is not known", head.format));
+    }
+    let keys = |epoch: u64| head.chain_keys.get(&epoch).and_then(|key| hex::decode(key)).map(ChainKey);
+    let mut verifier = Verifier::new(&head.origin, &head.key, keys);
+    let mut number = 0;
+    let mut rest = lines.peekable();
+    while let Some(line) = rest.next() {
+        if rest.peek().is_none() {
+            let tail: Tail =
+                serde_json::from_str(line).map_err(|_| format!("the export stops after entry {number}: its last line is missing"))?;
+            let head_mac = hex::decode(&tail.head).ok_or("the last line's MAC can't be read")?;
+            let count = verifier.finish(tail.count, &head_mac).map_err(|broken| format!("entry {} {}", broken.entry, broken.what))?;
+            return Ok(format!("{count} entries of {} ({}) verify", head.key, head.origin));
+        }
+        number += 1;
+        let unreadable = || format!("entry {number} can't be read");
+        let line: Line = serde_json::from_str(line).map_err(|_| unreadable())?;
+        let entry = STANDARD.decode(&line.entry).map_err(|_| unreadable())?;
+        let mac = hex::decode(&line.mac).ok_or_else(unreadable)?;
+        if line.seq != number {
+            return Err(format!("entry {number} is missing or out of order: entry {} stands in its place", line.seq));
+        }
+        verifier.entry(&entry, &mac).map_err(|broken| format!("entry {} {}", broken.entry, broken.what))?;
+    }
+    Err("the export has no entries and no last line".to_owned())
+}
+
+/// Prints the newest entries of a key's chain, and with `follow` those that come.
+pub fn tail(client: &Client, key: &str, follow: bool) -> Result<(), String> {
+    let mut next = 1;
+    let mut shown = false;
+    loop {
+        let page = client.get(&format!("/v1/audit/{key}?from={next}&limit=1000"))?;
+        let rows = page.get("data").and_then(serde_json::Value::as_array).cloned().unwrap_or_default();
+        let seq = |row: &serde_json::Value| row.get("seq").and_then(serde_json::Value::as_u64).unwrap_or(0);
+        let last = rows.last().map_or(next - 1, seq);
+        let more = rows.len() == 1_000;
+        for row in rows.iter().filter(|row| shown || more || seq(row) + TAIL > last) {
+            let field = |name: &str| row.get(name).map_or(String::new(), |v| v.as_str().map_or(v.to_string(), str::to_owned));
+            out(&format!("{:>6}  {}  {:<11}  {}\n", seq(row), field("time_ms"), field("event"), field("text")))?;
+        }
+        next = last + 1;
+        if more {
+            continue;
+        }
+        shown = true;
+        if !follow {
+            return Ok(());
+        }
+        std::thread::sleep(Duration::from_millis(500));
+    }
+}

@@ -1,0 +1,273 @@
+//! `keyward up`: a working gateway on loopback, started and stopped in order.
+
+use crate::client::Client;
+use crate::envoy::{self, Endpoint, FILTER, Rendering};
+use clap::Args;
+use keyward_policy_service::{Config, Running, start};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+use tokio::process::{Child, Command};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use zeroize::Zeroizing;
+
+/// Environment variables that hold providers' keys.
+const FROM_ENVIRONMENT: [(&str, &str); 2] = [("OPENAI_API_KEY", "openai"), ("ANTHROPIC_API_KEY", "anthropic")];
+
+#[derive(Args)]
+pub struct UpOptions {
+    /// State: database, vault key, configuration
+    #[arg(long, env = "KEYWARD_DATA", default_value = ".keyward")]
+    data: PathBuf,
+    /// Where agents call
+    #[arg(long, default_value = "127.0.0.1:7800")]
+    listen: SocketAddr,
+    /// Admin API
+    #[arg(long, default_value = "127.0.0.1:7802")]
+    admin: SocketAddr,
+    /// Envoy's own admin port; 0 takes a free one
+    #[arg(long, default_value_t = 0)]
+    envoy_admin_port: u16,
+    /// Envoy's worker threads
+    #[arg(long, default_value_t = 2)]
+    concurrency: u32,
+    /// Send a provider elsewhere: openai=http://127.0.0.1:9000
+    #[arg(long = "provider")]
+    providers: Vec<String>,
+    /// Certificate authorities that providers are verified with; default: the system's
+    #[arg(long)]
+    provider_ca: Option<PathBuf>,
+    /// Longest wait for requests in flight when stopping, in seconds
+    #[arg(long, default_value_t = 60)]
+    drain_timeout: u64,
+    /// Budget of the first key, in dollars
+    #[arg(long, default_value = "5.00")]
+    first_key_budget: String,
+}
+
+/// Starts everything, waits for a signal, stops everything.
+pub fn run(options: UpOptions) -> Result<(), String> {
+    tracing_subscriber::fmt()
+        .with_env_filter(tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "warn".into()))
+        .with_writer(std::io::stderr)
+        .init();
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().map_err(|error| error.to_string())?;
+    runtime.block_on(gateway(options))
+}
+
+async fn gateway(options: UpOptions) -> Result<(), String> {
+    let envoy_bin = envoy::binary();
+    let minor = envoy::minor_version(&envoy_bin)?;
+    if !envoy::VERSIONS.contains(&minor) {
+        return Err(format!(
+            "{} is Envoy 1.{minor}; 1.{} to 1.{} are supported",
+            envoy_bin.display(),
+            envoy::VERSIONS.start(),
+            envoy::VERSIONS.end()
+        ));
+    }
+    let mut signals = Signals::new()?;
+    let service = start(Config {
+        data: options.data.clone(),
+        edge: SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0),
+        admin: options.admin,
+        origin: "keyward.local".to_owned(),
+        hold_ttl: Duration::from_secs(3_900),
+        kek: std::env::var("KEYWARD_KEK").ok().map(Zeroizing::new),
+    })
+    .await
+    .map_err(|error| error.to_string())?;
+
+    let envoy_admin = match options.envoy_admin_port {
+        0 => free_port()?,
+        port => port,
+    };
+    let started = start_envoy(&options, &service, &envoy_bin, minor, envoy_admin).await;
+    let mut envoy = match started {
+        Ok(envoy) => envoy,
+        Err(error) => {
+            service.stop().await;
+            return Err(error);
+        }
+    };
+    let greeted = greet(&options, &service).await;
+    let result = match greeted {
+        Ok(()) => tokio::select! {
+            () = signals.next() => Ok(()),
+            status = envoy.wait() => Err(format!("Envoy ended by itself: {status:?}; see {}", options.data.join("envoy.log").display())),
+        },
+        Err(error) => Err(error),
+    };
+    eprintln!("stopping: no new requests, waiting for those in flight (again to stop at once)");
+    tokio::select! {
+        () = stop_envoy(&mut envoy, envoy_admin, Duration::from_secs(options.drain_timeout)) => {}
+        () = signals.next() => drop(envoy.kill().await),
+    }
+    service.stop().await;
+    result
+}
+
+/// SIGINT and SIGTERM alike.
+struct Signals {
+    interrupt: Signal,
+    terminate: Signal,
+}
+
+impl Signals {
+    fn new() -> Result<Self, String> {
+        let listen = |kind| signal(kind).map_err(|error| error.to_string());
+        Ok(Signals { interrupt: listen(SignalKind::interrupt())?, terminate: listen(SignalKind::terminate())? })
+    }
+
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.interrupt.recv() => {}
+            _ = self.terminate.recv() => {}
+        }
+    }
+}
+
+async fn start_envoy(options: &UpOptions, service: &Running, envoy_bin: &Path, minor: u32, envoy_admin: u16) -> Result<Child, String> {
+    let data = std::path::absolute(&options.data).map_err(|error| error.to_string())?;
+    let filter = data.join("filter.wasm");
+    write(&filter, FILTER)?;
+    let mut rendering = Rendering::example(minor);
+    rendering.providers = Endpoint::public(&options.provider_ca.clone().unwrap_or_else(envoy::system_ca));
+    for provider in &options.providers {
+        Endpoint::redirect(&mut rendering.providers, provider)?;
+    }
+    (rendering.listen_host, rendering.listen_port) = (options.listen.ip().to_string(), options.listen.port());
+    rendering.admin_port = envoy_admin;
+    (rendering.policy_host, rendering.policy_port) = (service.edge.ip().to_string(), service.edge.port());
+    rendering.edge_token_file = data.join("edge-token").display().to_string();
+    rendering.filter = filter.display().to_string();
+    rendering.access_log = data.join("access.log").display().to_string();
+    let file = data.join("envoy.yaml");
+    write(&file, rendering.yaml()?.as_bytes())?;
+    write(&data.join("envoy-admin"), format!("127.0.0.1:{envoy_admin}\n").as_bytes())?;
+
+    let log = std::fs::File::create(data.join("envoy.log")).map_err(|error| error.to_string())?;
+    let errors = log.try_clone().map_err(|error| error.to_string())?;
+    let mut envoy = Command::new(envoy_bin)
+        .arg("-c")
+        .arg(&file)
+        .args(["--use-dynamic-base-id", "--log-level", "warning", "--concurrency", &options.concurrency.to_string()])
+        .stdout(log)
+        .stderr(errors)
+        // A signal from the terminal goes to the whole group; Envoy must be stopped in order instead.
+        .process_group(0)
+        .kill_on_drop(true)
+        .spawn()
+        .map_err(|error| format!("Envoy can't be started: {error}"))?;
+    let deadline = Instant::now() + Duration::from_secs(20);
+    loop {
+        if let Some(status) = envoy.try_wait().map_err(|error| error.to_string())? {
+            return Err(format!("Envoy ended at once ({status}); see {}", data.join("envoy.log").display()));
+        }
+        if admin_get(envoy_admin, "/ready").await.is_ok_and(|text| text.starts_with("LIVE")) {
+            return Ok(envoy);
+        }
+        if Instant::now() > deadline {
+            return Err(format!("Envoy did not become ready; see {}", data.join("envoy.log").display()));
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+/// Stores what the environment offers, makes the first key, and says how to use it.
+async fn greet(options: &UpOptions, service: &Running) -> Result<(), String> {
+    let say = |error: keyward_policy_service::service::ServiceError| error.to_string();
+    let known = service.service.credentials().await.map_err(say)?;
+    for (name, provider) in FROM_ENVIRONMENT {
+        let label = format!("env:{name}");
+        let Some(secret) = std::env::var(name).ok().map(Zeroizing::new).filter(|secret| !secret.is_empty()) else { continue };
+        if known.iter().any(|row| row.label == label) {
+            continue;
+        }
+        service.service.add_credential(provider, &label, None, &secret).await.map_err(|error| format!("{name}: {error}"))?;
+        println!("stored {name} in the vault");
+    }
+    if let Some(token) = &service.bootstrap {
+        let file = options.data.join("admin-token");
+        keyward_policy_service::files::create(&file, token).map_err(|error| format!("{}: {error}", file.display()))?;
+        println!("admin token (shown this once, kept in {}): {}", file.display(), token.as_str());
+        let base = format!("http://{}", options.listen);
+        let budget = serde_json::json!([{ "usd": options.first_key_budget, "window": "total" }]);
+        let client = Client::new(&format!("http://{}", service.admin), token);
+        let body = serde_json::json!({ "label": "first key", "budgets": budget });
+        let key = tokio::task::spawn_blocking(move || client.post("/v1/keys", &body)).await.map_err(|error| error.to_string())??;
+        let token = key.get("token").and_then(serde_json::Value::as_str).unwrap_or_default();
+        println!("first virtual key (shown this once, ${} at most): {token}\n", options.first_key_budget);
+        println!("  export OPENAI_BASE_URL={base}/v1 OPENAI_API_KEY={token}");
+        println!("  export ANTHROPIC_BASE_URL={base} ANTHROPIC_API_KEY={token}\n");
+        println!("  curl {base}/v1/chat/completions -H 'authorization: Bearer {token}' -H 'content-type: application/json' \\");
+        println!("    -d '{{\"model\": \"gpt-4o-mini\", \"messages\": [{{\"role\": \"user\", \"content\": \"Hello\"}}]}}'\n");
+    }
+    println!("keyward is up: agents call http://{}, the admin API is http://{}", options.listen, service.admin);
+    Ok(())
+}
+
+/// Drain, wait for zero in flight and nothing to settle, exit.
+pub async fn stop_envoy(envoy: &mut Child, admin: u16, longest: Duration) {
+    let deadline = Instant::now() + longest;
+    let _ = admin_post(admin, "/drain_listeners?graceful&skip_exit").await;
+    while Instant::now() < deadline {
+        match admin_get(admin, "/stats?filter=downstream_rq_active|keyward_settlements_pending").await {
+            Ok(stats) if is_quiet(&stats) => break,
+            Ok(_) => tokio::time::sleep(Duration::from_millis(100)).await,
+            Err(_) => break,
+        }
+    }
+    let _ = admin_post(admin, "/quitquitquit").await;
+    if tokio::time::timeout(Duration::from_secs(10), envoy.wait()).await.is_err() {
+        let _ = envoy.kill().await;
+    }
+}
+
+/// Nothing in flight on our listener, and every settlement acknowledged.
+fn is_quiet(stats: &str) -> bool {
+    let value = |line: &str| line.rsplit_once(": ").and_then(|(_, n)| n.trim().parse::<u64>().ok());
+    let counts = |line: &&str| line.contains("http.keyward.downstream_rq_active") || line.contains("keyward_settlements_pending");
+    stats.lines().filter(counts).all(|line| value(line) == Some(0))
+}
+
+async fn admin_get(port: u16, path: &str) -> Result<String, String> {
+    call(port, path, false).await
+}
+
+async fn admin_post(port: u16, path: &str) -> Result<String, String> {
+    call(port, path, true).await
+}
+
+async fn call(port: u16, path: &str, post: bool) -> Result<String, String> {
+    let url = format!("http://127.0.0.1:{port}{path}");
+    let request = move || {
+        let agent: ureq::Agent = ureq::Agent::config_builder().timeout_global(Some(Duration::from_secs(2))).proxy(None).build().into();
+        let response = if post { agent.post(&url).send_empty() } else { agent.get(&url).call() };
+        response.map_err(|error| error.to_string())?.body_mut().read_to_string().map_err(|error| error.to_string())
+    };
+    tokio::task::spawn_blocking(request).await.map_err(|error| error.to_string())?
+}
+
+fn write(path: &Path, bytes: &[u8]) -> Result<(), String> {
+    std::fs::write(path, bytes).map_err(|error| format!("{}: {error}", path.display()))
+}
+
+fn free_port() -> Result<u16, String> {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).map_err(|error| error.to_string())?;
+    Ok(listener.local_addr().map_err(|error| error.to_string())?.port())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_quiet;
+
+    #[test]
+    fn quiet_means_nothing_in_flight_and_nothing_to_settle() {
+        assert!(is_quiet(
+            "http.admin.downstream_rq_active: 1\nhttp.keyward.downstream_rq_active: 0\nwasmcustom.keyward_settlements_pending: 0\n"
+        ));
+        assert!(!is_quiet("http.keyward.downstream_rq_active: 2\n"));
+        assert!(!is_quiet("http.keyward.downstream_rq_active: 0\nwasmcustom.keyward_settlements_pending: 3\n"));
+    }
+}
