@@ -80,10 +80,16 @@ test-wasm: rust-targets
 	@runner=$$(tools/wasm-bindgen-runner) && CARGO_TARGET_WASM32_UNKNOWN_UNKNOWN_RUNNER="$$runner" \
 		cargo test --release -p keyward-core --target wasm32-unknown-unknown
 
+# The filter once more, with a header that traps its VM: only tests of recovery load it.
+TRAP_DIR := $(abspath $(or $(CARGO_TARGET_DIR),target))/trap
+.PHONY: trap-filter
+trap-filter: rust-targets
+	@cargo build --quiet --profile filter -p keyward-filter --features test-trap --target wasm32-wasip1 --target-dir "$(TRAP_DIR)"
+
 .PHONY: test-e2e
-test-e2e: build envoy venv
+test-e2e: build trap-filter envoy venv
 	@echo "End-to-end tests through a real Envoy"
-	@$(WITH_BINARIES) $(PYTHON) -m pytest tests/e2e -q
+	@$(WITH_BINARIES) TRAP_FILTER="$(TRAP_DIR)/wasm32-wasip1/filter/keyward_filter.wasm" $(PYTHON) -m pytest tests/e2e -q
 
 .PHONY: bench
 bench: build envoy venv ## Measure Keyward beside plain Envoy on this machine

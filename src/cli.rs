@@ -27,6 +27,9 @@ enum Command {
     /// Audit chains
     #[command(subcommand)]
     Audit(Audit),
+    /// Records of ended requests
+    #[command(subcommand)]
+    Settle(Settle),
     /// Envoy's configuration
     #[command(subcommand)]
     Envoy(Envoy),
@@ -174,6 +177,17 @@ enum Audit {
 }
 
 #[derive(Subcommand)]
+enum Settle {
+    /// Recover what a dead Envoy never sent, from its access log
+    Import {
+        #[command(flatten)]
+        access: Access,
+        /// Envoy's access log
+        file: PathBuf,
+    },
+}
+
+#[derive(Subcommand)]
 enum Envoy {
     /// Print a complete configuration
     Render {
@@ -223,6 +237,7 @@ pub fn run(options: Options) -> Result<(), String> {
         Command::Keys(keys) => run_keys(keys),
         Command::Credentials(credentials) => run_credentials(credentials),
         Command::Audit(command) => run_audit(command),
+        Command::Settle(Settle::Import { access, file }) => import_settlements(&access, &file),
         Command::Envoy(command) => run_envoy(command),
         Command::Filter(Filter::Export { file }) => {
             std::fs::write(&file, envoy::FILTER).map_err(|error| format!("{}: {error}", file.display()))
@@ -282,6 +297,25 @@ fn run_audit(command: Audit) -> Result<(), String> {
             out(&format!("ok: {verified}\n"))
         }
     }
+}
+
+/// Records sent in one call.
+const IMPORT_LINES: usize = 5_000;
+
+fn import_settlements(access: &Access, file: &std::path::Path) -> Result<(), String> {
+    let log = std::fs::read(file).map_err(|error| format!("{}: {error}", file.display()))?;
+    let record = |line: &[u8]| serde_json::from_slice::<serde_json::Value>(line).ok()?.get("settle")?.as_str().map(str::to_owned);
+    let records: Vec<String> = log.split(|&b| b == b'\n').filter_map(record).collect();
+    let client = access.client()?;
+    let (mut taken, mut rejected) = (0, 0);
+    for chunk in records.chunks(IMPORT_LINES) {
+        let answer = client.post_text("/v1/settlements/import", &chunk.join("\n"))?;
+        let count = |name: &str| answer.get(name).and_then(serde_json::Value::as_u64).unwrap_or(0);
+        taken += count("taken");
+        rejected += count("rejected");
+    }
+    out(&format!("{taken} records taken (those known already are ignored), {rejected} rejected\n"))?;
+    if rejected > 0 { Err("some records have a wrong MAC: the log was changed, or is another installation's".to_owned()) } else { Ok(()) }
 }
 
 fn run_envoy(command: Envoy) -> Result<(), String> {

@@ -42,6 +42,15 @@ impl Client {
         parse(&self.finish(self.agent.post(format!("{}{path}", self.base)).header("authorization", self.token.as_str()).send_json(body))?)
     }
 
+    pub fn post_text(&self, path: &str, body: &str) -> Result<Value, String> {
+        let request = self
+            .agent
+            .post(format!("{}{path}", self.base))
+            .header("authorization", self.token.as_str())
+            .header("content-type", "text/plain");
+        parse(&self.finish(request.send(body))?)
+    }
+
     pub fn delete(&self, path: &str) -> Result<(), String> {
         self.finish(self.agent.delete(format!("{}{path}", self.base)).header("authorization", self.token.as_str()).call()).map(drop)
     }

@@ -21,7 +21,8 @@ pub const CREDENTIAL_HEADERS: [&str; 8] = [
 ];
 
 /// Headers that change who is billed, or carry a session of somebody else.
-pub const STEERING_HEADERS: [&str; 6] = ["cookie", "openai-organization", "openai-project", "x-goog-user-project", "stripe-account", "stripe-context"];
+pub const STEERING_HEADERS: [&str; 6] =
+    ["cookie", "openai-organization", "openai-project", "x-goog-user-project", "stripe-account", "stripe-context"];
 
 /// Headers that tell about the caller's network. Envoy's router needs some of them, so only the attempt takes them out.
 pub const NETWORK_HEADERS: [&str; 6] = ["x-forwarded-for", "x-forwarded-proto", "x-forwarded-host", "x-real-ip", "forwarded", "via"];

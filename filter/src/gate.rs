@@ -190,6 +190,10 @@ impl HttpContext for GateStream {
     fn on_http_request_headers(&mut self, _: usize, end_of_stream: bool) -> Action {
         self.started_ms = host::now_ms();
         let headers = host::headers(Map::RequestHeaders);
+        #[cfg(feature = "test-trap")]
+        if gate::header(&headers, "x-test-trap").is_some() {
+            std::process::abort();
+        }
         let reading = match gate::request_headers(&headers, self.vm.config().limits()) {
             Ok(reading) => reading,
             Err(refused) => return self.refuse(&refused),

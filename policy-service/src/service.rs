@@ -168,6 +168,13 @@ impl Service {
         for (code, count) in head.refusals {
             metrics::counter!("keyward_edge_refusals_total", "reason" => code).increment(count);
         }
+        let (taken, rejected) = self.take_records(lines).await?;
+        let edge_key = head.need_key.then(|| EdgeKey::derive(&self.roots.edge_master, head.vm));
+        Ok(SettleAnswer { taken, rejected, edge_key })
+    }
+
+    /// Takes sealed records, one a line, from wherever they come: the MAC says who wrote them.
+    pub async fn take_records(&self, lines: impl Iterator<Item = &str>) -> Result<(u64, u64), ServiceError> {
         let (mut batch, mut rejected) = (Vec::new(), 0);
         for line in lines {
             let open = |record: Record| {
@@ -187,8 +194,7 @@ impl Service {
         if taken > 0 {
             report(self.store.settle(batch, now_ms()).await?);
         }
-        let edge_key = head.need_key.then(|| EdgeKey::derive(&self.roots.edge_master, head.vm));
-        Ok(SettleAnswer { taken, rejected, edge_key })
+        Ok((taken, rejected))
     }
 
     /// Charges holds that nobody settled in time.

@@ -4,11 +4,11 @@ use super::error::Problem;
 use crate::service::{KeySpec, Service};
 use crate::store::{AuditRow, CredentialRow, KeyRow};
 use axum::extract::rejection::JsonRejection;
-use axum::extract::{Path, Query, Request, State};
+use axum::extract::{DefaultBodyLimit, Path, Query, Request, State};
 use axum::http::{StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{delete, get};
+use axum::routing::{delete, get, post};
 use axum::{Json, Router};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -22,6 +22,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 const MAX_PAGE: u32 = 1_000;
+/// Largest import of records at a time, in bytes.
+const MAX_IMPORT: usize = 64 * 1024 * 1024;
 
 #[derive(Clone)]
 pub struct Admin {
@@ -37,6 +39,7 @@ pub fn router(admin: Admin) -> Router {
         .route("/v1/credentials/{id}", delete(remove_credential))
         .route("/v1/audit/{key}", get(audit_page))
         .route("/v1/audit/{key}/bundle", get(audit_bundle))
+        .route("/v1/settlements/import", post(import_settlements).layer(DefaultBodyLimit::max(MAX_IMPORT)))
         .layer(middleware::from_fn_with_state(admin.clone(), authenticate));
     Router::new()
         .merge(guarded)
@@ -318,6 +321,19 @@ async fn audit_bundle(State(admin): State<Admin>, Path(key): Path<String>) -> Re
     let tail = serde_json::json!({ "count": count, "head": hex::encode(&admin.service.chain_key(&key, newest).head(count, &last)) });
     let body = format!("{head}\n{entries}{tail}\n");
     Ok(([(header::CONTENT_TYPE, "application/jsonl")], body).into_response())
+}
+
+/// What an import did.
+#[derive(Serialize)]
+struct Imported {
+    taken: u64,
+    rejected: u64,
+}
+
+/// Takes the sealed records of an Envoy that died before it sent them: one record a line.
+async fn import_settlements(State(admin): State<Admin>, body: String) -> Result<Response, Problem> {
+    let (taken, rejected) = admin.service.take_records(body.lines()).await?;
+    Ok(Json(Imported { taken, rejected }).into_response())
 }
 
 fn bad_body(rejection: JsonRejection) -> Problem {

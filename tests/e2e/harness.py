@@ -1,0 +1,291 @@
+"""Starts the real parts: provider simulator, policy service, Envoy with the filter. Everything listens on loopback."""
+
+import http.client
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import audit
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVOY_BIN = os.environ.get("ENVOY_BIN", "envoy")
+KEYWARD_BIN = os.environ.get("KEYWARD_BIN", str(ROOT / "target/release/keyward"))
+SERVICE_BIN = os.environ.get("SERVICE_BIN", str(Path(KEYWARD_BIN).with_name("keyward-policy-service")))
+SIM_BIN = os.environ.get("SIM_BIN", str(Path(KEYWARD_BIN).with_name("provider-sim")))
+LOADGEN_BIN = os.environ.get("LOADGEN_BIN", str(Path(KEYWARD_BIN).with_name("loadgen")))
+
+# Real-looking credentials that only this harness and the simulator know.
+CREDENTIALS = [
+    {"id": "openai-1", "provider": "openai", "secret": "sk-proj-Tq7ZkW3mXv9Bf2LsYc8RdHj5NaPe1GuKo4"},
+    {"id": "anthropic-1", "provider": "anthropic", "secret": "sk-ant-api03-Hw6VbQ9xMz2JrTf7CkLp4SnYd8Eg"},
+]
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def wait_for(what, check, timeout=20.0, every=0.02):
+    """Polls until check() is truthy and gives its value."""
+    end = time.monotonic() + timeout
+    while True:
+        try:
+            value = check()
+            if value:
+                return value
+        except (OSError, http.client.HTTPException, ValueError):
+            pass
+        if time.monotonic() > end:
+            raise TimeoutError(f"{what} did not come about within {timeout} s")
+        time.sleep(every)
+
+
+def call(base, method, path, body=None, headers=None, timeout=30):
+    """One HTTP request to a loopback address: status, headers, body."""
+    url = urlsplit(base)
+    connection = http.client.HTTPConnection(url.hostname, url.port, timeout=timeout)
+    try:
+        headers = dict(headers or {})
+        if isinstance(body, (dict, list)):
+            body = json.dumps(body).encode()
+            headers.setdefault("content-type", "application/json")
+        connection.request(method, path, body=body, headers=headers)
+        response = connection.getresponse()
+        return response.status, {k.lower(): v for k, v in response.getheaders()}, response.read()
+    finally:
+        connection.close()
+
+
+class Part:
+    """A process of the stack, with its log."""
+
+    def __init__(self, name, directory):
+        self.name, self.log, self.process = name, directory / f"{name}.log", None
+
+    def spawn(self, command, env=None, stdout=None):
+        self.command = command
+        with open(self.log, "ab") as log:
+            self.process = subprocess.Popen(command, stdout=stdout or log, stderr=log, env={**os.environ, **(env or {})}, start_new_session=True)
+        return self.process
+
+    def ready_line(self, timeout=20):
+        """First line of standard output, as JSON."""
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.name} ended before it was ready: {self.command}\n{self.log.read_text(errors='replace')[-4000:]}")
+        return json.loads(line)
+
+    def running(self):
+        return self.process is not None and self.process.poll() is None
+
+    def kill(self):
+        if self.running():
+            self.process.kill()
+        if self.process:
+            self.process.wait()
+
+    def terminate(self, timeout=20):
+        if self.running():
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.process.wait(timeout)
+            except subprocess.TimeoutExpired:
+                self.kill()
+
+
+class Simulator(Part):
+    """The provider, and the oracle."""
+
+    def start(self, *options):
+        self.spawn([SIM_BIN, "--listen", "127.0.0.1:0", "--control", "127.0.0.1:0", *options], stdout=subprocess.PIPE)
+        ready = self.ready_line()
+        self.api, self.control, self.ca = ready["api"], ready["control"], ready["ca"]
+        self.put("/control/credentials", CREDENTIALS)
+
+    def request(self, method, path, body=None):
+        status, _, data = call(self.control, method, path, body)
+        assert status < 300, (method, path, status, data)
+        return data
+
+    def get(self, path):
+        return json.loads(self.request("GET", path))
+
+    def put(self, path, body):
+        return self.request("PUT", path, body)
+
+    def fault(self, sim, count=1, **where):
+        self.request("POST", "/control/faults", {"sim": sim, "count": count, **where})
+
+    def totals(self):
+        return self.get("/control/totals")
+
+    def ledger(self, since=0):
+        return self.get(f"/control/ledger?since={since}")["requests"]
+
+    def quiet(self):
+        wait_for("the simulator at rest", lambda: self.totals()["running"] == 0, 60)
+
+    def reset(self):
+        self.request("POST", "/control/reset")
+
+    def body(self, seq):
+        return self.request("GET", f"/control/bodies?seq={seq}")
+
+    def headers(self, seq):
+        return self.get(f"/control/headers?seq={seq}")
+
+
+class Stack:
+    """One Envoy, one policy service, one simulator."""
+
+    def __init__(self, directory=None, concurrency=1, hold_ttl=3900, sim_options=(), render_options=(), envoy_bin=None, envoy_minor=40,
+                 filter_module=None, service_env=None):
+        self.owned = directory is None
+        self.directory = Path(directory or tempfile.mkdtemp(prefix="keyward-e2e-"))
+        self.concurrency, self.hold_ttl = concurrency, hold_ttl
+        self.sim_options, self.render_options = sim_options, render_options
+        self.envoy_bin, self.envoy_minor = envoy_bin or ENVOY_BIN, envoy_minor
+        self.filter_module, self.service_env = filter_module, service_env or {}
+        self.sim = Simulator("sim", self.directory)
+        self.service = Part("service", self.directory)
+        self.envoy = Part("envoy", self.directory)
+        self.edge_port, self.admin_port = free_port(), free_port()
+        self.listen_port, self.envoy_admin_port = free_port(), free_port()
+        self.admin_token = None
+        self.secrets = [c["secret"] for c in CREDENTIALS]
+        self.tokens = []
+
+    # --- life ------------------------------------------------------------------------------------------------------
+
+    def __enter__(self):
+        try:
+            self.sim.start(*self.sim_options)
+            self.start_service()
+            for credential in CREDENTIALS:
+                self.admin("POST", "/v1/credentials", {"provider": credential["provider"], "label": credential["id"], "secret": credential["secret"]})
+            self.start_envoy()
+        except BaseException:
+            self.__exit__(*sys.exc_info())
+            raise
+        return self
+
+    def __exit__(self, kind, *_):
+        for part in (self.envoy, self.service, self.sim):
+            part.kill()
+        if kind is not None:
+            self.describe()
+        elif self.owned:
+            shutil.rmtree(self.directory, ignore_errors=True)
+
+    def describe(self):
+        """What a person needs after a failure: commands, ports, the ends of the logs."""
+        print(f"\nstack in {self.directory}: listen {self.listen_port}, admin {self.admin_port}, envoy admin {self.envoy_admin_port}", file=sys.stderr)
+        for part in (self.sim, self.service, self.envoy):
+            print(f"--- {part.name}: {' '.join(map(str, getattr(part, 'command', [])))}", file=sys.stderr)
+            if part.log.exists():
+                print(part.log.read_text(errors="replace")[-1500:], file=sys.stderr)
+
+    def start_service(self):
+        data = self.directory / "data"
+        self.service.spawn([SERVICE_BIN, "--data", str(data), "--edge", f"127.0.0.1:{self.edge_port}", "--admin", f"127.0.0.1:{self.admin_port}",
+                            "--origin", "e2e", "--hold-ttl", str(self.hold_ttl)], env=self.service_env, stdout=subprocess.PIPE)
+        ready = self.service.ready_line()
+        self.admin_token = ready["bootstrap_admin_token"] or self.admin_token
+
+    def start_envoy(self):
+        module = self.filter_module or self.directory / "filter.wasm"
+        if not self.filter_module:
+            subprocess.run([KEYWARD_BIN, "filter", "export", str(module)], check=True)
+        config = self.directory / "envoy.yaml"
+        providers = [option for name in ("openai", "anthropic") for option in ("--provider", f"{name}={self.sim.api}")]
+        ca = ["--provider-ca", self.sim.ca] if self.sim.ca else []
+        rendered = subprocess.run(
+            [KEYWARD_BIN, "envoy", "render", "--envoy", str(self.envoy_minor), *providers, *ca, "--listen", f"127.0.0.1:{self.listen_port}",
+             "--envoy-admin", f"127.0.0.1:{self.envoy_admin_port}", "--policy", f"127.0.0.1:{self.edge_port}",
+             "--edge-token-file", str(self.directory / "data/edge-token"), "--filter", str(module),
+             "--access-log", str(self.directory / "access.log"), *self.render_options], check=True, capture_output=True, text=True)
+        config.write_text(rendered.stdout)
+        self.spawn_envoy(config)
+
+    def spawn_envoy(self, config=None):
+        self.envoy.spawn([self.envoy_bin, "-c", str(config or self.directory / "envoy.yaml"), "--use-dynamic-base-id", "--log-level", "warning",
+                          "--concurrency", str(self.concurrency), "--file-flush-interval-msec", "100"])
+        wait_for("Envoy", lambda: call(f"http://127.0.0.1:{self.envoy_admin_port}", "GET", "/ready")[0] == 200 or not self.envoy.running())
+        if not self.envoy.running():
+            raise RuntimeError("Envoy ended at once\n" + self.envoy.log.read_text(errors="replace")[-4000:])
+
+    # --- asking ----------------------------------------------------------------------------------------------------
+
+    @property
+    def base(self):
+        return f"http://127.0.0.1:{self.listen_port}"
+
+    @property
+    def admin_base(self):
+        return f"http://127.0.0.1:{self.admin_port}"
+
+    def admin(self, method, path, body=None, raw=False):
+        status, _, data = call(self.admin_base, method, path, body, {"authorization": f"Bearer {self.admin_token}"})
+        assert status < 300, (method, path, status, data)
+        return data.decode() if raw else (json.loads(data) if data else None)
+
+    def new_key(self, budget=None, **spec):
+        """Makes a key: id, token. budget is dollars as text."""
+        if budget is not None:
+            spec["budgets"] = [{"usd": budget, "window": "total"}]
+        key = self.admin("POST", "/v1/keys", spec)
+        self.tokens.append(key["token"])
+        return key["id"], key["token"]
+
+    def key(self, key_id):
+        return self.admin("GET", f"/v1/keys/{key_id}")
+
+    def chat(self, token, content="Hello", timeout=30, path="/v1/chat/completions", headers=None, **more):
+        """One chat completion: status, headers, body."""
+        body = {"model": "gpt-4o-mini", "messages": [{"role": "user", "content": content}], **more}
+        return call(self.base, "POST", path, body, {"authorization": f"Bearer {token}", **(headers or {})}, timeout)
+
+    def audit(self, key_id):
+        """A key's chain, verified and decoded by the second reading."""
+        return audit.verify(self.export(key_id))
+
+    def export(self, key_id):
+        return self.admin("GET", f"/v1/audit/{key_id}/bundle", raw=True)
+
+    def settled(self, *key_ids, timeout=30):
+        """Waits until nothing is in flight for these keys."""
+        for key_id in key_ids:
+            wait_for(f"{key_id} settled", lambda: self.key(key_id)["in_flight"] == 0, timeout)
+
+    def stats(self, pattern=""):
+        data = call(f"http://127.0.0.1:{self.envoy_admin_port}", "GET", f"/stats?filter={pattern}")[2].decode()
+        return {name: int(value) for name, _, value in (line.partition(": ") for line in data.splitlines()) if value.strip().isdigit()}
+
+    def metrics(self):
+        data = call(self.admin_base, "GET", "/metrics")[2].decode()
+        return {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in data.splitlines() if line and not line.startswith("#")}
+
+    def callouts(self):
+        """Calls of the filter to the policy service so far."""
+        return self.stats("cluster.keyward_policy.upstream_rq_total").get("cluster.keyward_policy.upstream_rq_total", 0)
+
+    def unadmitted(self, key_ids):
+        """Requests that the simulator saw without an ADMITTED of before: must be empty."""
+        admitted = {entry["req"]: entry["time_ms"] for key_id in key_ids for entry in self.audit(key_id) if entry["event"] == "ADMITTED"}
+        wrong = []
+        for request in self.sim.ledger():
+            req = (request["client_request_id"] or "").removeprefix("req_")
+            # Both clocks are this machine's; the chain's has milliseconds.
+            if req not in admitted or admitted[req] * 1000 > request["started_unix_us"]:
+                wrong.append(request)
+        return wrong
