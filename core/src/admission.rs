@@ -210,6 +210,8 @@ mod tests {
     use super::*;
     use crate::price::PriceTable;
     use proptest::prelude::*;
+    #[cfg(target_arch = "wasm32")]
+    use wasm_bindgen_test::wasm_bindgen_test as test;
 
     fn key(cap: Option<i64>) -> KeyState {
         KeyState {

@@ -403,6 +403,8 @@ impl<K: Fn(u64) -> Option<ChainKey>> Verifier<K> {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    #[cfg(target_arch = "wasm32")]
+    use wasm_bindgen_test::wasm_bindgen_test as test;
 
     fn entries() -> Vec<Entry> {
         let events = [

@@ -529,6 +529,8 @@ fn name_of(field: Field) -> &'static str {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    #[cfg(target_arch = "wasm32")]
+    use wasm_bindgen_test::wasm_bindgen_test as test;
 
     fn read(text: &str) -> Result<BodyFacts, BodyError> {
         let mut reader = BodyReader::default();

@@ -87,6 +87,8 @@ fn in_value(value: &[u8]) -> Vec<Vec<u8>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    #[cfg(target_arch = "wasm32")]
+    use wasm_bindgen_test::wasm_bindgen_test as test;
 
     fn headers(list: &[(&str, &[u8])]) -> Vec<(Vec<u8>, Vec<u8>)> {
         list.iter().map(|(n, v)| (n.as_bytes().to_vec(), v.to_vec())).collect()

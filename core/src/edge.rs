@@ -279,6 +279,8 @@ pub struct SettleAnswer {
 #[cfg(test)]
 mod tests {
     use super::*;
+    #[cfg(target_arch = "wasm32")]
+    use wasm_bindgen_test::wasm_bindgen_test as test;
 
     fn settlement() -> Settlement {
         Settlement {

@@ -377,6 +377,8 @@ mod tests {
     use crate::edge::{PlanCredential, PlanTarget, Secret};
     use crate::token::VirtualKey;
     use crate::usage::Usage;
+    #[cfg(target_arch = "wasm32")]
+    use wasm_bindgen_test::wasm_bindgen_test as test;
 
     const LIMITS: Limits = Limits { max_body_bytes: 1_000 };
 

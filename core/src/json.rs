@@ -495,6 +495,8 @@ impl Utf8 {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    #[cfg(target_arch = "wasm32")]
+    use wasm_bindgen_test::wasm_bindgen_test as test;
 
     /// Rebuilds the document, so that a second reader (serde_json) can say whether it was understood.
     #[derive(Default)]

@@ -123,6 +123,8 @@ fn row(line: &str) -> Option<(String, String, Price)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    #[cfg(target_arch = "wasm32")]
+    use wasm_bindgen_test::wasm_bindgen_test as test;
 
     /// Figures from the providers' public price pages, typed in by hand.
     #[test]

@@ -144,6 +144,8 @@ impl Refusal {
 #[cfg(test)]
 mod tests {
     use super::*;
+    #[cfg(target_arch = "wasm32")]
+    use wasm_bindgen_test::wasm_bindgen_test as test;
 
     #[test]
     fn the_name_on_the_wire_is_the_name_in_the_header() {

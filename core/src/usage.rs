@@ -296,6 +296,8 @@ impl Numbers {
 #[cfg(test)]
 mod tests {
     use super::*;
+    #[cfg(target_arch = "wasm32")]
+    use wasm_bindgen_test::wasm_bindgen_test as test;
 
     fn read(so_far: UsageReader, text: &str) -> (UsageReader, Document) {
         let mut reader = AnswerReader::new(so_far);
