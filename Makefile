@@ -61,7 +61,7 @@ up: build envoy ## Run Keyward on this machine, on loopback, with state in ./.ke
 
 .PHONY: demo
 demo: build envoy venv ## Walk through Keyward's promises against a simulated provider
-	@$(WITH_BINARIES) $(PYTHON) tests/e2e/demo.py
+	@$(WITH_BINARIES) KEYWARD_PYTHON="$(abspath $(PYTHON))" "$(RELEASE)/keyward" demo
 
 # --- Checking --------------------------------------------------------------------------------------------------------
 # One profile for all of it, so that each crate is compiled once.

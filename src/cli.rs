@@ -18,6 +18,8 @@ pub struct Options {
 enum Command {
     /// Start a gateway on loopback: policy service and Envoy with the filter
     Up(up::UpOptions),
+    /// Walk through the promises against the provider simulator
+    Demo(crate::demo::DemoOptions),
     /// Virtual keys
     #[command(subcommand)]
     Keys(Keys),
@@ -234,6 +236,7 @@ enum Filter {
 pub fn run(options: Options) -> Result<(), String> {
     match options.command {
         Command::Up(options) => up::run(options),
+        Command::Demo(options) => crate::demo::run(&options),
         Command::Keys(keys) => run_keys(keys),
         Command::Credentials(credentials) => run_credentials(credentials),
         Command::Audit(command) => run_audit(command),

@@ -3,6 +3,7 @@
 mod audit;
 mod cli;
 mod client;
+mod demo;
 mod envoy;
 mod up;
 

@@ -3,7 +3,7 @@
 
 use crate::credentials::{CREDENTIAL_HEADERS, NETWORK_HEADERS};
 use crate::edge::Try;
-use crate::gate::{Headers, Permit};
+use crate::gate::{Headers, Permit, header};
 use crate::operation::AuthScheme;
 
 /// A permitted request on its way: the permit, and what became of its tries.
@@ -27,7 +27,8 @@ struct Running {
 /// Request headers of one try.
 #[derive(Debug, PartialEq, Eq)]
 pub struct RequestEdits {
-    pub remove: Vec<&'static str>,
+    /// Names of headers that must go, of those that are there.
+    pub remove: Vec<Vec<u8>>,
     pub set: Vec<(&'static str, String)>,
 }
 
@@ -36,27 +37,28 @@ impl Flight {
         Flight { permit, tries: Vec::new() }
     }
 
-    /// Begins a try. `None` when no usable credential is left: then nothing may be sent.
-    pub fn begin(&mut self, now_ms: u64) -> Option<RequestEdits> {
+    /// Begins a try on a request with these headers. `None` when no usable credential is left: then nothing may be sent.
+    pub fn begin(&mut self, headers: &Headers, now_ms: u64) -> Option<RequestEdits> {
         let target = self.permit.target();
         let credential = self.permit.plan().targets.first()?.credentials.first()?;
         let auth = match target.provider.auth {
             AuthScheme::Bearer => ("authorization", format!("Bearer {}", credential.secret.0)),
             AuthScheme::Header(name) => (name, credential.secret.0.clone()),
         };
-        let other_auth = CREDENTIAL_HEADERS.iter().copied().filter(|name| *name != auth.0);
-        let remove = other_auth.chain(NETWORK_HEADERS).chain(["x-envoy-attempt-count"]);
-        let edits = RequestEdits {
-            remove: remove.collect(),
-            set: vec![
-                auth,
-                (":authority", target.provider.host.to_owned()),
-                (":path", target.operation.path.to_owned()),
-                ("accept-encoding", "identity".to_owned()),
-                // The id under which the audit chain has this request; OpenAI documents the header for exactly that.
-                ("x-client-request-id", self.permit.id().to_string()),
-            ],
-        };
+        // Whatever tells callers apart, or told them apart in an earlier try, goes.
+        let goes =
+            |name: &[u8]| CREDENTIAL_HEADERS.iter().chain(&NETWORK_HEADERS).any(|other| other.as_bytes() == name && *other != auth.0);
+        let remove = headers.iter().filter(|(name, _)| goes(name) || name.starts_with(b"x-envoy-")).map(|(name, _)| name.clone()).collect();
+        let mut set = vec![
+            (":authority", target.provider.host.to_owned()),
+            (":path", target.operation.path.to_owned()),
+            ("accept-encoding", "identity".to_owned()),
+            // The id under which the audit chain has this request; OpenAI documents the header for exactly that.
+            ("x-client-request-id", self.permit.id().to_string()),
+        ];
+        set.retain(|(name, value)| header(headers, name) != Some(value.as_bytes()));
+        set.push(auth);
+        let edits = RequestEdits { remove, set };
         self.tries.push(Running {
             credential: credential.id.clone(),
             status: None,
@@ -69,7 +71,7 @@ impl Flight {
 
     /// The provider answered the last try with these headers. Returns those that repeat the credential: they don't go on.
     pub fn answered(&mut self, headers: &Headers, now_ms: u64) -> Vec<Vec<u8>> {
-        let status = crate::gate::header(headers, ":status").and_then(|s| std::str::from_utf8(s).ok()?.parse().ok());
+        let status = header(headers, ":status").and_then(|s| std::str::from_utf8(s).ok()?.parse().ok());
         if let Some(last) = self.tries.last_mut() {
             last.status = status;
             last.answered_ms = Some(now_ms.saturating_sub(last.started_ms));

@@ -301,7 +301,8 @@ impl Answering {
         }
         let encoded = header(headers, "content-encoding").is_some_and(|e| !e.eq_ignore_ascii_case(b"identity"));
         let meter = Meter::new(header(headers, "content-type"), encoded, self.withhold_usage);
-        let mut edits = HeaderEdits { remove: ACCOUNT_HEADERS.to_vec(), set: vec![("x-keyward-request-id", self.id.to_string())] };
+        let remove = ACCOUNT_HEADERS.iter().copied().filter(|name| header(headers, name).is_some()).collect();
+        let mut edits = HeaderEdits { remove, set: vec![("x-keyward-request-id", self.id.to_string())] };
         if meter.rewrites() {
             edits.remove.push("content-length");
         }
@@ -444,13 +445,16 @@ mod tests {
     #[test]
     fn each_try_overwrites_every_credential_header() {
         let (_, mut flight) = admitted("{\"model\":\"gpt-4o\"}").forward();
-        let edits = flight.begin(0).unwrap();
+        let shared = headers(&[("x-api-key", "left by an earlier try"), ("x-forwarded-for", "10.0.0.1"), ("x-other", "stays")]);
+        let edits = flight.begin(&shared, 0).unwrap();
         assert!(edits.set.contains(&("authorization", "Bearer sk-real".to_owned())));
         assert!(
             edits.set.contains(&(":path", "/v1/chat/completions".to_owned()))
                 && edits.set.contains(&(":authority", "api.openai.com".to_owned()))
         );
-        assert!(["x-api-key", "api-key", "proxy-authorization"].iter().all(|name| edits.remove.contains(name)));
+        assert_eq!(edits.remove, [b"x-api-key".to_vec(), b"x-forwarded-for".to_vec()]);
+        let edits = flight.begin(&headers(&[(":path", "/openai/v1/chat/completions?key=x")]), 0).unwrap();
+        assert!(edits.set.contains(&(":path", "/v1/chat/completions".to_owned())));
         let leak = flight.answered(&[(b":status".to_vec(), b"200".to_vec()), (b"x-echo".to_vec(), b"Bearer sk-real".to_vec())], 5);
         assert_eq!(leak, [b"x-echo".to_vec()]);
     }
@@ -460,7 +464,7 @@ mod tests {
         let admitted = admitted("{\"model\":\"gpt-4o\",\"stream\":true}");
         assert_eq!(admitted.splices.len(), 1);
         let (mut answering, mut flight) = admitted.forward();
-        flight.begin(0);
+        flight.begin(&[], 0);
         let head: Vec<(Vec<u8>, Vec<u8>)> =
             vec![(b":status".to_vec(), b"200".to_vec()), (b"content-type".to_vec(), b"text/event-stream".to_vec())];
         flight.answered(&head, 7);
@@ -477,7 +481,7 @@ mod tests {
     #[test]
     fn a_cut_anthropic_stream_tells_its_input_only() {
         let (mut answering, mut flight) = admitted("{\"model\":\"gpt-4o\",\"stream\":true}").forward();
-        flight.begin(0);
+        flight.begin(&[], 0);
         answering
             .headers(&[(b":status".to_vec(), b"200".to_vec()), (b"content-type".to_vec(), b"text/event-stream".to_vec())], true)
             .unwrap();

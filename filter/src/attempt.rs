@@ -18,7 +18,7 @@ impl HttpContext for AttemptStream {
     fn on_http_request_headers(&mut self, _: usize, _: bool) -> Action {
         self.flight = vm().flight_of_stream();
         // The borrow ends before anything else is called.
-        let edits = self.flight.as_ref().and_then(|flight| flight.borrow_mut().begin(host::now_ms()));
+        let edits = self.flight.as_ref().and_then(|flight| flight.borrow_mut().begin(&host::headers(Map::RequestHeaders), host::now_ms()));
         let Some(edits) = edits else {
             // No permit, or a VM that was reloaded under the request: nothing leaves.
             let answer =
@@ -28,7 +28,7 @@ impl HttpContext for AttemptStream {
             return Action::Pause;
         };
         for name in edits.remove {
-            host::remove_header(Map::RequestHeaders, name.as_bytes());
+            host::remove_header(Map::RequestHeaders, &name);
         }
         for (name, value) in edits.set {
             host::set_header(Map::RequestHeaders, name, &value);

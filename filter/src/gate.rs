@@ -97,7 +97,7 @@ impl GateStream {
     }
 
     fn settle(&self, settlement: Settlement) {
-        let now = host::now_ms();
+        let now = settlement.at;
         if let Some(line) = self.vm.settlements.borrow_mut().push(settlement, now) {
             host::set_filter_state("keyward.settle", &line);
         }
@@ -107,7 +107,6 @@ impl GateStream {
         let id = admitted.permit.id();
         let cluster = gate::cluster(admitted.permit.target().provider);
         host::set_filter_state("keyward.key", &admitted.permit.plan().key);
-        host::set_filter_state("keyward.request_id", &id.to_string());
         let ready = write_body(&admitted.splices, admitted.body_bytes)
             && host::set_filter_state(FLIGHT, &hex::encode(&id.0))
             && host::set_filter_state(TARGET, cluster)
@@ -293,7 +292,8 @@ impl HttpContext for GateStream {
                 if !flight.borrow().was_answered() && nothing_was_sent() {
                     flight.borrow_mut().never_connected();
                 }
-                let settlement = answering.over(&flight.borrow(), self.elapsed_ms(), host::now_ms());
+                let now = host::now_ms();
+                let settlement = answering.over(&flight.borrow(), now.saturating_sub(self.started_ms), now);
                 self.settle(settlement);
             }
             Stage::New | Stage::Reading(_) | Stage::Over => {}

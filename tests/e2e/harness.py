@@ -267,6 +267,34 @@ class Stack:
         for key_id in key_ids:
             wait_for(f"{key_id} settled", lambda: self.key(key_id)["in_flight"] == 0, timeout)
 
+    def last_seq(self):
+        """The simulator's newest number: unchanged means that nothing reached it."""
+        return self.sim.get(f"/control/ledger?since={1 << 60}")["last_seq"]
+
+    def calls_of(self, key_id):
+        """The simulator's entries of this key's requests, told apart by the request id of the chain."""
+        admitted = {entry["req"] for entry in self.audit(key_id) if entry["event"] == "ADMITTED"}
+        return [call for call in self.sim.ledger() if (call["client_request_id"] or "").removeprefix("req_") in admitted]
+
+    def books(self, key_id):
+        """Waits until a key is at rest on both sides and checks what holds however its requests ended: each admission has
+        exactly one end, nothing stays reserved, the key paid what its chain says, and never less than the provider charged.
+        Gives the true cost, the charge and the ends."""
+        self.settled(key_id)
+        wait_for("the provider's books", lambda: all(call["ended"] for call in self.calls_of(key_id)))
+        chain, key, calls = self.audit(key_id), self.key(key_id), self.calls_of(key_id)
+        admitted = [entry["req"] for entry in chain if entry["event"] == "ADMITTED"]
+        ends = [entry for entry in chain if entry["event"] in ("SETTLED", "VOIDED", "EXPIRED")]
+        assert sorted(admitted) == sorted(end["req"] for end in ends), chain
+        assert len(set(admitted)) == len(admitted)
+        voided = {end["req"] for end in ends if end["event"] == "VOIDED"}
+        assert not voided & {call["client_request_id"].removeprefix("req_") for call in calls}, "voided, yet the provider saw it"
+        charged, true = sum(end.get("charge", 0) for end in ends), sum(call["cost_nanodollars"] for call in calls)
+        assert (key["reserved_nanodollars"], key["in_flight"], key["spent_nanodollars"]) == (0, 0, charged), key
+        assert charged >= true, (charged, true, ends, calls)
+        assert key["status"] != "frozen", chain
+        return true, charged, ends
+
     def stats(self, pattern=""):
         data = call(f"http://127.0.0.1:{self.envoy_admin_port}", "GET", f"/stats?filter={pattern}")[2].decode()
         return {name: int(value) for name, _, value in (line.partition(": ") for line in data.splitlines()) if value.strip().isdigit()}
