@@ -1,9 +1,11 @@
 """The audit chain, checked offline by the command and by a second reading: any change to an export shows, and where."""
 
 import base64
+import hmac
 import json
 import random
 import re
+import struct
 import subprocess
 import time
 
@@ -229,16 +231,54 @@ def test_tail_prints_the_entries(eventful):
     assert missing.returncode != 0 and "no key" in missing.stderr
 
 
-def test_a_long_chain_exports_whole(eventful):
-    """Longer than one page of the service's own reading."""
+@pytest.fixture(scope="module")
+def long_chain(eventful):
+    """A chain longer than one page of the service's own reading."""
     key_id, token = eventful.new_key()
     gate = BareGate(eventful)
     for _ in range(1005):
         gate.admit(token)
     wait_for("the holds' end", lambda: eventful.key(key_id)["in_flight"] == 0, 20)
-    text = eventful.export(key_id)
+    return key_id
+
+
+def test_a_long_chain_exports_whole(eventful, long_chain):
+    text = eventful.export(long_chain)
     assert len(audit.verify(text)) == 1 + 2 * 1005
     assert by_command(text)[0] == 0
+
+
+def test_tail_of_a_long_chain_is_its_end(eventful, long_chain):
     access = ["--admin", eventful.admin_base, "--admin-token", eventful.admin_token]
-    done = subprocess.run([KEYWARD_BIN, "audit", "tail", *access, key_id], capture_output=True, text=True, check=True)
-    assert [int(line.split()[0]) for line in done.stdout.splitlines()] == list(range(1992, 2012)), "the newest 20, in order"
+    done = subprocess.run([KEYWARD_BIN, "audit", "tail", *access, long_chain], capture_output=True, text=True, check=True)
+    numbers = [int(line.split()[0]) for line in done.stdout.splitlines()]
+    assert numbers == list(range(1992, 2012)), f"the newest 20, in order; {len(numbers)} were printed"
+
+
+def test_the_access_log_holds_each_vm_s_chain_of_records(eventful):
+    """KS1 lines, read by docs/audit-format.md alone: MACs, numbers, links."""
+    wait_for("the access log", lambda: "KS1" in (eventful.directory / "access.log").read_text())
+    gate, vms, ended = BareGate(eventful), {}, set()
+    for line in (eventful.directory / "access.log").read_text().splitlines():
+        settle = json.loads(line)["settle"]
+        if settle is None:
+            continue
+        magic, vm, seq, prev, mac, payload = settle.split(" ", 5)
+        if vm not in vms:
+            gate.vm = bytes.fromhex(vm)
+            answer = json.loads(gate.post("/edge/v1/settle", f"KB1 {vm} 1 {{}}\n".encode())[2])
+            vms[vm] = [bytes.fromhex(answer["edge_key"]), {}]
+        sealed = b"keyward/edge/v1" + bytes.fromhex(vm) + struct.pack(">Q", int(seq)) + bytes.fromhex(prev) + payload.encode()
+        assert magic == "KS1" and hmac.digest(vms[vm][0], sealed, "sha256").hex() == mac
+        vms[vm][1][int(seq)] = (prev, mac)
+        ended.add(json.loads(payload)["req"])
+    for _, records in vms.values():
+        previous = bytes(32).hex()
+        for seq in sorted(records):
+            prev, mac = records[seq]
+            if seq - 1 in records or seq == 1:
+                assert prev == previous
+            previous = mac
+    key_id, bare, _ = eventful.eventful
+    admitted = {entry["req"]: entry["vm"] for entry in eventful.audit(key_id) if entry["event"] == "ADMITTED"}
+    assert {req for req, vm in admitted.items() if vm != bare.vm.hex()} <= ended

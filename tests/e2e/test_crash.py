@@ -9,6 +9,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import pytest
 from edge import BareGate
-from harness import CREDENTIALS, ENVOY_BIN, KEYWARD_BIN, Part, Simulator, Stack, call, free_port, wait_for
+from harness import CREDENTIALS, ENVOY_BIN, KEYWARD_BIN, SERVICE_BIN, Part, Simulator, Stack, call, free_port, wait_for
 from load import Load, accounts, ask, true_costs
 
 KILLS = int(os.environ.get("KILLS", "5"))
@@ -324,72 +325,149 @@ def test_what_a_dead_envoy_never_sent_is_in_its_access_log(service_is):
 # --- all of it, in order -----------------------------------------------------------------------------------------------
 
 
-def children(pid):
-    """Processes that a process started."""
-    return [int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
-
-
-def alive(pid):
-    try:
-        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return False
-
-
 class Up(Part):
     """`keyward up` as a person runs it."""
 
-    def start(self, sim):
-        self.listen_port, self.admin_port, self.data = free_port(), free_port(), self.log.parent / "data"
-        self.spawn([KEYWARD_BIN, "up", "--data", str(self.data), "--listen", f"127.0.0.1:{self.listen_port}", "--admin",
-                    f"127.0.0.1:{self.admin_port}", "--provider", f"openai={sim.api}", "--provider", f"anthropic={sim.api}"],
-                   env={"OPENAI_API_KEY": CREDENTIALS[0]["secret"], "ANTHROPIC_API_KEY": CREDENTIALS[1]["secret"], "ENVOY_BIN": ENVOY_BIN})
-        wait_for("keyward up", lambda: "keyward is up" in self.log.read_text() or not self.running(), 30)
+    def __init__(self, name, directory):
+        super().__init__(name, directory)
+        self.listen_port, self.admin_port, self.data = free_port(), free_port(), directory / "data"
+
+    def command_line(self):
+        return [KEYWARD_BIN, "up", "--data", str(self.data), "--listen", f"127.0.0.1:{self.listen_port}", "--admin", f"127.0.0.1:{self.admin_port}",
+                "--provider", f"openai={self.sim.api}", "--provider", f"anthropic={self.sim.api}"]
+
+    def spawn(self, command, env=None, stdout=None):
+        env = {"OPENAI_API_KEY": CREDENTIALS[0]["secret"], "ANTHROPIC_API_KEY": CREDENTIALS[1]["secret"], "ENVOY_BIN": ENVOY_BIN}
+        return super().spawn(command, env, stdout)
+
+    def start(self):
+        said = len(self.log.read_bytes()) if self.log.exists() else 0
+        self.spawn(self.command_line())
+        wait_for("keyward up", lambda: b"keyward is up" in self.log.read_bytes()[said:] or not self.running(), 30)
         assert self.running(), self.log.read_text()
+        self.stack.listen_port, self.stack.admin_port = self.listen_port, self.admin_port
+        if (self.data / "admin-token").exists():
+            self.stack.admin_token = (self.data / "admin-token").read_text().strip()
+
+    def envoys(self):
+        """The Envoys that run on this data directory, whoever their parent is by now."""
+        found, config = [], str(self.data / "envoy.yaml").encode()
+        for process in Path("/proc").iterdir():
+            if process.name.isdigit():
+                try:
+                    if config in (process / "cmdline").read_bytes() and "\nState:\tZ" not in (process / "status").read_text():
+                        found.append(int(process.name))
+                except OSError:
+                    pass
+        return found
 
 
-def test_up_stops_in_order_with_streams_in_flight(tmp_path):
+@pytest.fixture
+def up(tmp_path):
+    """`keyward up` in front of a simulator, with the stack's helpers speaking to it."""
     sim, up = Simulator("sim", tmp_path), Up("up", tmp_path)
-    stack = Stack(directory=tmp_path)
+    stack = up.stack = Stack(directory=tmp_path)
     try:
         sim.start()
-        up.start(sim)
-        # From here the stack's helpers speak to what `up` runs.
-        stack.sim, stack.listen_port, stack.admin_port = sim, up.listen_port, up.admin_port
-        stack.admin_token = (up.data / "admin-token").read_text().strip()
-        keys = new_keys(stack)
-        [envoy] = children(up.process.pid)
-        assert "envoy" in Path(f"/proc/{envoy}/cmdline").read_text()
-        started = [threading.Event() for _ in range(20)]
-        with ThreadPoolExecutor(20) as agents:
-            running = [agents.submit(ask, stack, keys[n % 4], f"tokens={90 + n} per_delta=3 pace_ms=100", True, n % 5 == 0, started=event)
-                       for n, event in enumerate(started)]
-            assert all(event.wait(10) for event in started)
-            assert sim.totals()["running"] == 20
-            up.process.send_signal(signal.SIGTERM)
-            results = [future.result() for future in running]
-        assert up.process.wait(30) == 0, up.log.read_text()
-        cut = [result for result in results if result.status != 200 or not result.whole]
-        assert not cut, f"{len(cut)} of 20 streams were cut: {cut[0]}"
-        wait_for("Envoy's end", lambda: not alive(envoy), 5)
-        sim.quiet()
-        # Nothing runs any more: what became of the money is read by opening the same data again.
-        stack.start_service()
-        books, costs = check_every_request(stack, keys, results)
-        check_exact(books, costs)
-        assert len(books) == 20 and all(account.ends[0]["event"] == "SETTLED" for account in books.values())
-        assert all(account.ends[0]["estimated"] == 0 for account in books.values())
-    except BaseException:
-        stack.describe()
-        raise
+        stack.sim = up.sim = sim
+        yield up
     finally:
-        # Of the child too, should `up` have died without it.
-        left = children(up.process.pid) if up.running() else []
+        # What a broken `up` left behind must not disturb the tests after this one.
+        for pid in up.envoys():
+            os.kill(pid, signal.SIGKILL)
         for part in (up, stack.service, sim):
             part.kill()
-        for pid in left:
-            if alive(pid):
-                os.kill(pid, signal.SIGKILL)
+
+
+def test_up_stops_in_order_with_streams_in_flight(up):
+    up.start()
+    stack, sim, keys = up.stack, up.sim, new_keys(up.stack)
+    [envoy] = up.envoys()
+    started = [threading.Event() for _ in range(20)]
+    with ThreadPoolExecutor(20) as agents:
+        running = [agents.submit(ask, stack, keys[n % 4], f"tokens={90 + n} per_delta=3 pace_ms=100", True, n % 5 == 0, started=event)
+                   for n, event in enumerate(started)]
+        assert all(event.wait(10) for event in started)
+        assert sim.totals()["running"] == 20
+        up.process.send_signal(signal.SIGTERM)
+        results = [future.result() for future in running]
+    assert up.process.wait(30) == 0, up.log.read_text()
+    cut = [result for result in results if result.status != 200 or not result.whole]
+    assert not cut, f"{len(cut)} of 20 streams were cut: {cut[0]}"
+    assert up.envoys() == [], f"Envoy {envoy} still runs"
+    sim.quiet()
+    # Nothing runs any more: what became of the money is read by opening the same data again.
+    stack.start_service()
+    books, costs = check_every_request(stack, keys, results)
+    check_exact(books, costs)
+    assert len(books) == 20 and all(account.ends[0]["event"] == "SETTLED" for account in books.values())
+    assert all(account.ends[0]["estimated"] == 0 for account in books.values())
+
+
+def test_up_stops_in_order_while_agents_go_on_asking(up):
+    """No new requests, those in flight end: it must not wait for agents to lose interest, nor cut them off."""
+    up.start()
+    stack, keys = up.stack, new_keys(up.stack)
+    with Load(stack, keys, hasty=2) as load:
+        wait_for("load", lambda: load.count() > 50)
+        up.process.send_signal(signal.SIGTERM)
+        stopping = time.monotonic()
+        try:
+            code = up.process.wait(30)
+        except subprocess.TimeoutExpired:
+            code = "still running after 30 s"
+    assert code == 0, f"{code}: {up.log.read_text()}"
+    print(f"stopped in {time.monotonic() - stopping:.1f} s")
+    assert up.envoys() == []
+    up.sim.quiet()
+    stack.start_service()
+    cut = [result for result in load.results if result.status == 200 and not result.whole]
+    assert not cut, f"{len(cut)} answers were cut: {cut[0]}"
+    books, costs = check_every_request(stack, keys, load.results)
+    check_exact(books, costs)
+
+
+def test_up_that_was_killed_starts_again(up):
+    """An Envoy that lost its `keyward up` must not share the port with the next one: it can only refuse."""
+    up.start()
+    stack, keys = up.stack, new_keys(up.stack)
+    assert ask(stack, keys[0]).status == 200
+    stack.settled(keys[0][0])
+    up.kill()
+    up.start()
+    answers = collections.Counter(ask(stack, keys[n % 4]).status for n in range(60))
+    assert answers == {200: 60}, f"{answers}; {len(up.envoys())} Envoys run"
+    assert len(up.envoys()) == 1
+
+
+def test_a_first_start_that_fails_does_not_lose_the_admin_token(up):
+    """Whoever repairs the cause and starts again must be able to get in."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        up.listen_port = taken.getsockname()[1]
+        up.spawn(up.command_line())
+        assert up.process.wait(30) != 0, "it can't have got the port"
+        assert up.envoys() == []
+    up.start()
+    assert (up.data / "admin-token").exists(), "the only admin token was made by the start that failed, and shown to nobody"
+    assert new_keys(up.stack, 1)
+
+
+def test_a_first_start_of_the_service_that_fails_does_not_lose_the_admin_token(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        edge = free_port()
+        command = [SERVICE_BIN, "--data", str(tmp_path / "data"), "--edge", f"127.0.0.1:{edge}", "--admin"]
+        done = subprocess.run([*command, f"127.0.0.1:{taken.getsockname()[1]}"], capture_output=True, text=True, timeout=20)
+        assert done.returncode != 0 and done.stdout == "" and "listen" in done.stderr
+    service = Part("service", tmp_path)
+    try:
+        service.spawn([*command, f"127.0.0.1:{free_port()}"], stdout=subprocess.PIPE)
+        assert service.ready_line()["bootstrap_admin_token"], "the only admin token was made by the start that failed, and shown to nobody"
+    finally:
+        service.kill()
 
 
 # --- the disk ----------------------------------------------------------------------------------------------------------

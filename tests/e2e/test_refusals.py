@@ -14,8 +14,10 @@ import string
 import threading
 import time
 
+import h2.connection
+import h2.events
 import pytest
-from harness import CREDENTIALS, call, wait_for
+from harness import CREDENTIALS, Stack, call, wait_for
 
 BASE62 = string.digits + string.ascii_uppercase + string.ascii_lowercase
 OPENAI, ANTHROPIC = "openai", "anthropic"
@@ -406,6 +408,79 @@ def test_a_large_body_below_the_limit_passes_whole(stack):
     assert entry["body_bytes"] == len(body) + len('"stream_options":{"include_usage":true},')
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_chunked_body_in_single_bytes_passes_whole(stack, stream):
+    """Without an announced length, in the smallest pieces, and with something written into it."""
+    key_id, token = stack.new_key("1.00")
+    body = json.dumps(body_of(OPENAI, "Grüße 🦀", stream=stream), ensure_ascii=False).encode()
+    pieces = [*(b"1\r\n%c\r\n" % byte for byte in body), b"0\r\n\r\n"]
+    status, _, data = raw(stack, head(OPENAI, token, "transfer-encoding: chunked", "connection: close"), pieces)
+    assert status == 200, data
+    true, charged, _ = stack.books(key_id)
+    sent = stack.sim.body(stack.calls_of(key_id)[0]["seq"])
+    assert sent.replace(b'"stream_options":{"include_usage":true},', b"") == body and true == charged > 0
+
+
+class Http2:
+    """One request over HTTP/2, frame by frame."""
+
+    def __init__(self, stack):
+        self.socket = socket.create_connection(("127.0.0.1", stack.listen_port), timeout=20)
+        self.h2 = h2.connection.H2Connection()
+        self.h2.initiate_connection()
+
+    def send(self, headers, pieces, trailers=None):
+        self.h2.send_headers(1, headers)
+        for number, piece in enumerate(pieces):
+            self.h2.send_data(1, piece, end_stream=trailers is None and number == len(pieces) - 1)
+        if trailers is not None:
+            self.h2.send_headers(1, trailers, end_stream=True)
+        self.socket.sendall(self.h2.data_to_send())
+
+    def answer(self):
+        headers, data = {}, b""
+        with self.socket:
+            while True:
+                received = self.socket.recv(65536)
+                assert received, "closed without an answer"
+                for event in self.h2.receive_data(received):
+                    if isinstance(event, h2.events.ResponseReceived):
+                        text = lambda value: value if isinstance(value, str) else value.decode()  # noqa: E731
+                        headers = {text(name): text(value) for name, value in event.headers}
+                    elif isinstance(event, h2.events.DataReceived):
+                        data += event.data
+                    elif isinstance(event, (h2.events.StreamEnded, h2.events.StreamReset)):
+                        return int(headers.pop(":status", 0)), headers, data
+                self.socket.sendall(self.h2.data_to_send())
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["untouched", "written into"])
+@pytest.mark.parametrize("trailers", [None, [("x-checksum", "abc")]], ids=["plain", "trailers"])
+def test_a_body_that_ends_in_trailers_is_read_like_any_other(stack, trailers, stream):
+    """Trailers end the body: nothing waits for ever, nothing goes on unread."""
+    key_id, token = stack.new_key("1.00")
+    body = json.dumps(body_of(OPENAI, stream=stream)).encode()
+    request = [(":method", "POST"), (":scheme", "http"), (":authority", "keyward"), (":path", PATHS[OPENAI]), ("authorization", f"Bearer {token}"),
+               ("content-type", "application/json")]
+    client = Http2(stack)
+    client.send(request, [body[:7], body[7:]], trailers)
+    status, _, data = client.answer()
+    assert status == 200, data
+    true, charged, _ = stack.books(key_id)
+    sent = stack.sim.body(stack.calls_of(key_id)[0]["seq"])
+    assert sent.replace(b'"stream_options":{"include_usage":true},', b"") == body and true == charged > 0
+
+
+@pytest.mark.parametrize("piece", [b'{"model":', b'{"model":"gpt-4o-mini"} x', b'{"model":"gpt-4o-mini","model":"o3"}'])
+def test_a_bad_body_that_ends_in_trailers_is_refused(stack, piece):
+    _, token = stack.new_key("1.00")
+    request = [(":method", "POST"), (":scheme", "http"), (":authority", "keyward"), (":path", PATHS[OPENAI]), ("authorization", f"Bearer {token}")]
+    with refusing(stack, "bad_request"):
+        client = Http2(stack)
+        client.send(request, [piece], [("x-checksum", "abc")])
+        check(client.answer(), OPENAI, "bad_request")
+
+
 # --- money -------------------------------------------------------------------------------------------------------------
 
 UNBOUNDED = {
@@ -459,6 +534,14 @@ def test_cap_exhausted(stack, dialect, budget):
     with refusing(stack, "cap_exhausted"):
         check(ask(stack, dialect, token), dialect, "cap_exhausted")
     check_recorded(stack, key_id, dialect, "cap_exhausted")
+
+
+@pytest.mark.parametrize("numbers", [{"n": 2**64 - 1}, {"n": 2**63, "max_tokens": 2**63}, {"n": 2**32, "best_of": 2**32}], ids=str)
+def test_numbers_beyond_all_money_are_refused_and_break_nothing(stack, numbers):
+    key_id, token = stack.new_key("1000000.00")
+    with refusing(stack, "cap_exhausted"):
+        check(ask(stack, OPENAI, token, {**body_of(OPENAI), **numbers}), OPENAI, "cap_exhausted")
+    check_recorded(stack, key_id, OPENAI, "cap_exhausted")
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
@@ -669,3 +752,18 @@ def test_offline_refusals_survive_an_outage_of_the_service(fresh):
     for _ in range(8):
         ask(fresh, OPENAI, token)
     wait_for("the report of offline refusals", lambda: reported() >= 8, 10)
+
+
+def test_an_unreachable_provider_costs_nothing():
+    """No connection, no charge: and an error object that SDKs understand."""
+    with Stack(concurrency=1) as stack:
+        key_id, token = stack.new_key("1.00")
+        stack.sim.kill()
+        for dialect in DIALECTS:
+            status, headers, data = ask(stack, dialect, token)
+            assert (status, headers["x-keyward-reason"]) == (503, "provider_unreachable")
+            error = json.loads(data)
+            assert error["type"] == "error" and error["error"]["code"] == "provider_unreachable" and error["error"]["message"]
+        stack.settled(key_id)
+        key, ends = stack.key(key_id), [e for e in stack.audit(key_id) if e["event"] in ("SETTLED", "VOIDED")]
+        assert (key["spent_nanodollars"], key["reserved_nanodollars"], len(ends)) == (0, 0, 2)
