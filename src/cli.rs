@@ -192,38 +192,41 @@ enum Settle {
 #[derive(Subcommand)]
 enum Envoy {
     /// Print a complete configuration
-    Render {
-        /// Minor version of Envoy 1.x: 36 to 40
-        #[arg(long, default_value_t = 40)]
-        envoy: u32,
-        /// Send a provider elsewhere: openai=http://127.0.0.1:9000
-        #[arg(long = "provider")]
-        providers: Vec<String>,
-        #[arg(long)]
-        listen: Option<std::net::SocketAddr>,
-        #[arg(long)]
-        envoy_admin: Option<std::net::SocketAddr>,
-        /// Edge port of the policy service
-        #[arg(long)]
-        policy: Option<std::net::SocketAddr>,
-        #[arg(long)]
-        edge_token_file: Option<PathBuf>,
-        #[arg(long)]
-        filter: Option<PathBuf>,
-        #[arg(long)]
-        access_log: Option<PathBuf>,
-        #[arg(long)]
-        max_body_bytes: Option<u64>,
-        /// Certificate authorities that providers are verified with
-        #[arg(long)]
-        provider_ca: Option<PathBuf>,
-        #[arg(long, requires = "listen_key")]
-        listen_certificate: Option<PathBuf>,
-        #[arg(long, requires = "listen_certificate")]
-        listen_key: Option<PathBuf>,
-    },
+    Render(Box<RenderOptions>),
     /// Load a configuration as Envoy does, module included
     Validate { file: PathBuf },
+}
+
+#[derive(Args)]
+struct RenderOptions {
+    /// Minor version of Envoy 1.x: 36 to 40
+    #[arg(long, default_value_t = 40)]
+    envoy: u32,
+    /// Send a provider elsewhere: openai=http://127.0.0.1:9000
+    #[arg(long = "provider")]
+    providers: Vec<String>,
+    #[arg(long)]
+    listen: Option<std::net::SocketAddr>,
+    #[arg(long)]
+    envoy_admin: Option<std::net::SocketAddr>,
+    /// Edge port of the policy service
+    #[arg(long)]
+    policy: Option<std::net::SocketAddr>,
+    #[arg(long)]
+    edge_token_file: Option<PathBuf>,
+    #[arg(long)]
+    filter: Option<PathBuf>,
+    #[arg(long)]
+    access_log: Option<PathBuf>,
+    #[arg(long)]
+    max_body_bytes: Option<u64>,
+    /// Certificate authorities that providers are verified with
+    #[arg(long)]
+    provider_ca: Option<PathBuf>,
+    #[arg(long, requires = "listen_key")]
+    listen_certificate: Option<PathBuf>,
+    #[arg(long, requires = "listen_certificate")]
+    listen_key: Option<PathBuf>,
 }
 
 #[derive(Subcommand)]
@@ -323,58 +326,50 @@ fn import_settlements(access: &Access, file: &std::path::Path) -> Result<(), Str
 
 fn run_envoy(command: Envoy) -> Result<(), String> {
     match command {
-        Envoy::Render {
-            envoy: minor,
-            providers,
-            listen,
-            envoy_admin,
-            policy,
-            edge_token_file,
-            filter,
-            access_log,
-            max_body_bytes,
-            provider_ca,
-            listen_certificate,
-            listen_key,
-        } => {
-            if !envoy::VERSIONS.contains(&minor) {
-                return Err(format!("Envoy 1.{minor} is not supported: 1.{} to 1.{} are", envoy::VERSIONS.start(), envoy::VERSIONS.end()));
-            }
-            let mut rendering = Rendering::example(minor);
-            if let Some(ca) = provider_ca {
-                rendering.providers = Endpoint::public(&ca);
-            }
-            for provider in &providers {
-                Endpoint::redirect(&mut rendering.providers, provider)?;
-            }
-            if let Some(address) = listen {
-                (rendering.listen_host, rendering.listen_port) = (address.ip().to_string(), address.port());
-            }
-            if let Some(address) = envoy_admin {
-                (rendering.admin_host, rendering.admin_port) = (address.ip().to_string(), address.port());
-            }
-            if let Some(address) = policy {
-                (rendering.policy_host, rendering.policy_port) = (address.ip().to_string(), address.port());
-            }
-            let set = |slot: &mut String, path: Option<PathBuf>| {
-                if let Some(path) = path {
-                    *slot = path.display().to_string();
-                }
-            };
-            set(&mut rendering.edge_token_file, edge_token_file);
-            set(&mut rendering.filter, filter);
-            set(&mut rendering.access_log, access_log);
-            if let Some(bytes) = max_body_bytes {
-                rendering.set_max_body(bytes);
-            }
-            if let (Some(certificate), Some(key)) = (listen_certificate, listen_key) {
-                rendering.listen_tls =
-                    Some(envoy::ListenTls { certificate: certificate.display().to_string(), key: key.display().to_string() });
-            }
-            out(&rendering.yaml()?)
-        }
+        Envoy::Render(options) => out(&rendering(*options)?.yaml()?),
         Envoy::Validate { file } => envoy::validate(&envoy::binary(), &file),
     }
+}
+
+fn rendering(options: RenderOptions) -> Result<Rendering, String> {
+    if !envoy::VERSIONS.contains(&options.envoy) {
+        return Err(format!(
+            "Envoy 1.{} is not supported: 1.{} to 1.{} are",
+            options.envoy,
+            envoy::VERSIONS.start(),
+            envoy::VERSIONS.end()
+        ));
+    }
+    let mut rendering = Rendering::example(options.envoy);
+    if let Some(ca) = options.provider_ca {
+        rendering.providers = Endpoint::public(&ca);
+    }
+    for provider in &options.providers {
+        Endpoint::redirect(&mut rendering.providers, provider)?;
+    }
+    let set = |host: &mut String, port: &mut u16, address: Option<std::net::SocketAddr>| {
+        if let Some(address) = address {
+            (*host, *port) = (address.ip().to_string(), address.port());
+        }
+    };
+    set(&mut rendering.listen_host, &mut rendering.listen_port, options.listen);
+    set(&mut rendering.admin_host, &mut rendering.admin_port, options.envoy_admin);
+    set(&mut rendering.policy_host, &mut rendering.policy_port, options.policy);
+    let set = |slot: &mut String, path: Option<PathBuf>| {
+        if let Some(path) = path {
+            *slot = path.display().to_string();
+        }
+    };
+    set(&mut rendering.edge_token_file, options.edge_token_file);
+    set(&mut rendering.filter, options.filter);
+    set(&mut rendering.access_log, options.access_log);
+    if let Some(bytes) = options.max_body_bytes {
+        rendering.set_max_body(bytes);
+    }
+    if let (Some(certificate), Some(key)) = (options.listen_certificate, options.listen_key) {
+        rendering.listen_tls = Some(envoy::ListenTls { certificate: certificate.display().to_string(), key: key.display().to_string() });
+    }
+    Ok(rendering)
 }
 
 /// An id that may stand in a path.

@@ -442,7 +442,10 @@ mod tests {
         events.into_iter().enumerate().map(entry).collect()
     }
 
-    fn chain() -> (ChainKey, Vec<(Vec<u8>, [u8; 32])>) {
+    /// Entries with their MACs.
+    type Linked = Vec<(Vec<u8>, [u8; 32])>;
+
+    fn chain() -> (ChainKey, Linked) {
         let key = ChainKey::derive(&[7; 32], "test", "key_1", 0);
         let mut last = genesis("test", "key_1");
         let linked = entries().into_iter().map(|e| {
