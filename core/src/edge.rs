@@ -164,6 +164,7 @@ pub struct Settlement {
     pub usage: Option<Usage>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub input: Option<Usage>,
+    /// Bytes of text that passed, when there is no usage and they could be told.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub visible: Option<u64>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]

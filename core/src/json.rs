@@ -195,11 +195,7 @@ impl Scanner {
 
     /// Takes the longest run of string bytes that need no thought; most of a large body is such runs.
     fn string_run(&mut self, rest: &[u8]) -> Result<usize, JsonError> {
-        let run = if self.utf8.is_whole() && self.high.is_none() {
-            rest.iter().position(|&b| !(0x20..0x80).contains(&b) || b == b'"' || b == b'\\').unwrap_or(rest.len())
-        } else {
-            0
-        };
+        let run = if self.utf8.is_whole() && self.high.is_none() { plain_run(rest) } else { 0 };
         if run > 0 {
             let bytes = rest.get(..run).unwrap_or_default();
             self.keep_bytes(bytes);
@@ -448,6 +444,27 @@ impl Scanner {
     }
 }
 
+/// Length of the run of bytes that stand for themselves in a string: ASCII from space on, but no quote and no backslash.
+/// Eight at a time: most of a large body is such runs.
+fn plain_run(bytes: &[u8]) -> usize {
+    const ONES: u64 = 0x0101_0101_0101_0101;
+    const HIGHS: u64 = 0x8080_8080_8080_8080;
+    let mut run = 0;
+    for chunk in bytes.chunks_exact(8) {
+        let word = u64::from_le_bytes(chunk.try_into().unwrap_or_default());
+        // The classic test for a zero byte, on the word with the byte in question made zero; each may also report a byte
+        // above a true one, never none: then the loop below decides.
+        let zero = |x: u64| x.wrapping_sub(ONES) & !x;
+        let control = word.wrapping_sub(ONES * 0x20) & !word;
+        if (word | control | zero(word ^ (ONES * 0x22)) | zero(word ^ (ONES * 0x5c))) & HIGHS != 0 {
+            break;
+        }
+        run += 8;
+    }
+    let rest = bytes.get(run..).unwrap_or_default();
+    run + rest.iter().position(|&b| !(0x20..0x80).contains(&b) || b == b'"' || b == b'\\').unwrap_or(rest.len())
+}
+
 /// Checks UTF-8 a byte at a time (Unicode 15, table 3-7: no overlong forms, no surrogates, nothing above U+10FFFF).
 #[derive(Debug, Clone, Copy)]
 struct Utf8 {
@@ -616,6 +633,18 @@ mod tests {
         assert!(matches!(scan(&[b"\"\xc3\""]), Err(JsonError::Utf8(_))));
         let deep = "[".repeat(129);
         assert!(matches!(scan(&[deep.as_bytes()]), Err(JsonError::TooDeep(128))));
+    }
+
+    #[test]
+    fn a_plain_run_stops_exactly_at_what_needs_thought() {
+        for byte in 0..=255u8 {
+            let plain = (0x20..0x80).contains(&byte) && byte != b'"' && byte != b'\\';
+            for (at, len) in (0..20).flat_map(|at| (at + 1..24).map(move |len| (at, len))) {
+                let mut bytes = vec![b'~'; len];
+                bytes[at] = byte;
+                assert_eq!(plain_run(&bytes), if plain { len } else { at }, "{byte:#x} at {at} of {len}");
+            }
+        }
     }
 
     proptest! {

@@ -9,19 +9,24 @@ pub struct Usage {
     /// Input tokens that were neither read from nor written to a prompt cache.
     #[serde(rename = "in")]
     pub input: u64,
-    #[serde(rename = "cr", default)]
+    #[serde(rename = "cr", default, skip_serializing_if = "is_zero")]
     pub cache_read: u64,
     /// Written to a cache kept for 5 minutes (or the provider's only kind).
-    #[serde(rename = "cw", default)]
+    #[serde(rename = "cw", default, skip_serializing_if = "is_zero")]
     pub cache_write: u64,
-    #[serde(rename = "cw1h", default)]
+    #[serde(rename = "cw1h", default, skip_serializing_if = "is_zero")]
     pub cache_write_1h: u64,
     /// Output tokens, hidden reasoning included.
     #[serde(rename = "out")]
     pub output: u64,
     /// Of `output`, those that were hidden reasoning.
-    #[serde(rename = "rs", default)]
+    #[serde(rename = "rs", default, skip_serializing_if = "is_zero")]
     pub reasoning: u64,
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde calls it with a reference")]
+fn is_zero(n: &u64) -> bool {
+    *n == 0
 }
 
 /// The numbers of one usage object, before they are sorted into classes that don't overlap.

@@ -268,7 +268,7 @@ impl HttpContext for GateStream {
 
     fn on_http_response_body(&mut self, size: usize, end_of_stream: bool) -> Action {
         let Stage::Answering { answering, replaced: false, .. } = &mut self.stage else { return Action::Continue };
-        let piece = host::buffer(Buffer::ResponseBody, 0, size).unwrap_or_default();
+        let piece = if size == 0 { Vec::new() } else { host::buffer(Buffer::ResponseBody, 0, size).unwrap_or_default() };
         if let Passed::Instead(other) = answering.piece(&piece, end_of_stream) {
             host::replace_buffer(Buffer::ResponseBody, size, &other);
         }

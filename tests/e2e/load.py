@@ -3,6 +3,7 @@
 import collections
 import http.client
 import json
+import random
 import threading
 import time
 from dataclasses import dataclass, field
@@ -45,8 +46,9 @@ class Result:
         return not (self.stream and self.status == 200) or b"data: [DONE]" in self.body or b"message_stop" in self.body
 
 
-def ask(stack, key, directive="", stream=False, anthropic=False, timeout=30, started=None):
-    """One request of one agent; never raises. started: an event to set when the answer's headers are there."""
+def ask(stack, key, directive="", stream=False, anthropic=False, timeout=30, started=None, connection=None):
+    """One request of one agent; never raises. started: an event to set when the answer's headers are there; connection: one to
+    keep, instead of one for this request alone."""
     key_id, token = key
     content = f"Tell me more. [[sim {directive}]]" if directive else "Tell me more."
     body = {"model": "claude-haiku-4-5" if anthropic else "gpt-4o-mini", "messages": [{"role": "user", "content": content}], "stream": stream}
@@ -57,7 +59,7 @@ def ask(stack, key, directive="", stream=False, anthropic=False, timeout=30, sta
     else:
         headers["authorization"] = f"Bearer {token}"
     result = Result(key_id, stream, time.monotonic())
-    connection = http.client.HTTPConnection("127.0.0.1", stack.listen_port, timeout=timeout)
+    kept, connection = connection, connection or http.client.HTTPConnection("127.0.0.1", stack.listen_port, timeout=timeout)
     try:
         connection.request("POST", "/v1/messages" if anthropic else "/v1/chat/completions", json.dumps(body), headers)
         response = connection.getresponse()
@@ -66,10 +68,13 @@ def ask(stack, key, directive="", stream=False, anthropic=False, timeout=30, sta
             started.set()
         while piece := response.read1(65536):
             result.body += piece
+        # Tells http.client that the connection is free for the next request.
+        response.close()
     except (OSError, http.client.HTTPException) as error:
         result.error = error
     finally:
-        connection.close()
+        if kept is None or result.error is not None:
+            connection.close()
         result.ended = time.monotonic()
     return result
 
@@ -88,16 +93,19 @@ MIX = [
 class Load:
     """Agents that go on asking until they are told to stop, whatever they are answered."""
 
-    def __init__(self, stack, keys, agents=6, hasty=4):
-        """hasty: further agents that ask for short answers without a pause, so that a kill finds admissions half done."""
+    def __init__(self, stack, keys, agents=6, hasty=4, vanishing=0):
+        """hasty: further agents that ask for short answers without a pause, so that a kill finds admissions half done; every other
+        one keeps its connection. vanishing: agents that are gone before they can be answered; what they asked is in no result."""
         self.stack, self.keys, self.over = stack, keys, threading.Event()
         self.results, self.lock = [], threading.Lock()
         self.threads = [threading.Thread(target=self.agent, args=(n,), daemon=True) for n in range(agents)]
         self.threads += [threading.Thread(target=self.hasty, args=(n,), daemon=True) for n in range(hasty)]
+        self.threads += [threading.Thread(target=self.vanishing, args=(n,), daemon=True) for n in range(vanishing)]
 
     def hasty(self, n):
+        connection = http.client.HTTPConnection("127.0.0.1", self.stack.listen_port, timeout=30) if n % 2 else None
         while not self.over.is_set():
-            result = ask(self.stack, self.keys[n % len(self.keys)], "tokens=3")
+            result = ask(self.stack, self.keys[n % len(self.keys)], "tokens=3", connection=connection)
             with self.lock:
                 self.results.append(result)
             if result.status != 200:
@@ -112,6 +120,21 @@ class Load:
             with self.lock:
                 self.results.append(result)
             self.over.wait(0.02 if result.status == 200 else 0.1)
+
+    def vanishing(self, n):
+        while not self.over.is_set():
+            connection = http.client.HTTPConnection("127.0.0.1", self.stack.listen_port, timeout=30)
+            body = {"model": "gpt-4o-mini", "messages": [{"role": "user", "content": "Anybody there? [[sim tokens=3]]"}]}
+            headers = {"authorization": f"Bearer {self.keys[n % len(self.keys)][1]}", "content-type": "application/json"}
+            try:
+                connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
+                # From at once to after the admission.
+                time.sleep(random.choice((0.0, 0.0005, 0.001, 0.002)))
+            except OSError:
+                pass
+            finally:
+                connection.close()
+            self.over.wait(0.01)
 
     def __enter__(self):
         for thread in self.threads:

@@ -98,11 +98,14 @@ def check_every_request(stack, keys, results, once=True):
     return books, costs
 
 
-def check_exact(books, costs):
-    """Every request was charged what it cost, to the nanodollar."""
-    wrong = {req: (account, costs[req]) for req, account in books.items() if account.charge != costs[req]}
+def check_exact(books, costs, results=None):
+    """Every request was charged what it cost, to the nanodollar; with results: every one that an agent got the answer of."""
+    exact = books if results is None else {result.req: books[result.req] for result in results if result.status == 200 and result.whole}
+    wrong = {req: (account, costs[req]) for req, account in exact.items() if account.charge != costs[req]}
     assert not wrong, list(itertools.islice(wrong.items(), 5))
-    assert sum(account.charge for account in books.values()) == sum(costs.values()) > 0
+    assert sum(account.charge for account in exact.values()) == sum(costs[req] for req in exact) > 0
+    if results is None:
+        assert set(costs) <= set(exact)
 
 
 # --- the policy service ------------------------------------------------------------------------------------------------
@@ -111,7 +114,7 @@ def check_exact(books, costs):
 def test_the_service_is_killed_under_load():
     with Stack(concurrency=2) as stack:
         keys = new_keys(stack)
-        with Load(stack, keys) as load:
+        with Load(stack, keys, vanishing=2) as load:
             for n in range(KILLS):
                 before = load.count()
                 wait_for("load", lambda: load.count() > before + 100)
@@ -124,7 +127,7 @@ def test_the_service_is_killed_under_load():
         stack.sim.quiet()
         stack.settled(*(key_id for key_id, _ in keys))
         books, costs = check_every_request(stack, keys, load.results)
-        check_exact(books, costs)
+        check_exact(books, costs, load.results)
         for result in load.results:
             if result.status == 503:
                 assert result.reason == "policy_unavailable", (result.headers, result.body)
@@ -239,7 +242,7 @@ def test_a_replayed_admission_gets_no_credential_after_its_end():
 def test_envoy_is_killed_under_load():
     with Stack(concurrency=2, hold_ttl=4) as stack:
         keys = new_keys(stack)
-        with Load(stack, keys) as load:
+        with Load(stack, keys, vanishing=2) as load:
             for _ in range(KILLS):
                 before = load.count()
                 wait_for("load", lambda: load.count() > before + 100)
@@ -251,11 +254,11 @@ def test_envoy_is_killed_under_load():
         # Whatever died with an Envoy is charged when its time is over.
         stack.settled(*(key_id for key_id, _ in keys), timeout=4 + 10)
         books, costs = check_every_request(stack, keys, load.results, once=False)
-        expired = {req for req, account in books.items() if account.ends[-1]["event"] == "EXPIRED"}
+        expired = {req for req, account in books.items() if account.ends and account.ends[-1]["event"] == "EXPIRED"}
         for req in expired:
             assert books[req].charge == books[req].admitted[0]["hold"]
         for req, account in books.items():
-            if req not in expired and account.ends[-1].get("outcome") == "complete":
+            if req not in expired and account.ends and account.ends[-1].get("outcome") == "complete":
                 assert account.charge == costs[req], (account, costs[req])
 
         # The access log knows the end of some of them: importing it lowers their charges to the truth, once.
@@ -266,7 +269,8 @@ def test_envoy_is_killed_under_load():
         assert recover(stack, stack.directory / "access.log") == (0, taken, 0)
         assert chains == [stack.export(key_id) for key_id, _ in keys], "a second import changed something"
         for account in books.values():
-            assert [end["event"] for end in account.ends] in (["SETTLED"], ["VOIDED"], ["EXPIRED"], ["EXPIRED", "SETTLED"]), account
+            ends = [end["event"] for end in account.ends]
+            assert account.refused or ends in (["SETTLED"], ["VOIDED"], ["EXPIRED"], ["EXPIRED", "SETTLED"], ["EXPIRED", "VOIDED"]), account
 
 
 @pytest.mark.parametrize("service_is", ["gone", "frozen"])
@@ -413,9 +417,9 @@ def test_up_stops_in_order_while_agents_go_on_asking(up):
         up.process.send_signal(signal.SIGTERM)
         stopping = time.monotonic()
         try:
-            code = up.process.wait(30)
+            code = up.process.wait(15)
         except subprocess.TimeoutExpired:
-            code = "still running after 30 s"
+            code = "still running after 15 s"
     assert code == 0, f"{code}: {up.log.read_text()}"
     print(f"stopped in {time.monotonic() - stopping:.1f} s")
     assert up.envoys() == []

@@ -524,4 +524,5 @@ def test_sixty_at_once_on_money_for_thirty(stack, ending):
     if not ending:
         assert true == charged
     least = len(json.dumps(body_of(OPENAI, "tokens=40 pace_ms=2", max_tokens=60))) * 150 + 16 * 600
+    # 40: the longest directive makes the body that much longer.
     assert cap - charged < least + 40 * 150, "refused as exhausted while money was left"
