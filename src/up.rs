@@ -151,7 +151,9 @@ async fn start_envoy(options: &UpOptions, service: &Running, envoy_bin: &Path, m
     let mut envoy = Command::new(envoy_bin)
         .arg("-c")
         .arg(&file)
-        .args(["--use-dynamic-base-id", "--log-level", "warning", "--concurrency", &options.concurrency.to_string()])
+        // The access log is flushed often: what is in it can be recovered should Envoy die.
+        .args(["--use-dynamic-base-id", "--log-level", "warning", "--file-flush-interval-msec", "200"])
+        .args(["--concurrency", &options.concurrency.to_string()])
         .stdout(log)
         .stderr(errors)
         // A signal from the terminal goes to the whole group; Envoy must be stopped in order instead.

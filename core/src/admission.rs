@@ -109,7 +109,8 @@ fn reserve(key: &KeyState, ask: &Ask, price: Option<&Price>) -> Result<Hold, Ref
         return Ok(Hold::default());
     }
     let (Some(cap), price) = (key.cap, price) else {
-        return Ok(price.map_or(Hold::default(), |price| bound(ask, price, None)));
+        // Without a budget nothing is clamped: the hold only tells what may come.
+        return Ok(price.map_or(Hold::default(), |price| Hold { clamp: None, ..bound(ask, price, None) }));
     };
     if let Some(what) = &ask.unbounded {
         return Err(Refusal::new(Code::UnboundedInput, format!("a key with a budget can't use {what}: its cost has no bound")));
@@ -145,16 +146,17 @@ fn asked_output(ask: &Ask, price: &Price) -> u64 {
     ask.max_tokens.unwrap_or(price.max_output).min(price.max_output.max(1))
 }
 
-/// The most the request can cost when its output is limited to `clamp` tokens a choice.
+/// The most the request can cost when its output is limited to `clamp` tokens a choice. The hold rests on a limit that
+/// stands in the body: one that the caller did not set, or set higher than the model's own, is written into it.
 fn bound(ask: &Ask, price: &Price, clamp: Option<u64>) -> Hold {
     let input_tokens = ask.bytes.saturating_add(ask.images.saturating_mul(TOKENS_PER_IMAGE)).min(price.context.unwrap_or(u64::MAX));
-    let output_tokens = clamp.unwrap_or(u64::MAX).min(asked_output(ask, price)).saturating_mul(ask.choices.max(1));
+    let limit = clamp.unwrap_or(u64::MAX).min(asked_output(ask, price));
     let input = (input_tokens, price.dearest_input());
-    let clamped = clamp.filter(|&n| ask.max_tokens.is_none_or(|asked| asked > n));
+    let output = (limit.saturating_mul(ask.choices.max(1)), price.dearest_output());
     Hold {
-        total: Nanodollars::of_tokens(&[input, (output_tokens, price.dearest_output())]),
+        total: Nanodollars::of_tokens(&[input, output]),
         input: Nanodollars::of_tokens(&[input]),
-        clamp: clamped,
+        clamp: Some(limit).filter(|limit| ask.max_tokens.is_none_or(|asked| asked > *limit)),
     }
 }
 

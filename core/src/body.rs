@@ -54,7 +54,7 @@ enum Field {
     Thinking,
     ServiceTier,
     /// Present and not null: the cost has no bound that this version can tell.
-    Unbounded,
+    Unbounded(&'static str),
 }
 
 /// Name, field. The names are matched after unescaping; a case variant of one is refused.
@@ -72,17 +72,17 @@ const FIELDS: &[(&str, Field)] = &[
     ("system", Field::System),
     ("thinking", Field::Thinking),
     ("service_tier", Field::ServiceTier),
-    ("web_search_options", Field::Unbounded),
-    ("mcp_servers", Field::Unbounded),
-    ("container", Field::Unbounded),
-    ("background", Field::Unbounded),
-    ("prompt", Field::Unbounded),
-    ("audio", Field::Unbounded),
-    ("modalities", Field::Unbounded),
-    ("models", Field::Unbounded),
-    ("plugins", Field::Unbounded),
-    ("speed", Field::Unbounded),
-    ("inference_geo", Field::Unbounded),
+    ("web_search_options", Field::Unbounded("web_search_options")),
+    ("mcp_servers", Field::Unbounded("mcp_servers")),
+    ("container", Field::Unbounded("container")),
+    ("background", Field::Unbounded("background")),
+    ("prompt", Field::Unbounded("prompt")),
+    ("audio", Field::Unbounded("audio")),
+    ("modalities", Field::Unbounded("modalities")),
+    ("models", Field::Unbounded("models")),
+    ("plugins", Field::Unbounded("plugins")),
+    ("speed", Field::Unbounded("speed")),
+    ("inference_geo", Field::Unbounded("inference_geo")),
 ];
 
 /// A limit on output tokens as it stands in the body.
@@ -124,9 +124,14 @@ struct Object {
 }
 
 impl BodyFacts {
-    /// The smallest limit on output tokens that the request names for itself.
-    pub fn max_tokens(&self) -> Option<u64> {
-        self.limits.iter().filter_map(|limit| limit.tokens).min()
+    /// The limit on output tokens that the request sets for itself, by the names that its dialect knows. Two of them are
+    /// refused: which one the provider obeys is not the caller's to choose.
+    pub fn max_tokens(&self, names: &[&'static str]) -> Result<Option<u64>, BodyError> {
+        let mut own = self.limits.iter().filter(|limit| names.contains(&limit.name) && limit.tokens.is_some());
+        match (own.next(), own.next()) {
+            (Some(_), Some(second)) => Err(BodyError::Field(second.name, "the only limit on output tokens")),
+            (first, _) => Ok(first.and_then(|limit| limit.tokens)),
+        }
     }
 }
 
@@ -142,9 +147,10 @@ pub struct Splice {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Edits<'a> {
     pub model: Option<&'a str>,
-    /// Output tokens allowed; written over every limit that is larger, or under `limit_name` when there is none.
+    /// Output tokens allowed; written over every limit that is larger, or under the first of `limits` when none of them stands there.
     pub max_tokens: Option<u64>,
-    pub limit_name: &'static str,
+    /// The dialect's own names for it.
+    pub limits: &'a [&'static str],
     pub include_usage: bool,
 }
 
@@ -164,8 +170,10 @@ impl BodyFacts {
                     out.push(replace(limit.span, max.to_string()));
                 }
             }
-            if self.limits.is_empty() {
-                members.push(format!("\"{}\":{max}", edits.limit_name));
+            if let Some(name) = edits.limits.first()
+                && !self.limits.iter().any(|limit| edits.limits.contains(&limit.name))
+            {
+                members.push(format!("\"{name}\":{max}"));
             }
         }
         if edits.include_usage && !self.include_usage {
@@ -313,14 +321,10 @@ impl Walk {
 
     fn top_field(&mut self, key: &[u8]) -> Result<Slot, BodyError> {
         let Some(&(name, field)) = FIELDS.iter().find(|(name, _)| folds_to(key, name)) else { return Ok(Slot::Ignored) };
-        let twice = field != Field::Unbounded && self.seen.contains(&field);
-        if key != name.as_bytes() || twice {
+        if key != name.as_bytes() || self.seen.contains(&field) {
             return Err(BodyError::Ambiguous(name));
         }
         self.seen.push(field);
-        if field == Field::Unbounded {
-            self.facts.unbounded.get_or_insert(name);
-        }
         Ok(Slot::Top(field))
     }
 
@@ -361,7 +365,9 @@ impl Walk {
             (Field::ServiceTier, Scalar::Null) => {}
             (Field::ServiceTier, Scalar::Str { text: b"auto" | b"default" | b"standard" | b"standard_only", .. }) => {}
             (Field::ServiceTier, _) => self.unbounded("service_tier"),
-            (Field::Tools | Field::Messages | Field::System | Field::Thinking | Field::Unbounded, _) => {}
+            (Field::Unbounded(_), Scalar::Null) => {}
+            (Field::Unbounded(what), _) => self.unbounded(what),
+            (Field::Tools | Field::Messages | Field::System | Field::Thinking, _) => {}
         }
         Ok(())
     }
@@ -383,7 +389,11 @@ impl Walk {
             Slot::Top(Field::Messages) => if_array(object, Node::Messages),
             Slot::Top(Field::System) => if_array(object, Node::Content),
             Slot::Top(Field::Thinking) => if_object(object, Node::Thinking),
-            Slot::Top(Field::Unbounded) | Slot::Ignored => Node::Other,
+            Slot::Top(Field::Unbounded(what)) => {
+                self.unbounded(what);
+                Node::Other
+            }
+            Slot::Ignored => Node::Other,
             Slot::Top(field) => return Err(BodyError::Field(name_of(field), "a scalar")),
             Slot::IncludeUsage | Slot::ToolType | Slot::PartType | Slot::SourceType | Slot::ThinkingBudget => {
                 return Err(BodyError::Field("type", "a scalar"));
@@ -557,7 +567,7 @@ mod tests {
         )
         .unwrap();
         assert_eq!((facts.model.as_deref(), facts.stream, facts.include_usage), (Some("gpt-4o"), true, false));
-        assert_eq!((facts.max_tokens(), facts.choices, facts.images, facts.unbounded), (Some(12), 3, 1, None));
+        assert_eq!((facts.max_tokens(&["max_tokens"]), facts.choices, facts.images, facts.unbounded), (Ok(Some(12)), 3, 1, None));
     }
 
     #[test]
@@ -608,14 +618,26 @@ mod tests {
         ] {
             assert_eq!(read(text).unwrap().unbounded, Some(what), "{text}");
         }
-        for fine in [r#"{"tools":[{"type":"custom"},{"name":"f","input_schema":{"type":"object"}}]}"#, r#"{"service_tier":"auto"}"#] {
+        for fine in [
+            r#"{"audio":null,"prompt":null}"#,
+            r#"{"tools":[{"type":"custom"},{"name":"f","input_schema":{"type":"object"}}]}"#,
+            r#"{"service_tier":"auto"}"#,
+        ] {
             assert_eq!(read(fine).unwrap().unbounded, None, "{fine}");
         }
     }
 
     #[test]
+    fn two_limits_are_one_too_many() {
+        let limits = |text: &str| read(text).unwrap().max_tokens(&["max_completion_tokens", "max_tokens"]);
+        assert!(limits(r#"{"max_tokens":16,"max_completion_tokens":9000}"#).is_err());
+        assert_eq!(limits(r#"{"max_tokens":null,"max_completion_tokens":9000}"#), Ok(Some(9000)));
+        assert_eq!(limits(r#"{"max_output_tokens":16}"#), Ok(None));
+    }
+
+    #[test]
     fn edits_touch_nothing_else() {
-        let usage = Edits { include_usage: true, limit_name: "max_tokens", ..Edits::default() };
+        let usage = Edits { include_usage: true, limits: &["max_tokens"], ..Edits::default() };
         for (from, to) in [
             (r#"{"a":1}"#, r#"{"stream_options":{"include_usage":true},"a":1}"#),
             ("{ }", r#"{"stream_options":{"include_usage":true} }"#),
@@ -629,10 +651,16 @@ mod tests {
                 assert_eq!(rewrite(from, &usage, step), to);
             }
         }
-        let all = Edits { model: Some("b\"c"), max_tokens: Some(7), limit_name: "max_completion_tokens", include_usage: false };
+        let all =
+            Edits { model: Some("b\"c"), max_tokens: Some(7), limits: &["max_completion_tokens", "max_tokens"], include_usage: false };
         assert_eq!(rewrite(r#"{"model":"a","x":[1, 2]}"#, &all, 2), r#"{"max_completion_tokens":7,"model":"b\"c","x":[1, 2]}"#);
         assert_eq!(rewrite(r#"{"max_tokens": 90,"max_completion_tokens":5}"#, &all, 2), r#"{"max_tokens": 7,"max_completion_tokens":5}"#);
         assert_eq!(rewrite(r#"{"max_tokens":null}"#, &all, 2), r#"{"max_tokens":7}"#);
+        assert_eq!(
+            rewrite(r#"{"max_output_tokens":5}"#, &all, 2),
+            r#"{"max_completion_tokens":7,"max_output_tokens":5}"#,
+            "a foreign name limits nothing"
+        );
     }
 
     proptest! {
@@ -647,7 +675,7 @@ mod tests {
             match options { 1 => body["stream_options"] = serde_json::json!({}), 2 => body["stream_options"] = serde_json::json!({"include_usage": false}),
                 3 => body["stream_options"] = serde_json::Value::Null, _ => {} }
             let text = format!("{pad}{}{pad}", serde_json::to_string_pretty(&body).unwrap());
-            let edits = Edits { model: Some("admitted"), max_tokens: Some(clamp), limit_name: "max_tokens", include_usage: true };
+            let edits = Edits { model: Some("admitted"), max_tokens: Some(clamp), limits: &["max_tokens"], include_usage: true };
             let seen: serde_json::Value = serde_json::from_str(&rewrite(&text, &edits, cut)).unwrap();
             prop_assert_eq!(&seen["model"], "admitted");
             prop_assert_eq!(seen["max_tokens"].as_u64().unwrap(), max.unwrap_or(u64::MAX).min(clamp));

@@ -24,12 +24,14 @@ pub struct Limits {
 pub struct Refused {
     pub refusal: Refusal,
     pub dialect: Dialect,
-    pub request_id: Option<RequestId>,
+    pub request_id: RequestId,
+    /// The policy service has been asked and knows of the request; otherwise it learns of the refusal as a count.
+    pub asked: bool,
 }
 
 impl Refused {
     pub fn answer(&self) -> Answer {
-        self.refusal.answer(self.dialect, self.request_id.map(|id| id.to_string()).as_deref())
+        self.refusal.answer(self.dialect, &self.request_id.to_string())
     }
 }
 
@@ -39,7 +41,7 @@ pub fn header<'a>(headers: &'a Headers, name: &str) -> Option<&'a [u8]> {
 }
 
 /// Stage 1: the headers have come. Says who asks for what, or refuses at once.
-pub fn request_headers(headers: &Headers, limits: Limits) -> Result<Reading, Refused> {
+pub fn request_headers(headers: &Headers, limits: Limits, id: RequestId) -> Result<Reading, Refused> {
     let method = header(headers, ":method").and_then(|m| std::str::from_utf8(m).ok()).unwrap_or_default();
     let raw_path = header(headers, ":path").unwrap_or_default();
     let (path, query) = split_query(raw_path);
@@ -50,7 +52,7 @@ pub fn request_headers(headers: &Headers, limits: Limits) -> Result<Reading, Ref
         Ok(target) => target.provider.dialect,
         Err(NoTarget::UnknownProvider(dialect) | NoTarget::UnknownEndpoint(dialect)) => *dialect,
     };
-    let refuse = |code, message: &str| Refused { refusal: Refusal::new(code, message), dialect, request_id: None };
+    let refuse = |code, message: &str| Refused { refusal: Refusal::new(code, message), dialect, request_id: id, asked: false };
 
     let token = match credentials::find(headers, query) {
         Found::Key(key) => key.hash(),
@@ -67,13 +69,13 @@ pub fn request_headers(headers: &Headers, limits: Limits) -> Result<Reading, Ref
     }
     let announced = header(headers, "content-length").and_then(|n| std::str::from_utf8(n).ok()?.parse::<u64>().ok());
     if announced.is_some_and(|n| n > limits.max_body_bytes) {
-        return Err(too_large(dialect, limits));
+        return Err(too_large(dialect, limits, id));
     }
     let body = match target.operation.takes {
         Takes::Nothing => None,
         Takes::Generation { .. } => Some(Box::default()),
     };
-    Ok(Reading { token, target, limits, body })
+    Ok(Reading { id, token, target, limits, body })
 }
 
 fn split_query(path: &[u8]) -> (&[u8], &[u8]) {
@@ -83,14 +85,15 @@ fn split_query(path: &[u8]) -> (&[u8], &[u8]) {
     }
 }
 
-fn too_large(dialect: Dialect, limits: Limits) -> Refused {
+fn too_large(dialect: Dialect, limits: Limits, id: RequestId) -> Refused {
     let refusal = Refusal::new(Code::BodyTooLarge, format!("the request body is larger than {} bytes", limits.max_body_bytes));
-    Refused { refusal, dialect, request_id: None }
+    Refused { refusal, dialect, request_id: id, asked: false }
 }
 
 /// Stage 2: the body is being read, in pieces.
 #[derive(Debug)]
 pub struct Reading {
+    id: RequestId,
     token: TokenHash,
     target: Target,
     limits: Limits,
@@ -109,7 +112,7 @@ impl Reading {
 
     pub fn piece(&mut self, piece: &[u8]) -> Result<(), Refused> {
         if self.position().saturating_add(piece.len() as u64) > self.limits.max_body_bytes {
-            return Err(too_large(self.dialect(), self.limits));
+            return Err(too_large(self.dialect(), self.limits, self.id));
         }
         let result = match &mut self.body {
             Some(body) => body.feed(piece).map_err(|error| error.message()),
@@ -120,7 +123,7 @@ impl Reading {
     }
 
     /// The body has ended: what is asked for is known.
-    pub fn end(mut self, id: RequestId) -> Result<Asking, Refused> {
+    pub fn end(mut self) -> Result<Asking, Refused> {
         let body = self.body.take().map(|body| body.finish()).transpose();
         let facts = body.map_err(|error| self.bad_request(error.message()))?;
         if matches!(self.target.operation.takes, Takes::Generation { .. })
@@ -128,11 +131,22 @@ impl Reading {
         {
             return Err(self.bad_request("\"model\" is required".to_owned()));
         }
-        Ok(Asking { id, token: self.token, target: self.target, facts: facts.unwrap_or_default() })
+        let facts = facts.unwrap_or_default();
+        let max_tokens = match self.target.operation.takes {
+            Takes::Generation { limits, .. } => facts.max_tokens(limits).map_err(|error| self.bad_request(error.message()))?,
+            Takes::Nothing => None,
+        };
+        Ok(Asking { id: self.id, token: self.token, target: self.target, facts, max_tokens })
+    }
+
+    /// This worker can't take the request on now.
+    pub fn busy(&self) -> Refused {
+        let refusal = Refusal::new(Code::PolicyUnavailable, "this worker is at its limit; nothing was forwarded").retry_after(1);
+        Refused { refusal, dialect: self.dialect(), request_id: self.id, asked: false }
     }
 
     fn bad_request(&self, message: String) -> Refused {
-        Refused { refusal: Refusal::new(Code::BadRequest, message), dialect: self.dialect(), request_id: None }
+        Refused { refusal: Refusal::new(Code::BadRequest, message), dialect: self.dialect(), request_id: self.id, asked: false }
     }
 }
 
@@ -143,6 +157,7 @@ pub struct Asking {
     token: TokenHash,
     target: Target,
     facts: BodyFacts,
+    max_tokens: Option<u64>,
 }
 
 impl Asking {
@@ -164,7 +179,7 @@ impl Asking {
                 model: facts.model.clone(),
                 stream: facts.stream,
                 bytes: facts.bytes,
-                max_tokens: facts.max_tokens(),
+                max_tokens: self.max_tokens,
                 choices: facts.choices,
                 thinking_budget: facts.thinking_budget,
                 images: facts.images,
@@ -189,12 +204,12 @@ impl Asking {
         if target.provider != self.target.provider.name {
             return Err(self.unavailable());
         }
-        let (limit_name, asks_for_usage) = match self.target.operation.takes {
-            Takes::Generation { limit, asks_for_usage } => (limit, asks_for_usage),
-            Takes::Nothing => ("", false),
+        let (limits, asks_for_usage) = match self.target.operation.takes {
+            Takes::Generation { limits, asks_for_usage } => (limits, asks_for_usage),
+            Takes::Nothing => (&[][..], false),
         };
         let add_usage = asks_for_usage && self.facts.stream;
-        let edits = Edits { model: target.model.as_deref(), max_tokens: plan.clamp, limit_name, include_usage: add_usage };
+        let edits = Edits { model: target.model.as_deref(), max_tokens: plan.clamp, limits, include_usage: add_usage };
         let splices = self.facts.splices(&edits);
         Ok(Admitted {
             body_bytes: self.facts.bytes,
@@ -212,7 +227,7 @@ impl Asking {
     }
 
     fn refused(&self, refusal: Refusal) -> Refused {
-        Refused { refusal, dialect: self.target.provider.dialect, request_id: Some(self.id) }
+        Refused { refusal, dialect: self.target.provider.dialect, request_id: self.id, asked: true }
     }
 }
 
@@ -297,7 +312,7 @@ impl Answering {
             // The caller's key was fine: it is our stored credential that the provider turned away.
             let message = "the provider rejected the stored credential; an operator has to replace it";
             let refusal = Refusal::new(Code::ProviderCredentialRejected, message);
-            return Err(Refused { refusal, dialect: self.dialect, request_id: Some(self.id) });
+            return Err(Refused { refusal, dialect: self.dialect, request_id: self.id, asked: true });
         }
         let encoded = header(headers, "content-encoding").is_some_and(|e| !e.eq_ignore_ascii_case(b"identity"));
         let meter = Meter::new(header(headers, "content-type"), encoded, self.withhold_usage);
@@ -322,7 +337,7 @@ impl Answering {
     /// The admitted request could not be put together: nothing was forwarded.
     pub fn failed(&self) -> Refused {
         let refusal = Refusal::new(Code::PolicyUnavailable, "the request could not be forwarded; nothing left").retry_after(1);
-        Refused { refusal, dialect: self.dialect, request_id: Some(self.id) }
+        Refused { refusal, dialect: self.dialect, request_id: self.id, asked: true }
     }
 
     /// The answer ended without a last piece: by its headers, or by trailers.
@@ -334,8 +349,8 @@ impl Answering {
     pub fn over(self, flight: &Flight, ms: u64, at: u64) -> Settlement {
         let readable = !matches!(self.meter, Some(Meter::Opaque { .. }));
         let measured = self.meter.map_or(Measured::default(), Meter::finish);
-        // A stream's usage is final when it was told; a document's only when the document is whole.
-        let usage = measured.usage.filter(|_| self.complete || (self.stream && measured.is_final));
+        // A stream's usage is final once it was told, whatever follows; a document's only when the document is whole.
+        let usage = measured.usage.filter(|_| measured.is_final && (self.complete || self.stream));
         Settlement {
             req: self.id,
             outcome: if self.complete { Outcome::Complete } else { Outcome::Cut },
@@ -392,9 +407,9 @@ mod tests {
     }
 
     fn asking(body: &str) -> Result<Asking, Refused> {
-        let mut reading = request_headers(&headers(&[]), LIMITS)?;
+        let mut reading = request_headers(&headers(&[]), LIMITS, RequestId([9; 16]))?;
         reading.piece(body.as_bytes())?;
-        reading.end(RequestId([9; 16]))
+        reading.end()
     }
 
     fn plan(clamp: Option<u64>) -> Plan {
@@ -413,7 +428,7 @@ mod tests {
 
     #[test]
     fn refused_before_anybody_is_asked() {
-        let at = |extra: &[(&str, &str)]| code(request_headers(&headers(extra), LIMITS));
+        let at = |extra: &[(&str, &str)]| code(request_headers(&headers(extra), LIMITS, RequestId([9; 16])));
         assert_eq!(at(&[("authorization", "")]), Code::MissingKey);
         assert_eq!(at(&[("authorization", "Bearer vk_nope")]), Code::UnknownKey);
         assert_eq!(at(&[("x-api-key", VirtualKey::generate([2; 32]).reveal())]), Code::BadRequest);
@@ -486,6 +501,19 @@ mod tests {
         let settled = answering.over(&flight, 30, 1_000);
         assert_eq!((settled.outcome, settled.usage), (Outcome::Cut, None));
         assert_eq!(settled.input.map(|u| (u.input, u.output)), Some((25, 0)));
+    }
+
+    /// An error in the middle of an Anthropic stream ends it whole, but the usage told so far is only its beginning.
+    #[test]
+    fn a_stream_that_ends_in_an_error_tells_no_final_usage() {
+        let (mut answering, mut flight) = admitted("{\"model\":\"gpt-4o\",\"stream\":true}").forward();
+        flight.begin(&[], 0);
+        answering
+            .headers(&[(b":status".to_vec(), b"200".to_vec()), (b"content-type".to_vec(), b"text/event-stream".to_vec())], true)
+            .unwrap();
+        answering.piece(b"data: {\"message\":{\"usage\":{\"input_tokens\":25,\"output_tokens\":1}}}\n\n", false);
+        answering.piece(b"event: error\ndata: {\"type\":\"error\",\"error\":{}}\n\n", true);
+        assert_eq!(answering.over(&flight, 30, 1_000).usage, None);
     }
 
     #[test]

@@ -47,8 +47,8 @@ pub enum Takes {
     Nothing,
     /// A JSON body that names a model and bounds its own output.
     Generation {
-        /// The field that limits output when the caller set none.
-        limit: &'static str,
+        /// The fields that limit output in this dialect; the first is written when the caller set none.
+        limits: &'static [&'static str],
         /// Streams tell usage only when `stream_options.include_usage` asks for it.
         asks_for_usage: bool,
     },
@@ -69,7 +69,7 @@ pub static OPERATIONS: [Operation; 4] = [
         dialect: Dialect::OpenAi,
         method: "POST",
         path: "/v1/chat/completions",
-        takes: Takes::Generation { limit: "max_completion_tokens", asks_for_usage: true },
+        takes: Takes::Generation { limits: &["max_completion_tokens", "max_tokens"], asks_for_usage: true },
     },
     Operation { name: "models", dialect: Dialect::OpenAi, method: "GET", path: "/v1/models", takes: Takes::Nothing },
     Operation {
@@ -77,7 +77,7 @@ pub static OPERATIONS: [Operation; 4] = [
         dialect: Dialect::Anthropic,
         method: "POST",
         path: "/v1/messages",
-        takes: Takes::Generation { limit: "max_tokens", asks_for_usage: false },
+        takes: Takes::Generation { limits: &["max_tokens"], asks_for_usage: false },
     },
     Operation { name: "models", dialect: Dialect::Anthropic, method: "GET", path: "/v1/models", takes: Takes::Nothing },
 ];

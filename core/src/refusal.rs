@@ -96,12 +96,13 @@ impl Refusal {
         self
     }
 
-    /// The answer in the caller's dialect. `request_id` is `None` before the request has one.
-    pub fn answer(&self, dialect: Dialect, request_id: Option<&str>) -> Answer {
-        let mut headers = vec![("content-type", "application/json".to_owned()), ("x-keyward-reason", self.code.name().to_owned())];
-        if let Some(id) = request_id {
-            headers.push(("x-keyward-request-id", id.to_owned()));
-        }
+    /// The answer in the caller's dialect.
+    pub fn answer(&self, dialect: Dialect, request_id: &str) -> Answer {
+        let mut headers = vec![
+            ("content-type", "application/json".to_owned()),
+            ("x-keyward-reason", self.code.name().to_owned()),
+            ("x-keyward-request-id", request_id.to_owned()),
+        ];
         if let Some(seconds) = self.retry_after {
             headers.push(("retry-after", seconds.to_string()));
         }
@@ -157,12 +158,12 @@ mod tests {
     #[test]
     fn each_dialect_has_its_own_error_object() {
         let refusal = Refusal::new(Code::CapReserved, "held").retry_after(3);
-        let answer = refusal.answer(Dialect::OpenAi, Some("req_1"));
+        let answer = refusal.answer(Dialect::OpenAi, "req_1");
         assert_eq!(answer.status, 429);
         assert_eq!(answer.body, r#"{"error":{"code":"cap_reserved","message":"held","param":null,"type":"insufficient_quota"}}"#);
         assert!(answer.headers.contains(&("retry-after", "3".to_owned())) && !answer.headers.iter().any(|(n, _)| *n == "x-should-retry"));
-        let answer = Refusal::new(Code::Revoked, "gone").answer(Dialect::Anthropic, None);
-        assert_eq!(answer.body, r#"{"error":{"message":"gone","type":"authentication_error"},"request_id":null,"type":"error"}"#);
+        let answer = Refusal::new(Code::Revoked, "gone").answer(Dialect::Anthropic, "req_1");
+        assert_eq!(answer.body, r#"{"error":{"message":"gone","type":"authentication_error"},"request_id":"req_1","type":"error"}"#);
         assert!(answer.headers.contains(&("x-should-retry", "false".to_owned())));
     }
 }

@@ -21,8 +21,7 @@ impl HttpContext for AttemptStream {
         let edits = self.flight.as_ref().and_then(|flight| flight.borrow_mut().begin(&host::headers(Map::RequestHeaders), host::now_ms()));
         let Some(edits) = edits else {
             // No permit, or a VM that was reloaded under the request: nothing leaves.
-            let answer =
-                Refusal::new(Code::PolicyUnavailable, "this request was not admitted").retry_after(1).answer(Dialect::OpenAi, None);
+            let answer = Refusal::new(Code::PolicyUnavailable, "this request was not admitted").retry_after(1).answer(Dialect::OpenAi, "");
             let headers: Vec<(&str, &str)> = answer.headers.iter().map(|(n, v)| (*n, v.as_str())).collect();
             host::send_response(answer.status, &headers, &answer.body);
             return Action::Pause;

@@ -53,19 +53,19 @@ impl GateStream {
         let mut from = usize::try_from(reading.position()).unwrap_or(usize::MAX);
         while from < size {
             let piece = host::buffer(Buffer::RequestBody, from, PIECE.min(size - from)).filter(|p| !p.is_empty());
-            let Some(piece) = piece else { return Err(busy(reading)) };
+            let Some(piece) = piece else { return Err(reading.busy()) };
             reading.piece(&piece)?;
             from += piece.len();
         }
         let waiting = size as u64;
         let fits = self.vm.wait_with(self.waiting, waiting);
         self.waiting = waiting;
-        if fits { Ok(()) } else { Err(busy(reading)) }
+        if fits { Ok(()) } else { Err(reading.busy()) }
     }
 
     fn ask(&mut self, reading: Reading) -> Action {
-        let (Some(id), Some(vm_id)) = (host::random(), self.vm.id()) else { return self.refuse(&busy(&reading)) };
-        let asking = match reading.end(RequestId(id)) {
+        let Some(vm_id) = self.vm.id() else { return self.refuse(&reading.busy()) };
+        let asking = match reading.end() {
             Ok(asking) => asking,
             Err(refused) => return self.refuse(&refused),
         };
@@ -86,8 +86,8 @@ impl GateStream {
     fn refuse(&mut self, refused: &Refused) -> Action {
         let code = refused.refusal.code.name();
         metrics::refused(code);
-        if refused.request_id.is_none() {
-            self.vm.settlements.borrow_mut().count_refusal(code);
+        if !refused.asked {
+            self.vm.settlements.borrow_mut().count_refusal(code, host::now_ms());
         }
         host::set_filter_state("keyward.reason", code);
         let answer = refused.answer();
@@ -149,13 +149,6 @@ fn write_body(splices: &[Splice], length: u64) -> bool {
         && (!announced || host::set_header(Map::RequestHeaders, "content-length", &new_length.to_string()))
 }
 
-fn busy(reading: &Reading) -> Refused {
-    let refusal =
-        keyward_core::refusal::Refusal::new(keyward_core::refusal::Code::PolicyUnavailable, "this worker is at its limit; try again")
-            .retry_after(1);
-    Refused { refusal, dialect: reading.dialect(), request_id: None }
-}
-
 impl Context for GateStream {
     fn on_http_call_response(&mut self, _token: u32, _headers: usize, body_size: usize, _trailers: usize) {
         let asking = match self.take() {
@@ -193,7 +186,12 @@ impl HttpContext for GateStream {
         if gate::header(&headers, "x-test-trap").is_some() {
             std::process::abort();
         }
-        let reading = match gate::request_headers(&headers, self.vm.config().limits()) {
+        // Without randomness there is no id that nobody can guess: the request ends here.
+        let Some(id) = host::random().map(RequestId) else {
+            host::send_response(503, &[("x-keyward-reason", "policy_unavailable")], "");
+            return Action::Pause;
+        };
+        let reading = match gate::request_headers(&headers, self.vm.config().limits(), id) {
             Ok(reading) => reading,
             Err(refused) => return self.refuse(&refused),
         };

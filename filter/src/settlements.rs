@@ -17,6 +17,8 @@ const MAX_BATCH: usize = 256;
 /// How long a record of another VM must lie in the ring before somebody else sends it.
 const ORPHAN_AGE_MS: u64 = 3_000;
 const ORPHAN_SCAN_MS: u64 = 5_000;
+/// Longest time that a count of refusals waits for a batch to go with.
+const REPORT_MS: u64 = 15_000;
 const MAX_BACKOFF_MS: u64 = 5_000;
 const TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -27,6 +29,14 @@ struct Pending {
     slot: Option<u64>,
 }
 
+/// A batch that awaits its answer.
+#[derive(Debug)]
+struct Sent {
+    token: u32,
+    batch: Vec<Pending>,
+    refusals: BTreeMap<&'static str, u64>,
+}
+
 /// This VM's outbox.
 #[derive(Debug, Default)]
 pub struct Settlements {
@@ -35,9 +45,10 @@ pub struct Settlements {
     /// Ended before the VM had a key to seal with.
     unsealed: Vec<Settlement>,
     queue: VecDeque<Pending>,
-    sent: Option<(u32, Vec<Pending>)>,
+    sent: Option<Sent>,
     /// Refusals that were decided without asking, by code, since the last report.
     refusals: BTreeMap<&'static str, u64>,
+    report_at_ms: u64,
     retry_at_ms: u64,
     failures: u32,
     scan_at_ms: u64,
@@ -58,7 +69,11 @@ impl Settlements {
         }
     }
 
-    pub fn count_refusal(&mut self, code: &'static str) {
+    /// Counts a refusal that the service does not know of. It is told with the next batch, or after a while by itself.
+    pub fn count_refusal(&mut self, code: &'static str, now_ms: u64) {
+        if self.refusals.is_empty() {
+            self.report_at_ms = now_ms + REPORT_MS;
+        }
         *self.refusals.entry(code).or_default() += 1;
     }
 
@@ -90,21 +105,23 @@ impl Settlements {
             self.scan_at_ms = now_ms + ORPHAN_SCAN_MS;
             self.adopt_orphans(vm, now_ms);
         }
-        if self.queue.is_empty() && self.unsealed.is_empty() {
+        let report_due = !self.refusals.is_empty() && now_ms >= self.report_at_ms;
+        if self.queue.is_empty() && self.unsealed.is_empty() && !report_due {
             return;
         }
         let batch: Vec<Pending> = self.queue.drain(..self.queue.len().min(MAX_BATCH)).collect();
-        let body = self.batch_body(vm, &batch);
+        let refusals = std::mem::take(&mut self.refusals);
+        let body = self.batch_body(vm, &batch, &refusals);
         let headers = vec![(":method", "POST"), (":path", SETTLE_PATH), (":authority", "keyward-policy"), ("content-type", "text/plain")];
         match host::call(cluster, headers, body.as_bytes(), TIMEOUT) {
-            Some(token) => self.sent = Some((token, batch)),
-            None => self.failed(batch, now_ms),
+            Some(token) => self.sent = Some(Sent { token, batch, refusals }),
+            None => self.failed(batch, refusals, now_ms),
         }
     }
 
     /// `KB1 vm need_key refusals-json`, then one record a line.
-    fn batch_body(&mut self, vm: VmId, batch: &[Pending]) -> String {
-        let refusals = serde_json::to_string(&std::mem::take(&mut self.refusals)).unwrap_or_default();
+    fn batch_body(&self, vm: VmId, batch: &[Pending], refusals: &BTreeMap<&'static str, u64>) -> String {
+        let refusals = serde_json::to_string(refusals).unwrap_or_default();
         let mut body = format!("KB1 {} {} {refusals}\n", hex::encode(&vm.0), u8::from(self.needs_key()));
         for pending in batch {
             body.push_str(&pending.line);
@@ -115,8 +132,8 @@ impl Settlements {
 
     /// The answer to a batch: `None` when there was none.
     pub fn answered(&mut self, vm: VmId, token: u32, answer: Option<SettleAnswer>, now_ms: u64) {
-        let Some((_, batch)) = self.sent.take_if(|(sent, _)| *sent == token) else { return };
-        let Some(answer) = answer else { return self.failed(batch, now_ms) };
+        let Some(Sent { batch, refusals, .. }) = self.sent.take_if(|sent| sent.token == token) else { return };
+        let Some(answer) = answer else { return self.failed(batch, refusals, now_ms) };
         self.failures = 0;
         for pending in &batch {
             if let Some(slot) = pending.slot {
@@ -129,7 +146,10 @@ impl Settlements {
         }
     }
 
-    fn failed(&mut self, batch: Vec<Pending>, now_ms: u64) {
+    fn failed(&mut self, batch: Vec<Pending>, refusals: BTreeMap<&'static str, u64>, now_ms: u64) {
+        for (code, count) in refusals {
+            *self.refusals.entry(code).or_default() += count;
+        }
         self.failures = self.failures.saturating_add(1);
         let wait = 100u64.saturating_mul(1 << self.failures.min(6));
         self.retry_at_ms = now_ms + wait.min(MAX_BACKOFF_MS);

@@ -205,8 +205,9 @@ def test_entries_say_what_happened(eventful):
         names = [entry["event"] for entry in entries]
         assert names in (["REFUSED"], ["ADMITTED", "SETTLED"], ["ADMITTED", "VOIDED"], ["ADMITTED", "EXPIRED", "SETTLED"]), names
         if names == ["ADMITTED", "SETTLED"] and req in costs and costs[req]["ended"] == "complete":
-            end = entries[1]
-            assert (end["charge"], end["output"], end["status"], end["outcome"]) == (costs[req]["cost_nanodollars"], costs[req]["completion_tokens"], 200, "complete")
+            end, truth = entries[1], costs[req]
+            assert (end["charge"], end["output"]) == (truth["cost_nanodollars"], truth["completion_tokens"])
+            assert (end["status"], end["outcome"]) == (200, "complete")
             assert [t["credential"] for t in end["tries"]] == [c["id"] for c in entries[0]["credentials"]][:1]
     assert sorted(entry["code"] for entry in chain if entry["event"] == "REFUSED") == ["cap_exhausted", "model_not_allowed", "revoked"]
     times = [entry["time_ms"] for entry in chain]

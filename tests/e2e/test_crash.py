@@ -25,6 +25,13 @@ KILLS = int(os.environ.get("KILLS", "5"))
 SLACK = 0.5
 
 
+def freeze(process):
+    """SIGSTOP, and the wait until every thread of it stands still."""
+    process.send_signal(signal.SIGSTOP)
+    tasks = Path(f"/proc/{process.pid}/task")
+    wait_for("standstill", lambda: all("\nState:\tT" in (task / "status").read_text() for task in tasks.iterdir()))
+
+
 def new_keys(stack, n=4, budget="100.00"):
     return [stack.new_key(budget) for _ in range(n)]
 
@@ -168,7 +175,7 @@ def test_the_service_is_frozen_for_three_seconds():
         streams = [agents.submit(ask, stack, keys[n % 4], "tokens=60 per_delta=3 pace_ms=80", True, started=event)
                    for n, event in enumerate(started)]
         assert all(event.wait(10) for event in started)
-        stack.service.process.send_signal(signal.SIGSTOP)
+        freeze(stack.service.process)
         frozen = time.monotonic()
         try:
             pending = [agents.submit(ask, stack, key, "tokens=5") for key in keys]
@@ -184,7 +191,7 @@ def test_the_service_is_frozen_for_three_seconds():
             assert result.seconds < 1.0 + SLACK
         stack.settled(*(key_id for key_id, _ in keys), timeout=20)
         # The voids come with the settlements: wait until the filter has nothing more to say.
-        wait_for("an empty outbox", lambda: stack.stats("keyward_settlements_pending") and not any(stack.stats("keyward_settlements_pending").values()))
+        wait_for("an empty outbox", lambda: set(stack.stats("keyward_settlements_pending").values()) == {0})
         assert serves_again(stack, keys[0]) < 5.0
         stack.settled(keys[0][0])
         stack.sim.quiet()
@@ -213,8 +220,8 @@ def test_a_void_that_comes_first_refuses_its_admission():
         for _ in range(2):
             assert gate.settle(void)["rejected"] == 0
             assert stack.key(key_id)["in_flight"] == 0
-        status, _, body = gate.post("/edge/v1/admit", {"req": held, "vm": gate.vm.hex(), "node": "bare", "token": "00" * 32, "ask": {"provider": "openai", "endpoint": "x"}})
-        assert b"sk-" not in body
+        nobody = {"req": held, "vm": gate.vm.hex(), "node": "bare", "token": "00" * 32, "ask": {"provider": "openai", "endpoint": "x"}}
+        assert b"secret" not in gate.post("/edge/v1/admit", nobody)[2]
         key = stack.key(key_id)
         assert key["spent_nanodollars"] == key["reserved_nanodollars"] == 0
         assert [entry["event"] for entry in stack.audit(key_id)] == ["KEY_CREATED", "REFUSED", "ADMITTED", "VOIDED"]
@@ -289,7 +296,7 @@ def test_what_a_dead_envoy_never_sent_is_in_its_access_log(service_is):
         if service_is == "gone":
             stack.service.kill()
         else:
-            stack.service.process.send_signal(signal.SIGSTOP)
+            freeze(stack.service.process)
         try:
             results = [future.result() for future in running]
             assert all(result.status == 200 and result.whole for result in results), results
@@ -442,6 +449,34 @@ def test_up_that_was_killed_starts_again(up):
     answers = collections.Counter(ask(stack, keys[n % 4]).status for n in range(60))
     assert answers == {200: 60}, f"{answers}; {len(up.envoys())} Envoys run"
     assert len(up.envoys()) == 1
+
+
+def test_the_access_log_of_up_is_there_when_it_is_needed(up):
+    """Answers that ended a second before everything was killed are in the access log: from there their holds are settled."""
+    up.start()
+    stack, keys = up.stack, new_keys(up.stack)
+    [envoy] = up.envoys()
+    assert ask(stack, keys[0]).status == 200
+    stack.settled(keys[0][0])
+    started = [threading.Event() for _ in range(4)]
+    with ThreadPoolExecutor(4) as agents:
+        running = [agents.submit(ask, stack, key, "tokens=30 per_delta=3 pace_ms=50", True, started=event)
+                   for key, event in zip(keys, started, strict=True)]
+        assert all(event.wait(10) for event in started)
+        freeze(up.process)
+        results = [future.result() for future in running]
+    assert all(result.status == 200 and result.whole for result in results)
+    time.sleep(1)
+    os.kill(envoy, signal.SIGKILL)
+    up.kill()
+    up.sim.quiet()
+    stack.start_service()
+    log = (up.data / "access.log").read_text()
+    missing = [result.req for result in results if result.req not in log]
+    assert not missing, f"{len(missing)} of 4 answers that ended more than a second ago are not in the access log"
+    assert recover(stack, up.data / "access.log")[0] == 0
+    books, costs = check_every_request(stack, keys, results)
+    check_exact(books, costs)
 
 
 def test_a_first_start_that_fails_does_not_lose_the_admin_token(up):

@@ -448,7 +448,7 @@ def test_a_chunked_body_in_single_bytes_passes_whole(stack, stream):
     assert status == 200, data
     true, charged, _ = stack.books(key_id)
     sent = stack.sim.body(stack.calls_of(key_id)[0]["seq"])
-    assert sent.replace(b'"stream_options":{"include_usage":true},', b"") == body and true == charged > 0
+    assert sent.replace(b'"stream_options":{"include_usage":true},', b"").replace(b'"max_completion_tokens":16384,', b"") == body and true == charged > 0
 
 
 class Http2:
@@ -498,7 +498,7 @@ def test_a_body_that_ends_in_trailers_is_read_like_any_other(stack, trailers, st
     assert status == 200, data
     true, charged, _ = stack.books(key_id)
     sent = stack.sim.body(stack.calls_of(key_id)[0]["seq"])
-    assert sent.replace(b'"stream_options":{"include_usage":true},', b"") == body and true == charged > 0
+    assert sent.replace(b'"stream_options":{"include_usage":true},', b"").replace(b'"max_completion_tokens":16384,', b"") == body and true == charged > 0
 
 
 @pytest.mark.parametrize("piece", [b'{"model":', b'{"model":"gpt-4o-mini"} x', b'{"model":"gpt-4o-mini","model":"o3"}'])
@@ -754,7 +754,7 @@ def test_offline_refusals_are_reported(fresh):
     before = reported()
     for _ in range(8):
         ask(fresh, OPENAI, None)
-    wait_for("the report of offline refusals", lambda: reported() >= before + 8, 10)
+    wait_for("the report of offline refusals", lambda: reported() >= before + 8, 40)
 
 
 def test_offline_refusals_survive_an_outage_of_the_service(fresh):
@@ -779,7 +779,7 @@ def test_offline_refusals_survive_an_outage_of_the_service(fresh):
     # Both workers get something to report with.
     for _ in range(8):
         ask(fresh, OPENAI, token)
-    wait_for("the report of offline refusals", lambda: reported() >= 8, 10)
+    wait_for("the report of offline refusals", lambda: reported() >= 8, 40)
 
 
 def test_an_unreachable_provider_costs_nothing():
