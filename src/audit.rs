@@ -7,11 +7,14 @@ use base64::engine::general_purpose::STANDARD;
 use keyward_core::audit::{ChainKey, Verifier};
 use keyward_core::hex;
 use serde::Deserialize;
-use std::collections::BTreeMap;
+use serde_json::Value;
+use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
 /// How many entries `tail` starts with.
-const TAIL: u64 = 20;
+const TAIL: usize = 20;
+/// Entries that are asked for at a time.
+const PAGE: usize = 1_000;
 
 /// First line of an export.
 #[derive(Deserialize)]
@@ -70,26 +73,32 @@ pub fn verify(text: &str) -> Result<String, String> {
 
 /// Prints the newest entries of a key's chain, and with `follow` those that come.
 pub fn tail(client: &Client, key: &str, follow: bool) -> Result<(), String> {
-    let mut next = 1;
-    let mut shown = false;
+    let (mut next, mut started) = (1, false);
+    let mut newest = VecDeque::new();
     loop {
-        let page = client.get(&format!("/v1/audit/{key}?from={next}&limit=1000"))?;
-        let rows = page.get("data").and_then(serde_json::Value::as_array).cloned().unwrap_or_default();
-        let seq = |row: &serde_json::Value| row.get("seq").and_then(serde_json::Value::as_u64).unwrap_or(0);
-        let last = rows.last().map_or(next - 1, seq);
-        let more = rows.len() == 1_000;
-        for row in rows.iter().filter(|row| shown || more || seq(row) + TAIL > last) {
-            let field = |name: &str| row.get(name).map_or(String::new(), |v| v.as_str().map_or(v.to_string(), str::to_owned));
-            out(&format!("{:>6}  {}  {:<11}  {}\n", seq(row), field("time_ms"), field("event"), field("text")))?;
+        let page = client.get(&format!("/v1/audit/{key}?from={next}&limit={PAGE}"))?;
+        let rows = page.get("data").and_then(Value::as_array).cloned().unwrap_or_default();
+        let full = rows.len() == PAGE;
+        for row in rows {
+            next = row.get("seq").and_then(Value::as_u64).unwrap_or(next) + 1;
+            newest.push_back(row);
+            if !started && newest.len() > TAIL {
+                newest.pop_front();
+            }
         }
-        next = last + 1;
-        if more {
+        if full {
             continue;
         }
-        shown = true;
+        started = true;
+        newest.drain(..).try_for_each(|row| out(&line(&row)))?;
         if !follow {
             return Ok(());
         }
         std::thread::sleep(Duration::from_millis(500));
     }
+}
+
+fn line(row: &Value) -> String {
+    let field = |name: &str| row.get(name).map_or(String::new(), |v| v.as_str().map_or(v.to_string(), str::to_owned));
+    format!("{:>6}  {}  {:<11}  {}\n", field("seq"), field("time_ms"), field("event"), field("text"))
 }

@@ -1,8 +1,9 @@
 //! `keyward up`: a working gateway on loopback, started and stopped in order.
 
-use crate::client::Client;
 use crate::envoy::{self, Endpoint, FILTER, Rendering};
 use clap::Args;
+use keyward_core::money::Nanodollars;
+use keyward_policy_service::service::KeySpec;
 use keyward_policy_service::{Config, Running, start};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
@@ -82,7 +83,10 @@ async fn gateway(options: UpOptions) -> Result<(), String> {
         0 => free_port()?,
         port => port,
     };
-    let started = start_envoy(&options, &service, &envoy_bin, minor, envoy_admin).await;
+    let started = match keep_admin_token(&options, &service).await {
+        Ok(()) => start_envoy(&options, &service, &envoy_bin, minor, envoy_admin).await,
+        Err(error) => Err(error),
+    };
     let mut envoy = match started {
         Ok(envoy) => envoy,
         Err(error) => {
@@ -151,8 +155,9 @@ async fn start_envoy(options: &UpOptions, service: &Running, envoy_bin: &Path, m
     let mut envoy = Command::new(envoy_bin)
         .arg("-c")
         .arg(&file)
-        // The access log is flushed often: what is in it can be recovered should Envoy die.
-        .args(["--use-dynamic-base-id", "--log-level", "warning", "--file-flush-interval-msec", "200"])
+        // The access log is flushed often: what is in it can be recovered should Envoy die. Draining is immediate: every answer
+        // tells its client to close, so that "nothing in flight" comes about and stays.
+        .args(["--use-dynamic-base-id", "--log-level", "warning", "--file-flush-interval-msec", "100", "--drain-strategy", "immediate"])
         .args(["--concurrency", &options.concurrency.to_string()])
         .stdout(log)
         .stderr(errors)
@@ -176,6 +181,21 @@ async fn start_envoy(options: &UpOptions, service: &Running, envoy_bin: &Path, m
     }
 }
 
+/// Keeps an admin token where the other commands look for it. A token that was made and lost is replaced.
+async fn keep_admin_token(options: &UpOptions, service: &Running) -> Result<(), String> {
+    let file = options.data.join("admin-token");
+    if file.exists() {
+        return Ok(());
+    }
+    let token = match &service.bootstrap {
+        Some(token) => token.clone(),
+        None => service.service.create_admin_token("admin").await.map_err(|error| error.to_string())?,
+    };
+    keyward_policy_service::files::create(&file, &token).map_err(|error| format!("{}: {error}", file.display()))?;
+    println!("admin token (shown this once, kept in {}): {}", file.display(), token.as_str());
+    Ok(())
+}
+
 /// Stores what the environment offers, makes the first key, and says how to use it.
 async fn greet(options: &UpOptions, service: &Running) -> Result<(), String> {
     let say = |error: keyward_policy_service::service::ServiceError| error.to_string();
@@ -189,16 +209,12 @@ async fn greet(options: &UpOptions, service: &Running) -> Result<(), String> {
         service.service.add_credential(provider, &label, None, &secret).await.map_err(|error| format!("{name}: {error}"))?;
         println!("stored {name} in the vault");
     }
-    if let Some(token) = &service.bootstrap {
-        let file = options.data.join("admin-token");
-        keyward_policy_service::files::create(&file, token).map_err(|error| format!("{}: {error}", file.display()))?;
-        println!("admin token (shown this once, kept in {}): {}", file.display(), token.as_str());
-        let base = format!("http://{}", options.listen);
-        let budget = serde_json::json!([{ "usd": options.first_key_budget, "window": "total" }]);
-        let client = Client::new(&format!("http://{}", service.admin), token);
-        let body = serde_json::json!({ "label": "first key", "budgets": budget });
-        let key = tokio::task::spawn_blocking(move || client.post("/v1/keys", &body)).await.map_err(|error| error.to_string())??;
-        let token = key.get("token").and_then(serde_json::Value::as_str).unwrap_or_default();
+    let first = service.service.keys("", 1).await.map_err(say)?.is_empty();
+    if first {
+        let cap = Nanodollars::parse_usd(&options.first_key_budget).ok_or("--first-key-budget: expected dollars such as 5.00")?;
+        let spec = KeySpec { label: "first key".to_owned(), cap: Some(cap), ..KeySpec::default() };
+        let (_, token) = service.service.create_key(spec, "keyward up").await.map_err(say)?;
+        let (base, token) = (format!("http://{}", options.listen), token.reveal());
         println!("first virtual key (shown this once, ${} at most): {token}\n", options.first_key_budget);
         println!("  export OPENAI_BASE_URL={base}/v1 OPENAI_API_KEY={token}");
         println!("  export ANTHROPIC_BASE_URL={base} ANTHROPIC_API_KEY={token}\n");
@@ -212,7 +228,7 @@ async fn greet(options: &UpOptions, service: &Running) -> Result<(), String> {
 /// Drain, wait for zero in flight and nothing to settle, exit.
 pub async fn stop_envoy(envoy: &mut Child, admin: u16, longest: Duration) {
     let deadline = Instant::now() + longest;
-    let _ = admin_post(admin, "/drain_listeners?graceful&skip_exit").await;
+    let _ = admin_post(admin, "/drain_listeners").await;
     while Instant::now() < deadline {
         match admin_get(admin, "/stats?filter=downstream_rq_active|keyward_settlements_pending").await {
             Ok(stats) if is_quiet(&stats) => break,

@@ -16,6 +16,13 @@ pub const SETTLE_PATH: &str = "/edge/v1/settle";
 #[serde(transparent)]
 pub struct RequestId(#[serde(with = "hex::serde_hex")] pub [u8; 16]);
 
+impl RequestId {
+    /// Reads what `Display` writes.
+    pub fn parse(text: &str) -> Option<Self> {
+        hex::decode(text.strip_prefix("req_")?).map(RequestId)
+    }
+}
+
 impl std::fmt::Display for RequestId {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "req_{}", hex::encode(&self.0))
@@ -315,6 +322,13 @@ mod tests {
             assert_eq!(opened, None, "byte {at} changed");
         }
         assert_eq!(second.open(&EdgeKey::derive(&[3; 32], VmId([8; 16]))), None, "another VM's key");
+    }
+
+    #[test]
+    fn a_request_id_survives_its_text() {
+        let id = RequestId([0xa5; 16]);
+        assert_eq!(RequestId::parse(&id.to_string()), Some(id));
+        assert_eq!(RequestId::parse("req_"), None);
     }
 
     #[test]

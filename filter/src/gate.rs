@@ -7,7 +7,6 @@ use keyward_core::body::{Splice, splice_piece, spliced_length};
 use keyward_core::credentials::is_stripped;
 use keyward_core::edge::{ADMIT_PATH, AdmitAnswer, RequestId, Settlement};
 use keyward_core::gate::{self, Admitted, Answering, Asking, Reading, Refused};
-use keyward_core::hex;
 use keyward_core::meter::Passed;
 use proxy_wasm::traits::{Context, HttpContext};
 use proxy_wasm::types::Action;
@@ -108,7 +107,7 @@ impl GateStream {
         let cluster = gate::cluster(admitted.permit.target().provider);
         host::set_filter_state("keyward.key", &admitted.permit.plan().key);
         let ready = write_body(&admitted.splices, admitted.body_bytes)
-            && host::set_filter_state(FLIGHT, &hex::encode(&id.0))
+            && host::set_filter_state(FLIGHT, &id.to_string())
             && host::set_filter_state(TARGET, cluster)
             && host::clear_route_cache();
         self.vm.wait_with(std::mem::take(&mut self.waiting), 0);
@@ -299,9 +298,12 @@ impl HttpContext for GateStream {
     }
 }
 
-/// Whether Envoy says for certain that no byte of the request reached the provider.
+/// Whether it is certain that no byte of the request reached the provider: Envoy says so, or it never had a connection for it.
 fn nothing_was_sent() -> bool {
     const CERTAIN: [&str; 5] = ["connection_failure", "no_healthy_upstream", "overflow", "cluster_not_found", "route_not_found"];
+    if host::property(&["upstream", "local_address"]).is_none_or(|address| address.is_empty()) {
+        return true;
+    }
     let details = host::property(&["response", "code_details"]).unwrap_or_default();
     let details = String::from_utf8_lossy(&details).into_owned();
     CERTAIN.iter().any(|sure| details.contains(sure))

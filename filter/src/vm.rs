@@ -6,7 +6,6 @@ use crate::host;
 use crate::settlements::Settlements;
 use keyward_core::attempt::Flight;
 use keyward_core::edge::{RequestId, VmId};
-use keyward_core::hex;
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::rc::Rc;
@@ -69,7 +68,7 @@ impl Vm {
     /// The flight that this stream's filter state names.
     pub fn flight_of_stream(&self) -> Option<SharedFlight> {
         let id = host::property(&[FLIGHT])?;
-        let id = RequestId(hex::decode(std::str::from_utf8(&id).ok()?)?);
+        let id = RequestId::parse(std::str::from_utf8(&id).ok()?)?;
         self.flights.borrow().get(&id).cloned()
     }
 

@@ -93,11 +93,12 @@ pub async fn start(config: Config) -> Result<Running, StartError> {
             .map_err(|error| StartError::Setup(error.to_string()))??,
     );
     let service = Arc::new(Service::start(store.clone() as Arc<dyn Store>, vault, roots, origin, config.hold_ttl).await?);
-    let bootstrap = bootstrap(&config, &service).await?;
 
     let (stop, stopped) = watch::channel(false);
     let edge = listen(config.edge).await?;
     let admin = listen(config.admin).await?;
+    // Last of what can fail: the token is marked as shown.
+    let bootstrap = bootstrap(&config, &service).await?;
     let edge_router = http::edge::router(service.clone(), EdgeToken(Arc::new(Zeroizing::new(edge_token))));
     let admin_router = http::admin::router(Admin { service: service.clone(), metrics: metrics_handle() });
     let mut running = Running {

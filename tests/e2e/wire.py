@@ -1,11 +1,17 @@
-"""HTTP as bytes: what no client library would send. One raw HTTP/1.1 connection, one raw HTTP/2 connection (prior knowledge)."""
+"""HTTP as bytes: what no client library would send. Raw HTTP/1.1 and HTTP/2 (prior knowledge)
+clients, and a provider that keeps every field it was sent."""
 
 import socket
+import ssl
 import struct
+import subprocess
+import threading
 import time
 from dataclasses import dataclass, field
 
 import hpack
+from h2 import config, events
+from h2.connection import H2Connection
 
 
 class Closed(Exception):
@@ -261,10 +267,6 @@ class Http2Provider:
     """An https provider that speaks HTTP/2 and keeps every field it was sent, trailers included."""
 
     def __init__(self, directory, host):
-        import ssl
-        import subprocess
-        import threading
-
         self.certificate, key = directory / "provider.pem", directory / "provider.key"
         subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2", "-subj", "/CN=provider",
                         "-addext", f"subjectAltName=DNS:{host}", "-keyout", str(key), "-out", str(self.certificate)], check=True, capture_output=True)
@@ -276,7 +278,6 @@ class Http2Provider:
         threading.Thread(target=self.accept, daemon=True).start()
 
     def accept(self):
-        import threading
         while True:
             try:
                 connection, _ = self.listener.accept()
@@ -285,13 +286,11 @@ class Http2Provider:
             threading.Thread(target=self.serve, args=(connection,), daemon=True).start()
 
     def serve(self, connection):
-        from h2 import config, connection as h2, events
-
         answer = b'{"id":"chatcmpl-1","object":"chat.completion","choices":[],"usage":{"prompt_tokens":1,"completion_tokens":1,"total_tokens":2}}'
         seen = {}
         try:
             connection = self.context.wrap_socket(connection, server_side=True)
-            http = h2.H2Connection(config.H2Configuration(client_side=False, validate_inbound_headers=False, header_encoding="latin-1"))
+            http = H2Connection(config.H2Configuration(client_side=False, validate_inbound_headers=False, header_encoding="latin-1"))
             http.initiate_connection()
             connection.sendall(http.data_to_send())
             while data := connection.recv(65536):
