@@ -229,12 +229,15 @@ async fn greet(options: &UpOptions, service: &Running) -> Result<(), String> {
 pub async fn stop_envoy(envoy: &mut Child, admin: u16, longest: Duration) {
     let deadline = Instant::now() + longest;
     let _ = admin_post(admin, "/drain_listeners").await;
-    while Instant::now() < deadline {
+    // The filter tells its counts every 50 ms: quiet counts only when it lasts.
+    let mut quiet = 0;
+    while quiet < 3 && Instant::now() < deadline {
         match admin_get(admin, "/stats?filter=downstream_rq_active|keyward_settlements_pending").await {
-            Ok(stats) if is_quiet(&stats) => break,
-            Ok(_) => tokio::time::sleep(Duration::from_millis(100)).await,
+            Ok(stats) if is_quiet(&stats) => quiet += 1,
+            Ok(_) => quiet = 0,
             Err(_) => break,
         }
+        tokio::time::sleep(Duration::from_millis(100)).await;
     }
     let _ = admin_post(admin, "/quitquitquit").await;
     if tokio::time::timeout(Duration::from_secs(10), envoy.wait()).await.is_err() {

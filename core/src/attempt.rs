@@ -11,7 +11,20 @@ use crate::operation::AuthScheme;
 pub struct Flight {
     permit: Permit,
     tries: Vec<Running>,
+    answer: Option<AnswerHead>,
 }
+
+/// What the gate needs to know of the headers of a provider's answer.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct AnswerHead {
+    pub status: u16,
+    pub content_type: Vec<u8>,
+    /// The body is in an encoding that can't be read.
+    pub encoded: bool,
+}
+
+/// Answer headers that tell which account paid, or bind the caller to it.
+const ACCOUNT_HEADERS: [&str; 4] = ["set-cookie", "openai-organization", "openai-project", "anthropic-organization-id"];
 
 #[derive(Debug)]
 struct Running {
@@ -34,7 +47,7 @@ pub struct RequestEdits {
 
 impl Flight {
     pub fn new(permit: Permit) -> Self {
-        Flight { permit, tries: Vec::new() }
+        Flight { permit, tries: Vec::new(), answer: None }
     }
 
     /// Begins a try on a request with these headers. `None` when no usable credential is left: then nothing may be sent.
@@ -69,16 +82,28 @@ impl Flight {
         Some(edits)
     }
 
-    /// The provider answered the last try with these headers. Returns those that repeat the credential: they don't go on.
+    /// The provider answered the last try with these headers. Returns the names of those that don't go on: they repeat the
+    /// credential, or tell whose it is.
     pub fn answered(&mut self, headers: &Headers, now_ms: u64) -> Vec<Vec<u8>> {
         let status = header(headers, ":status").and_then(|s| std::str::from_utf8(s).ok()?.parse().ok());
         if let Some(last) = self.tries.last_mut() {
             last.status = status;
             last.answered_ms = Some(now_ms.saturating_sub(last.started_ms));
         }
+        self.answer = Some(AnswerHead {
+            status: status.unwrap_or(0),
+            content_type: header(headers, "content-type").unwrap_or_default().to_vec(),
+            encoded: header(headers, "content-encoding").is_some_and(|e| !e.eq_ignore_ascii_case(b"identity")),
+        });
         let secrets: Vec<&[u8]> = self.permit.plan().targets.iter().flat_map(|t| &t.credentials).map(|c| c.secret.0.as_bytes()).collect();
         let repeats = |value: &[u8]| secrets.iter().any(|s| !s.is_empty() && value.windows(s.len()).any(|w| w == *s));
-        headers.iter().filter(|(_, value)| repeats(value)).map(|(name, _)| name.clone()).collect()
+        let tells = |name: &[u8]| ACCOUNT_HEADERS.iter().any(|other| other.as_bytes() == name);
+        headers.iter().filter(|(name, value)| tells(name) || repeats(value)).map(|(name, _)| name.clone()).collect()
+    }
+
+    /// The head of the last try's answer, once: `None` means that the answer in hand is not the provider's.
+    pub fn hand_over(&mut self) -> Option<AnswerHead> {
+        self.answer.take()
     }
 
     /// The last try's connection never came about.

@@ -194,6 +194,7 @@ impl std::fmt::Debug for EdgeKey {
 }
 
 impl EdgeKey {
+    /// The VM's id is part of the derivation, so a record's MAC need not cover it.
     pub fn derive(master: &[u8; 32], vm: VmId) -> Self {
         let mut key = [0; 32];
         let info = [b"keyward/edge-key/v1".as_slice(), &vm.0].concat();
@@ -201,26 +202,46 @@ impl EdgeKey {
         let _ = Hkdf::<Sha256>::new(None, master).expand(&info, &mut key);
         EdgeKey(key)
     }
+
+    /// `HMAC-SHA256(key, u64be(seq) || previous MAC || payload)`, its key already taken in: the filter makes one per request.
+    fn keyed(&self) -> Option<Hmac<Sha256>> {
+        // HMAC takes keys of any length: this can't fail.
+        Hmac::new_from_slice(&self.0).ok()
+    }
 }
 
-/// Where one VM's chain of records stands.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+fn record_mac(mut keyed: Hmac<Sha256>, seq: u64, prev: &[u8; 32], payload: &[u8]) -> [u8; 32] {
+    for part in [seq.to_be_bytes().as_slice(), prev, payload] {
+        keyed.update(part);
+    }
+    keyed.finalize().into_bytes().into()
+}
+
+/// Where one VM's chain of records stands, and what seals the next.
+#[derive(Clone)]
 pub struct EdgeChain {
-    pub vm: VmId,
-    pub seq: u64,
-    pub mac: [u8; 32],
+    vm: VmId,
+    keyed: Hmac<Sha256>,
+    seq: u64,
+    mac: [u8; 32],
+}
+
+impl std::fmt::Debug for EdgeChain {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "EdgeChain({:?}, {})", self.vm, self.seq)
+    }
 }
 
 impl EdgeChain {
-    pub fn new(vm: VmId) -> Self {
-        EdgeChain { vm, seq: 0, mac: [0; 32] }
+    pub fn new(vm: VmId, key: &EdgeKey) -> Option<Self> {
+        Some(EdgeChain { vm, keyed: key.keyed()?, seq: 0, mac: [0; 32] })
     }
 
     /// Numbers and MACs the next record.
-    pub fn seal(&mut self, key: &EdgeKey, settlement: &Settlement) -> Record {
+    pub fn seal(&mut self, settlement: &Settlement) -> Record {
         let payload = serde_json::to_string(settlement).unwrap_or_default();
         let (seq, prev) = (self.seq + 1, self.mac);
-        let mac = record_mac(key, self.vm, seq, &prev, payload.as_bytes());
+        let mac = record_mac(self.keyed.clone(), seq, &prev, payload.as_bytes());
         (self.seq, self.mac) = (seq, mac);
         Record { vm: self.vm, seq, prev, mac, payload }
     }
@@ -259,18 +280,9 @@ impl Record {
     /// The settlement, if the MAC is right.
     pub fn open(&self, key: &EdgeKey) -> Option<Settlement> {
         use subtle::ConstantTimeEq;
-        let mac = record_mac(key, self.vm, self.seq, &self.prev, self.payload.as_bytes());
+        let mac = record_mac(key.keyed()?, self.seq, &self.prev, self.payload.as_bytes());
         bool::from(mac.ct_eq(&self.mac)).then(|| serde_json::from_str(&self.payload).ok())?
     }
-}
-
-fn record_mac(key: &EdgeKey, vm: VmId, seq: u64, prev: &[u8; 32], payload: &[u8]) -> [u8; 32] {
-    // HMAC takes keys of any length: this can't fail.
-    let Ok(mut mac) = Hmac::<Sha256>::new_from_slice(&key.0) else { return [0; 32] };
-    for part in [b"keyward/edge/v1".as_slice(), &vm.0, &seq.to_be_bytes(), prev, payload] {
-        mac.update(part);
-    }
-    mac.finalize().into_bytes().into()
 }
 
 /// Answer to a settle batch.
@@ -309,16 +321,18 @@ mod tests {
     fn a_record_survives_its_line_and_no_change() {
         let vm = VmId([9; 16]);
         let key = EdgeKey::derive(&[3; 32], vm);
-        let mut chain = EdgeChain::new(vm);
-        let first = chain.seal(&key, &settlement());
-        let second = chain.seal(&key, &settlement());
+        let mut chain = EdgeChain::new(vm, &key).unwrap();
+        let first = chain.seal(&settlement());
+        let second = chain.seal(&settlement());
         assert_eq!((first.seq, second.seq, second.prev), (1, 2, first.mac));
         let line = second.line();
         assert_eq!(Record::parse(&line).unwrap().open(&key), Some(settlement()));
         for at in 0..line.len() {
             let mut bytes = line.clone().into_bytes();
             bytes[at] ^= 1;
-            let opened = String::from_utf8(bytes).ok().and_then(|l| Record::parse(&l)).and_then(|r| r.open(&key));
+            // As the service does it: the key is that of the VM which the line names.
+            let parsed = String::from_utf8(bytes).ok().and_then(|l| Record::parse(&l));
+            let opened = parsed.and_then(|r| r.open(&EdgeKey::derive(&[3; 32], r.vm)));
             assert_eq!(opened, None, "byte {at} changed");
         }
         assert_eq!(second.open(&EdgeKey::derive(&[3; 32], VmId([8; 16]))), None, "another VM's key");

@@ -1,7 +1,7 @@
 //! The gate: one request from its headers to its settlement. Each stage is a value that holds only what that stage
 //! needs, and moving on consumes it. Nothing can be forwarded without the [`Permit`] that only an admission makes.
 
-use crate::attempt::Flight;
+use crate::attempt::{AnswerHead, Flight};
 use crate::body::{BodyFacts, BodyReader, Edits, Splice};
 use crate::credentials::{self, Found};
 use crate::edge::{AdmitAnswer, AdmitRequest, Ask, Outcome, Plan, RequestId, Settlement, VmId};
@@ -301,23 +301,18 @@ pub struct HeaderEdits {
     pub set: Vec<(&'static str, String)>,
 }
 
-/// Answer headers that tell which account paid, or bind the caller to it.
-const ACCOUNT_HEADERS: [&str; 4] = ["set-cookie", "openai-organization", "openai-project", "anthropic-organization-id"];
-
 impl Answering {
-    /// The answer's headers. `from_provider`: an attempt saw them too, Envoy did not make them up.
-    pub fn headers(&mut self, headers: &Headers, from_provider: bool) -> Result<HeaderEdits, Refused> {
-        let status = header(headers, ":status").unwrap_or_default();
-        if from_provider && matches!(status, b"401" | b"403") {
+    /// The answer's headers have come. `head`: what the attempt saw of them; `None` when Envoy made the answer up.
+    pub fn headers(&mut self, head: Option<AnswerHead>) -> Result<HeaderEdits, Refused> {
+        if head.as_ref().is_some_and(|head| matches!(head.status, 401 | 403)) {
             // The caller's key was fine: it is our stored credential that the provider turned away.
             let message = "the provider rejected the stored credential; an operator has to replace it";
             let refusal = Refusal::new(Code::ProviderCredentialRejected, message);
             return Err(Refused { refusal, dialect: self.dialect, request_id: self.id, asked: true });
         }
-        let encoded = header(headers, "content-encoding").is_some_and(|e| !e.eq_ignore_ascii_case(b"identity"));
-        let meter = Meter::new(header(headers, "content-type"), encoded, self.withhold_usage);
-        let remove = ACCOUNT_HEADERS.iter().copied().filter(|name| header(headers, name).is_some()).collect();
-        let mut edits = HeaderEdits { remove, set: vec![("x-keyward-request-id", self.id.to_string())] };
+        let head = head.unwrap_or_default();
+        let meter = Meter::new(&head.content_type, head.encoded, self.withhold_usage);
+        let mut edits = HeaderEdits { remove: Vec::new(), set: vec![("x-keyward-request-id", self.id.to_string())] };
         if meter.rewrites() {
             edits.remove.push("content-length");
         }
@@ -469,6 +464,8 @@ mod tests {
         assert!(edits.set.contains(&(":path", "/v1/chat/completions".to_owned())));
         let leak = flight.answered(&[(b":status".to_vec(), b"200".to_vec()), (b"x-echo".to_vec(), b"Bearer sk-real".to_vec())], 5);
         assert_eq!(leak, [b"x-echo".to_vec()]);
+        assert_eq!(flight.hand_over().map(|head| head.status), Some(200));
+        assert_eq!(flight.hand_over(), None, "a later answer is not the provider's");
     }
 
     #[test]
@@ -480,7 +477,7 @@ mod tests {
         let head: Vec<(Vec<u8>, Vec<u8>)> =
             vec![(b":status".to_vec(), b"200".to_vec()), (b"content-type".to_vec(), b"text/event-stream".to_vec())];
         flight.answered(&head, 7);
-        answering.headers(&head, true).unwrap();
+        answering.headers(flight.hand_over()).unwrap();
         let usage = b"data: {\"choices\":[],\"usage\":{\"prompt_tokens\":3,\"completion_tokens\":4}}\n\n";
         assert_eq!(answering.piece(usage, false), Passed::Instead(Vec::new()));
         answering.piece(b"data: [DONE]\n\n", true);
@@ -494,9 +491,8 @@ mod tests {
     fn a_cut_anthropic_stream_tells_its_input_only() {
         let (mut answering, mut flight) = admitted("{\"model\":\"gpt-4o\",\"stream\":true}").forward();
         flight.begin(&[], 0);
-        answering
-            .headers(&[(b":status".to_vec(), b"200".to_vec()), (b"content-type".to_vec(), b"text/event-stream".to_vec())], true)
-            .unwrap();
+        flight.answered(&[(b":status".to_vec(), b"200".to_vec()), (b"content-type".to_vec(), b"text/event-stream".to_vec())], 1);
+        answering.headers(flight.hand_over()).unwrap();
         answering.piece(b"data: {\"message\":{\"usage\":{\"input_tokens\":25,\"output_tokens\":1}}}\n\n", false);
         let settled = answering.over(&flight, 30, 1_000);
         assert_eq!((settled.outcome, settled.usage), (Outcome::Cut, None));
@@ -508,9 +504,8 @@ mod tests {
     fn a_stream_that_ends_in_an_error_tells_no_final_usage() {
         let (mut answering, mut flight) = admitted("{\"model\":\"gpt-4o\",\"stream\":true}").forward();
         flight.begin(&[], 0);
-        answering
-            .headers(&[(b":status".to_vec(), b"200".to_vec()), (b"content-type".to_vec(), b"text/event-stream".to_vec())], true)
-            .unwrap();
+        flight.answered(&[(b":status".to_vec(), b"200".to_vec()), (b"content-type".to_vec(), b"text/event-stream".to_vec())], 1);
+        answering.headers(flight.hand_over()).unwrap();
         answering.piece(b"data: {\"message\":{\"usage\":{\"input_tokens\":25,\"output_tokens\":1}}}\n\n", false);
         answering.piece(b"event: error\ndata: {\"type\":\"error\",\"error\":{}}\n\n", true);
         assert_eq!(answering.over(&flight, 30, 1_000).usage, None);
@@ -519,7 +514,8 @@ mod tests {
     #[test]
     fn a_rejected_credential_is_not_the_callers_fault() {
         let (mut answering, _) = admitted("{\"model\":\"gpt-4o\"}").forward();
-        let head = [(b":status".to_vec(), b"401".to_vec())];
-        assert_eq!(code(answering.headers(&head, true)), Code::ProviderCredentialRejected);
+        let head = AnswerHead { status: 401, ..AnswerHead::default() };
+        assert_eq!(code(answering.headers(Some(head))), Code::ProviderCredentialRejected);
+        assert!(answering.headers(None).is_ok(), "Envoy's own 401 would not be the provider's");
     }
 }

@@ -41,8 +41,8 @@ pub enum Meter {
 
 impl Meter {
     /// Chooses by the answer's headers. `withhold`: the usage chunk is there only because the gate asked for it.
-    pub fn new(content_type: Option<&[u8]>, encoded: bool, withhold: bool) -> Self {
-        let kind = content_type.unwrap_or_default().split(|&b| b == b';').next().unwrap_or_default().trim_ascii();
+    pub fn new(content_type: &[u8], encoded: bool, withhold: bool) -> Self {
+        let kind = content_type.split(|&b| b == b';').next().unwrap_or_default().trim_ascii();
         if encoded {
             Meter::Opaque { bytes: 0 }
         } else if kind.eq_ignore_ascii_case(b"text/event-stream") {
@@ -237,7 +237,7 @@ mod tests {
     );
 
     fn run(stream: &str, withhold: bool, cuts: &[usize]) -> (String, Measured) {
-        let mut meter = Meter::new(Some(b"text/event-stream; charset=utf-8"), false, withhold);
+        let mut meter = Meter::new(b"text/event-stream; charset=utf-8", false, withhold);
         let bytes = stream.as_bytes();
         let mut out = Vec::new();
         let mut from = 0;
@@ -271,7 +271,7 @@ mod tests {
 
     #[test]
     fn complete_events_are_never_held() {
-        let mut meter = Meter::new(Some(b"text/event-stream"), false, true);
+        let mut meter = Meter::new(b"text/event-stream", false, true);
         let first = b"data: {\"choices\":[{\"delta\":{\"content\":\"a\"}}]}\n\n";
         assert_eq!(meter.piece(first, false), Passed::AsIs);
         let mut both = first.to_vec();
@@ -281,7 +281,7 @@ mod tests {
 
     #[test]
     fn a_huge_event_passes_in_bounded_memory() {
-        let mut meter = Meter::new(Some(b"text/event-stream"), false, true);
+        let mut meter = Meter::new(b"text/event-stream", false, true);
         let mut out = 0;
         out += match meter.piece(b"data: \"", false) {
             Passed::AsIs => 7,
@@ -301,7 +301,7 @@ mod tests {
 
     #[test]
     fn what_cannot_be_read_is_counted_in_bytes() {
-        let mut meter = Meter::new(Some(b"application/json"), true, false);
+        let mut meter = Meter::new(b"application/json", true, false);
         meter.piece(b"\x1f\x8b123", true);
         assert_eq!(meter.finish(), Measured { visible_bytes: 5, ..Measured::default() });
     }
@@ -311,7 +311,7 @@ mod tests {
         fn any_bytes_any_split_pass_unchanged_without_a_usage_chunk(bytes in proptest::collection::vec(proptest::sample::select(&b"data: \r\n{}[]\"x:,"[..]), 0..80), cut in 0usize..80) {
             let cut = cut.min(bytes.len());
             for withhold in [false, true] {
-                let mut meter = Meter::new(Some(b"text/event-stream"), false, withhold);
+                let mut meter = Meter::new(b"text/event-stream", false, withhold);
                 let mut out = Vec::new();
                 for (piece, end) in [(&bytes[..cut], false), (&bytes[cut..], true)] {
                     match meter.piece(piece, end) {

@@ -157,8 +157,8 @@ impl Context for GateStream {
                 return;
             }
         };
-        let ok = host::header(Map::CallResponseHeaders, ":status").is_some_and(|status| status == b"200");
-        let body = if ok { host::buffer(Buffer::CallResponseBody, 0, body_size) } else { None };
+        // Only a 200 carries a body that reads as an answer.
+        let body = host::buffer(Buffer::CallResponseBody, 0, body_size);
         let answer: Option<AdmitAnswer> = body.and_then(|body| serde_json::from_slice(&body).ok());
         if let (Some(vm_id), Some(key)) = (self.vm.id(), answer.as_ref().and_then(|a| a.edge_key)) {
             self.vm.settlements.borrow_mut().has_key(vm_id, key);
@@ -241,9 +241,9 @@ impl HttpContext for GateStream {
         if *replaced {
             return Action::Continue;
         }
-        let headers = host::headers(Map::ResponseHeaders);
-        let from_provider = flight.borrow().was_answered();
-        match answering.headers(&headers, from_provider) {
+        // The attempt saw the same headers a moment ago; without it, Envoy made the answer up.
+        let head = flight.borrow_mut().hand_over();
+        match answering.headers(head) {
             Ok(edits) => {
                 for name in edits.remove {
                     host::remove_header(Map::ResponseHeaders, name.as_bytes());

@@ -12,7 +12,6 @@ const OK: u32 = 0;
 pub enum Map {
     RequestHeaders = 0,
     ResponseHeaders = 2,
-    CallResponseHeaders = 6,
 }
 
 #[derive(Debug, Clone, Copy)]

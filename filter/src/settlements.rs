@@ -40,7 +40,6 @@ struct Sent {
 /// This VM's outbox.
 #[derive(Debug, Default)]
 pub struct Settlements {
-    key: Option<EdgeKey>,
     chain: Option<EdgeChain>,
     /// Ended before the VM had a key to seal with.
     unsealed: Vec<Settlement>,
@@ -56,13 +55,12 @@ pub struct Settlements {
 
 impl Settlements {
     pub fn needs_key(&self) -> bool {
-        self.key.is_none()
+        self.chain.is_none()
     }
 
     pub fn has_key(&mut self, vm: VmId, key: EdgeKey) {
-        if self.key.is_none() {
-            self.key = Some(key);
-            self.chain = Some(EdgeChain::new(vm));
+        if self.chain.is_none() {
+            self.chain = EdgeChain::new(vm, &key);
             for settlement in std::mem::take(&mut self.unsealed) {
                 self.seal(&settlement, host::now_ms());
             }
@@ -79,7 +77,7 @@ impl Settlements {
 
     /// Puts the record of an ended request into the outbox. Returns its line, for the access log.
     pub fn push(&mut self, settlement: Settlement, now_ms: u64) -> Option<String> {
-        metrics::add_pending(1);
+        metrics::pending_grew();
         let line = self.seal(&settlement, now_ms);
         if line.is_none() {
             self.unsealed.push(settlement);
@@ -88,8 +86,7 @@ impl Settlements {
     }
 
     fn seal(&mut self, settlement: &Settlement, now_ms: u64) -> Option<String> {
-        let (key, chain) = (self.key.as_ref()?, self.chain.as_mut()?);
-        let record = chain.seal(key, settlement);
+        let record = self.chain.as_mut()?.seal(settlement);
         let line = record.line();
         let slot = claim_slot(&record, &line, now_ms);
         self.queue.push_back(Pending { line: line.clone(), slot });
@@ -140,7 +137,7 @@ impl Settlements {
                 release_slot(slot, &pending.line);
             }
         }
-        metrics::add_pending(-i64::try_from(batch.len()).unwrap_or(0));
+        metrics::pending_shrank(batch.len());
         if let Some(key) = answer.edge_key {
             self.has_key(vm, key);
         }

@@ -32,7 +32,7 @@ impl Bed {
     fn new() -> Self {
         let directory = tempfile::tempdir().unwrap();
         let store = Arc::new(SqliteStore::open(&directory.path().join("db"), ledger_keys()).unwrap());
-        Bed { store, directory, chain: EdgeChain::new(VM) }
+        Bed { store, directory, chain: EdgeChain::new(VM, &EdgeKey::derive(&[1; 32], VM)).unwrap() }
     }
 
     /// Stops the store and opens it again, as a restart does.
@@ -67,7 +67,7 @@ impl Bed {
     }
 
     async fn settle(&mut self, settlement: Settlement, now: u64) -> keyward_policy_service::store::Settled {
-        let record = self.chain.seal(&EdgeKey::derive(&[1; 32], VM), &settlement);
+        let record = self.chain.seal(&settlement);
         self.store.settle(vec![Settle { record, settlement }], now).await.unwrap()
     }
 
@@ -218,9 +218,8 @@ async fn missing_and_changed_records_of_a_vm_show() {
     bed.admit(1, 2, 50, 10).await;
     bed.settle(settlement(1, Outcome::Complete, Some((1, 1))), 11).await;
     // Two records are sealed and never sent.
-    let key = EdgeKey::derive(&[1; 32], VM);
-    bed.chain.seal(&key, &settlement(3, Outcome::Void, None));
-    bed.chain.seal(&key, &settlement(4, Outcome::Void, None));
+    bed.chain.seal(&settlement(3, Outcome::Void, None));
+    bed.chain.seal(&settlement(4, Outcome::Void, None));
     assert_eq!(bed.settle(settlement(2, Outcome::Complete, Some((1, 1))), 12).await.gaps, 2);
 }
 

@@ -41,7 +41,7 @@ class BareGate:
             self.key = bytes.fromhex(json.loads(data)["edge_key"])
         payload = json.dumps({"req": req, "outcome": outcome, "sent": outcome != "void", "ms": 1, "at": int(time.time() * 1000), **more})
         self.seq, previous = self.seq + 1, self.mac
-        self.mac = hmac.digest(self.key, b"keyward/edge/v1" + self.vm + struct.pack(">Q", self.seq) + previous + payload.encode(), "sha256")
+        self.mac = hmac.digest(self.key, struct.pack(">Q", self.seq) + previous + payload.encode(), "sha256")
         return f"KS1 {self.vm.hex()} {self.seq} {previous.hex()} {self.mac.hex()} {payload}"
 
     def settle(self, *lines):

@@ -269,7 +269,7 @@ def test_the_access_log_holds_each_vm_s_chain_of_records(eventful):
             gate.vm = bytes.fromhex(vm)
             answer = json.loads(gate.post("/edge/v1/settle", f"KB1 {vm} 1 {{}}\n".encode())[2])
             vms[vm] = [bytes.fromhex(answer["edge_key"]), {}]
-        sealed = b"keyward/edge/v1" + bytes.fromhex(vm) + struct.pack(">Q", int(seq)) + bytes.fromhex(prev) + payload.encode()
+        sealed = struct.pack(">Q", int(seq)) + bytes.fromhex(prev) + payload.encode()
         assert magic == "KS1" and hmac.digest(vms[vm][0], sealed, "sha256").hex() == mac
         vms[vm][1][int(seq)] = (prev, mac)
         ended.add(json.loads(payload)["req"])

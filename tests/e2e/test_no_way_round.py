@@ -1197,14 +1197,14 @@ def test_thousands_of_waiting_streams_stay_in_the_vm(door):
 
 
 def test_an_outage_of_the_policy_service_fills_no_memory():
-    """Every refused request of a stranger must not leave a record that waits for the service: 130,000 of them are 20 seconds of one client."""
+    """Every refused request of a stranger must not leave a record that waits for the service: 220,000 of them are 40 seconds of one client."""
     with Door(concurrency=1) as door:
         _, token = door.new_key()
         assert door.works(token)
         door.service.kill()
         fields = h2_headers(key_like(random.Random(11)), method="GET", path="/v1/models")
-        for _ in range(13):
-            with Http2(door.listen_port, 15) as connection:
+        for _ in range(22):
+            with Http2(door.listen_port, 8) as connection:
                 for _ in range(100):
                     streams = [connection.headers(fields, end=True) for _ in range(100)]
                     assert {answer.status for answer in connection.wait(*streams)} == {503}
