@@ -4,7 +4,7 @@
 use crate::credentials::{CREDENTIAL_HEADERS, NETWORK_HEADERS};
 use crate::edge::Try;
 use crate::gate::{Headers, Permit, header};
-use crate::operation::AuthScheme;
+use crate::operation::{AuthScheme, Takes};
 
 /// A permitted request on its way: the permit, and what became of its tries.
 #[derive(Debug)]
@@ -69,6 +69,10 @@ impl Flight {
             // The id under which the audit chain has this request; OpenAI documents the header for exactly that.
             ("x-client-request-id", self.permit.id().to_string()),
         ];
+        if target.operation.takes != Takes::Nothing {
+            // A charset of the caller's would make another document of the bytes that the gate has read.
+            set.push(("content-type", "application/json".to_owned()));
+        }
         set.retain(|(name, value)| header(headers, name) != Some(value.as_bytes()));
         set.push(auth);
         let edits = RequestEdits { remove, set };

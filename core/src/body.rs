@@ -335,7 +335,7 @@ impl Walk {
     fn limit(&mut self, name: &'static str, value: Scalar<'_>, span: Span) -> Result<(), BodyError> {
         let tokens = match value {
             Scalar::Null => None,
-            _ => Some(count(value).ok_or(BodyError::Field(name, "a whole number"))?),
+            _ => Some(count(value).ok_or(BodyError::Field(name, "a whole number of at most 1,000,000,000"))?),
         };
         self.facts.limits.push(Limit { name, tokens, span });
         Ok(())
@@ -360,8 +360,8 @@ impl Walk {
             (Field::MaxCompletionTokens, _) => return self.limit("max_completion_tokens", value, span),
             (Field::MaxOutputTokens, _) => return self.limit("max_output_tokens", value, span),
             (Field::N | Field::BestOf, Scalar::Null) => {}
-            (Field::N, _) => self.n = count(value).ok_or(BodyError::Field("n", "a whole number"))?,
-            (Field::BestOf, _) => self.best_of = count(value).ok_or(BodyError::Field("best_of", "a whole number"))?,
+            (Field::N, _) => self.n = choices(value).ok_or(BodyError::Field("n", "a whole number of at most 1024"))?,
+            (Field::BestOf, _) => self.best_of = choices(value).ok_or(BodyError::Field("best_of", "a whole number of at most 1024"))?,
             (Field::ServiceTier, Scalar::Null) => {}
             (Field::ServiceTier, Scalar::Str { text: b"auto" | b"default" | b"standard" | b"standard_only", .. }) => {}
             (Field::ServiceTier, _) => self.unbounded("service_tier"),
@@ -469,7 +469,8 @@ impl Visitor for Walk {
             (Slot::IncludeUsage, _) => return Err(BodyError::Field("stream_options.include_usage", "true or false")),
             (Slot::ThinkingBudget, Scalar::Null) => {}
             (Slot::ThinkingBudget, _) => {
-                self.facts.thinking_budget = count(value).ok_or(BodyError::Field("thinking.budget_tokens", "a whole number"))?;
+                self.facts.thinking_budget =
+                    count(value).ok_or(BodyError::Field("thinking.budget_tokens", "a whole number of at most 1,000,000,000"))?;
             }
             (Slot::ToolType, Scalar::Str { text, .. }) if !runs_at_the_client(text) => self.unbounded("a tool that runs at the provider"),
             (Slot::PartType, Scalar::Str { text, .. }) => match text {
@@ -518,9 +519,16 @@ fn folds_to(key: &[u8], name: &str) -> bool {
     text.chars().map(fold).eq(name.chars())
 }
 
+/// A whole number that some request could mean; beyond, sums of money would leave their type.
 fn count(value: Scalar<'_>) -> Option<u64> {
+    const MOST: u64 = 1_000_000_000;
     let Scalar::Num(digits) = value else { return None };
-    std::str::from_utf8(digits).ok()?.parse().ok()
+    std::str::from_utf8(digits).ok()?.parse().ok().filter(|n| *n <= MOST)
+}
+
+/// How many answers are asked for: far more than any provider gives.
+fn choices(value: Scalar<'_>) -> Option<u64> {
+    count(value).filter(|n| *n <= 1_024)
 }
 
 fn if_object(object: bool, node: Node) -> Node {
@@ -600,6 +608,8 @@ mod tests {
             r#"{"max_tokens":1e3}"#,
             r#"{"n":"2"}"#,
             r#"{"max_tokens":99999999999999999999}"#,
+            r#"{"max_tokens":1000000001}"#,
+            r#"{"n":1025}"#,
             r#"{"stream_options":true}"#,
         ] {
             assert!(read(bad).is_err(), "{bad}");

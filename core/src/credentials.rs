@@ -21,8 +21,20 @@ pub const CREDENTIAL_HEADERS: [&str; 8] = [
 ];
 
 /// Headers that change who is billed, or carry a session of somebody else.
-pub const STEERING_HEADERS: [&str; 6] =
-    ["cookie", "openai-organization", "openai-project", "x-goog-user-project", "stripe-account", "stripe-context"];
+pub const STEERING_HEADERS: [&str; 11] = [
+    "cookie",
+    "openai-organization",
+    "openai-project",
+    "x-goog-user-project",
+    "stripe-account",
+    "stripe-context",
+    // No SDK of ours sends these; what stands in them is a credential of something else.
+    "x-auth-token",
+    "x-access-token",
+    "x-forwarded-authorization",
+    "x-original-authorization",
+    "x-amz-security-token",
+];
 
 /// Headers that tell about the caller's network. Envoy's router needs some of them, so only the attempt takes them out.
 pub const NETWORK_HEADERS: [&str; 6] = ["x-forwarded-for", "x-forwarded-proto", "x-forwarded-host", "x-real-ip", "forwarded", "via"];
@@ -30,9 +42,15 @@ pub const NETWORK_HEADERS: [&str; 6] = ["x-forwarded-for", "x-forwarded-proto", 
 /// Prefixes of headers by which a client could steer Envoy or Keyward.
 pub const STEERING_PREFIXES: [&str; 2] = ["x-envoy-", "x-keyward-"];
 
-/// Whether an inbound header must not reach the provider.
-pub fn is_stripped(name: &str) -> bool {
-    CREDENTIAL_HEADERS.contains(&name) || STEERING_HEADERS.contains(&name) || STEERING_PREFIXES.iter().any(|p| name.starts_with(p))
+/// Whether an inbound header must not reach the provider: by its name, or because a virtual key stands in it.
+pub fn is_stripped(name: &[u8], value: &[u8]) -> bool {
+    let Ok(name) = std::str::from_utf8(name) else { return true };
+    if name.starts_with(':') {
+        return false;
+    }
+    let named =
+        CREDENTIAL_HEADERS.contains(&name) || STEERING_HEADERS.contains(&name) || STEERING_PREFIXES.iter().any(|p| name.starts_with(p));
+    named || value.windows(PREFIX.len()).any(|w| w == PREFIX.as_bytes())
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -113,6 +131,22 @@ mod tests {
             assert_eq!(find(&headers(&[(name, value.as_bytes())]), b""), Found::Key(key.clone()), "{name}: {value}");
         }
         assert_eq!(find(&[], format!("a=b&key={token}").as_bytes()), Found::Key(key));
+    }
+
+    #[test]
+    fn what_must_not_go_on_is_told_by_name_and_by_content() {
+        for (name, value) in [
+            ("authorization", ""),
+            ("x-envoy-max-retries", "3"),
+            ("cookie", "a=b"),
+            ("referer", "http://x/?key=vk_abc"),
+            ("x-auth-token", "t"),
+        ] {
+            assert!(is_stripped(name.as_bytes(), value.as_bytes()), "{name}: {value}");
+        }
+        for (name, value) in [("user-agent", "curl"), ("openai-beta", "x"), (":path", "/v1/x?key=vk_abc")] {
+            assert!(!is_stripped(name.as_bytes(), value.as_bytes()), "{name}: {value}");
+        }
     }
 
     #[test]

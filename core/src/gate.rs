@@ -323,10 +323,15 @@ impl Answering {
         Ok(edits)
     }
 
-    /// A piece of the answer's body.
-    pub fn piece(&mut self, piece: &[u8], end: bool) -> Passed {
+    /// A piece of the answer's body. At most `room` bytes may be held back after it.
+    pub fn piece(&mut self, piece: &[u8], end: bool, room: usize) -> Passed {
         self.complete |= end;
-        self.meter.as_mut().map_or(Passed::AsIs, |meter| meter.piece(piece, end))
+        self.meter.as_mut().map_or(Passed::AsIs, |meter| meter.piece(piece, end, room))
+    }
+
+    /// Bytes of the answer that are held back now.
+    pub fn held(&self) -> usize {
+        self.meter.as_ref().map_or(0, Meter::held)
     }
 
     /// The admitted request could not be put together: nothing was forwarded.
@@ -479,8 +484,8 @@ mod tests {
         flight.answered(&head, 7);
         answering.headers(flight.hand_over()).unwrap();
         let usage = b"data: {\"choices\":[],\"usage\":{\"prompt_tokens\":3,\"completion_tokens\":4}}\n\n";
-        assert_eq!(answering.piece(usage, false), Passed::Instead(Vec::new()));
-        answering.piece(b"data: [DONE]\n\n", true);
+        assert_eq!(answering.piece(usage, false, 1_000), Passed::Instead(Vec::new()));
+        answering.piece(b"data: [DONE]\n\n", true, 1_000);
         let settled = answering.over(&flight, 30, 1_000);
         assert_eq!((settled.outcome, settled.status, settled.sent), (Outcome::Complete, Some(200), true));
         assert_eq!(settled.usage, Some(Usage { input: 3, output: 4, ..Usage::default() }));
@@ -493,7 +498,7 @@ mod tests {
         flight.begin(&[], 0);
         flight.answered(&[(b":status".to_vec(), b"200".to_vec()), (b"content-type".to_vec(), b"text/event-stream".to_vec())], 1);
         answering.headers(flight.hand_over()).unwrap();
-        answering.piece(b"data: {\"message\":{\"usage\":{\"input_tokens\":25,\"output_tokens\":1}}}\n\n", false);
+        answering.piece(b"data: {\"message\":{\"usage\":{\"input_tokens\":25,\"output_tokens\":1}}}\n\n", false, 1_000);
         let settled = answering.over(&flight, 30, 1_000);
         assert_eq!((settled.outcome, settled.usage), (Outcome::Cut, None));
         assert_eq!(settled.input.map(|u| (u.input, u.output)), Some((25, 0)));
@@ -506,8 +511,8 @@ mod tests {
         flight.begin(&[], 0);
         flight.answered(&[(b":status".to_vec(), b"200".to_vec()), (b"content-type".to_vec(), b"text/event-stream".to_vec())], 1);
         answering.headers(flight.hand_over()).unwrap();
-        answering.piece(b"data: {\"message\":{\"usage\":{\"input_tokens\":25,\"output_tokens\":1}}}\n\n", false);
-        answering.piece(b"event: error\ndata: {\"type\":\"error\",\"error\":{}}\n\n", true);
+        answering.piece(b"data: {\"message\":{\"usage\":{\"input_tokens\":25,\"output_tokens\":1}}}\n\n", false, 1_000);
+        answering.piece(b"event: error\ndata: {\"type\":\"error\",\"error\":{}}\n\n", true, 1_000);
         assert_eq!(answering.over(&flight, 30, 1_000).usage, None);
     }
 

@@ -59,7 +59,13 @@ impl Meter {
         matches!(self, Meter::Sse(sse) if sse.withhold)
     }
 
-    pub fn piece(&mut self, piece: &[u8], end: bool) -> Passed {
+    /// Bytes that are held back now.
+    pub fn held(&self) -> usize {
+        if let Meter::Sse(sse) = self { sse.held.len() } else { 0 }
+    }
+
+    /// Takes a piece. At most `room` bytes may be held back after it; what does not fit passes unlooked at.
+    pub fn piece(&mut self, piece: &[u8], end: bool, room: usize) -> Passed {
         match self {
             Meter::Opaque { bytes } => {
                 *bytes += piece.len() as u64;
@@ -69,7 +75,7 @@ impl Meter {
                 reader.feed(piece);
                 Passed::AsIs
             }
-            Meter::Sse(sse) => sse.piece(piece, end),
+            Meter::Sse(sse) => sse.piece(piece, end, room),
         }
     }
 
@@ -125,7 +131,7 @@ impl SseMeter {
         }
     }
 
-    fn piece(&mut self, piece: &[u8], end: bool) -> Passed {
+    fn piece(&mut self, piece: &[u8], end: bool, room: usize) -> Passed {
         if !self.withhold {
             let mut rest = piece;
             while !rest.is_empty() {
@@ -139,7 +145,7 @@ impl SseMeter {
         while !rest.is_empty() {
             let (taken, event) = self.step(rest);
             let (now, later) = rest.split_at_checked(taken).unwrap_or((rest, &[]));
-            self.hold(now, &mut out);
+            self.hold(now, &mut out, room.min(MAX_HELD));
             if let Some(document) = event {
                 self.release(document, &mut out);
             }
@@ -151,8 +157,8 @@ impl SseMeter {
         if out == piece { Passed::AsIs } else { Passed::Instead(out) }
     }
 
-    fn hold(&mut self, bytes: &[u8], out: &mut Vec<u8>) {
-        if self.passing || self.held.len() + bytes.len() > MAX_HELD {
+    fn hold(&mut self, bytes: &[u8], out: &mut Vec<u8>, room: usize) {
+        if self.passing || self.held.len() + bytes.len() > room {
             self.passing = true;
             out.append(&mut self.held);
             out.extend_from_slice(bytes);
@@ -243,7 +249,7 @@ mod tests {
         let mut from = 0;
         for (i, &cut) in cuts.iter().chain([&bytes.len()]).enumerate() {
             let piece = &bytes[from..cut];
-            match meter.piece(piece, i == cuts.len()) {
+            match meter.piece(piece, i == cuts.len(), MAX_HELD) {
                 Passed::AsIs => out.extend_from_slice(piece),
                 Passed::Instead(other) => out.extend(other),
             }
@@ -273,23 +279,23 @@ mod tests {
     fn complete_events_are_never_held() {
         let mut meter = Meter::new(b"text/event-stream", false, true);
         let first = b"data: {\"choices\":[{\"delta\":{\"content\":\"a\"}}]}\n\n";
-        assert_eq!(meter.piece(first, false), Passed::AsIs);
+        assert_eq!(meter.piece(first, false, MAX_HELD), Passed::AsIs);
         let mut both = first.to_vec();
         both.extend_from_slice(b"data: {\"cho");
-        assert_eq!(meter.piece(&both, false), Passed::Instead(first.to_vec()), "only the event in hand waits");
+        assert_eq!(meter.piece(&both, false, MAX_HELD), Passed::Instead(first.to_vec()), "only the event in hand waits");
     }
 
     #[test]
     fn a_huge_event_passes_in_bounded_memory() {
         let mut meter = Meter::new(b"text/event-stream", false, true);
         let mut out = 0;
-        out += match meter.piece(b"data: \"", false) {
+        out += match meter.piece(b"data: \"", false, MAX_HELD) {
             Passed::AsIs => 7,
             Passed::Instead(bytes) => bytes.len(),
         };
         for _ in 0..1000 {
             let piece = [b'x'; 1000];
-            out += match meter.piece(&piece, false) {
+            out += match meter.piece(&piece, false, MAX_HELD) {
                 Passed::AsIs => piece.len(),
                 Passed::Instead(bytes) => bytes.len(),
             };
@@ -300,9 +306,17 @@ mod tests {
     }
 
     #[test]
+    fn without_room_nothing_is_held() {
+        let mut meter = Meter::new(b"text/event-stream", false, true);
+        assert_eq!(meter.piece(b"data: {\"choi", false, 4), Passed::AsIs);
+        assert_eq!(meter.held(), 0);
+        assert_eq!(meter.piece(b"ces\":[]}\n\n", false, 4), Passed::AsIs);
+    }
+
+    #[test]
     fn what_cannot_be_read_is_counted_in_bytes() {
         let mut meter = Meter::new(b"application/json", true, false);
-        meter.piece(b"\x1f\x8b123", true);
+        meter.piece(b"\x1f\x8b123", true, MAX_HELD);
         assert_eq!(meter.finish(), Measured { visible_bytes: 5, ..Measured::default() });
     }
 
@@ -314,7 +328,7 @@ mod tests {
                 let mut meter = Meter::new(b"text/event-stream", false, withhold);
                 let mut out = Vec::new();
                 for (piece, end) in [(&bytes[..cut], false), (&bytes[cut..], true)] {
-                    match meter.piece(piece, end) {
+                    match meter.piece(piece, end, MAX_HELD) {
                         Passed::AsIs => out.extend_from_slice(piece),
                         Passed::Instead(other) => out.extend(other),
                     }

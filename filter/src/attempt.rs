@@ -2,6 +2,7 @@
 
 use crate::host::{self, Map};
 use crate::vm::{SharedFlight, vm};
+use keyward_core::attempt::RequestEdits;
 use keyward_core::operation::Dialect;
 use keyward_core::refusal::{Code, Refusal};
 use proxy_wasm::traits::{Context, HttpContext};
@@ -19,18 +20,13 @@ impl HttpContext for AttemptStream {
         self.flight = vm().flight_of_stream();
         // The borrow ends before anything else is called.
         let edits = self.flight.as_ref().and_then(|flight| flight.borrow_mut().begin(&host::headers(Map::RequestHeaders), host::now_ms()));
-        let Some(edits) = edits else {
-            // No permit, or a VM that was reloaded under the request: nothing leaves.
-            let answer = Refusal::new(Code::PolicyUnavailable, "this request was not admitted").retry_after(1).answer(Dialect::OpenAi, "");
+        // No permit, a VM that was reloaded under the request, or headers that could not be written: nothing leaves.
+        if !edits.is_some_and(|edits| write(&edits)) {
+            let refusal = Refusal::new(Code::PolicyUnavailable, "this request was not admitted").retry_after(1);
+            let answer = refusal.answer(Dialect::OpenAi, "");
             let headers: Vec<(&str, &str)> = answer.headers.iter().map(|(n, v)| (*n, v.as_str())).collect();
             host::send_response(answer.status, &headers, &answer.body);
             return Action::Pause;
-        };
-        for name in edits.remove {
-            host::remove_header(Map::RequestHeaders, &name);
-        }
-        for (name, value) in edits.set {
-            host::set_header(Map::RequestHeaders, name, &value);
         }
         Action::Continue
     }
@@ -44,4 +40,11 @@ impl HttpContext for AttemptStream {
         }
         Action::Continue
     }
+}
+
+fn write(edits: &RequestEdits) -> bool {
+    for name in &edits.remove {
+        host::remove_header(Map::RequestHeaders, name);
+    }
+    edits.set.iter().all(|(name, value)| host::set_header(Map::RequestHeaders, name, value))
 }

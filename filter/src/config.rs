@@ -22,6 +22,8 @@ pub struct Config {
     pub unmanaged: Unmanaged,
     /// Bytes of request bodies that one worker lets wait for their admission at a time.
     pub max_waiting_bytes: u64,
+    /// Streams that one worker has open at a time, agents without a valid key included.
+    pub max_streams: u64,
 }
 
 impl Default for Config {
@@ -32,6 +34,7 @@ impl Default for Config {
             max_body_bytes: 10 * 1024 * 1024,
             unmanaged: Unmanaged::Deny,
             max_waiting_bytes: 256 * 1024 * 1024,
+            max_streams: 10_000,
         }
     }
 }

@@ -36,11 +36,13 @@ pub struct GateStream {
     started_ms: u64,
     /// Body bytes of this stream that count as waiting.
     waiting: u64,
+    /// The stream counts as open.
+    open: bool,
 }
 
 impl GateStream {
     pub fn new() -> Self {
-        GateStream { vm: vm(), stage: Stage::New, started_ms: 0, waiting: 0 }
+        GateStream { vm: vm(), stage: Stage::New, started_ms: 0, waiting: 0, open: false }
     }
 
     fn take(&mut self) -> Stage {
@@ -63,7 +65,8 @@ impl GateStream {
     }
 
     fn ask(&mut self, reading: Reading) -> Action {
-        let Some(vm_id) = self.vm.id() else { return self.refuse(&reading.busy()) };
+        // Whatever is asked must be settled: with nowhere to keep the record, nothing is asked.
+        let Some(vm_id) = self.vm.id().filter(|_| !self.vm.settlements.borrow().is_full()) else { return self.refuse(&reading.busy()) };
         let asking = match reading.end() {
             Ok(asking) => asking,
             Err(refused) => return self.refuse(&refused),
@@ -194,8 +197,12 @@ impl HttpContext for GateStream {
             Ok(reading) => reading,
             Err(refused) => return self.refuse(&refused),
         };
-        for (name, _) in &headers {
-            if std::str::from_utf8(name).map_or(true, is_stripped) {
+        if !self.vm.open_stream() {
+            return self.refuse(&reading.busy());
+        }
+        self.open = true;
+        for (name, value) in &headers {
+            if is_stripped(name, value) {
                 host::remove_header(Map::RequestHeaders, name);
             }
         }
@@ -225,8 +232,11 @@ impl HttpContext for GateStream {
         Action::Pause
     }
 
-    /// Trailers end the body: no body callback told so.
+    /// Trailers end the body: no body callback told so. None of them goes on: they are headers that nobody looked at.
     fn on_http_request_trailers(&mut self, _: usize) -> Action {
+        for (name, _) in host::headers(Map::RequestTrailers) {
+            host::remove_header(Map::RequestTrailers, &name);
+        }
         match self.take() {
             Stage::Reading(reading) => self.ask(reading),
             other => {
@@ -266,7 +276,10 @@ impl HttpContext for GateStream {
     fn on_http_response_body(&mut self, size: usize, end_of_stream: bool) -> Action {
         let Stage::Answering { answering, replaced: false, .. } = &mut self.stage else { return Action::Continue };
         let piece = if size == 0 { Vec::new() } else { host::buffer(Buffer::ResponseBody, 0, size).unwrap_or_default() };
-        if let Passed::Instead(other) = answering.piece(&piece, end_of_stream) {
+        let held = answering.held();
+        let passed = answering.piece(&piece, end_of_stream, self.vm.room_to_hold(held));
+        self.vm.hold(held, answering.held());
+        if let Passed::Instead(other) = passed {
             host::replace_buffer(Buffer::ResponseBody, size, &other);
         }
         Action::Continue
@@ -282,10 +295,14 @@ impl HttpContext for GateStream {
     /// The stream is over, however it ended.
     fn on_log(&mut self) {
         self.vm.wait_with(std::mem::take(&mut self.waiting), 0);
+        if std::mem::take(&mut self.open) {
+            self.vm.close_stream();
+        }
         match self.take() {
             Stage::Asking(asking) => self.settle(gate::void(asking.id(), self.elapsed_ms(), host::now_ms())),
             Stage::Answering { answering, flight, id, .. } => {
                 self.vm.land(id);
+                self.vm.hold(answering.held(), 0);
                 if !flight.borrow().was_answered() && nothing_was_sent() {
                     flight.borrow_mut().never_connected();
                 }

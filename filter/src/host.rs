@@ -8,9 +8,9 @@ use std::time::Duration;
 const OK: u32 = 0;
 
 #[derive(Debug, Clone, Copy)]
-#[allow(clippy::enum_variant_names, reason = "the names of the ABI; its other maps are trailers")]
 pub enum Map {
     RequestHeaders = 0,
+    RequestTrailers = 1,
     ResponseHeaders = 2,
 }
 

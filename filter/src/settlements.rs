@@ -14,6 +14,8 @@ const SLOTS: u64 = 1024;
 /// Slots that are tried before a record goes without one.
 const PROBES: u64 = 8;
 const MAX_BATCH: usize = 256;
+/// Records that wait before nothing more is asked: about 10 MiB of the VM.
+const MAX_OUTBOX: usize = 16_384;
 /// How long a record of another VM must lie in the ring before somebody else sends it.
 const ORPHAN_AGE_MS: u64 = 3_000;
 const ORPHAN_SCAN_MS: u64 = 5_000;
@@ -54,6 +56,11 @@ pub struct Settlements {
 }
 
 impl Settlements {
+    /// The service has not taken records for so long that no more can be kept.
+    pub fn is_full(&self) -> bool {
+        self.queue.len() + self.unsealed.len() >= MAX_OUTBOX
+    }
+
     pub fn needs_key(&self) -> bool {
         self.chain.is_none()
     }
@@ -132,12 +139,9 @@ impl Settlements {
         let Some(Sent { batch, refusals, .. }) = self.sent.take_if(|sent| sent.token == token) else { return };
         let Some(answer) = answer else { return self.failed(batch, refusals, now_ms) };
         self.failures = 0;
-        for pending in &batch {
-            if let Some(slot) = pending.slot {
-                release_slot(slot, &pending.line);
-            }
-        }
-        metrics::pending_shrank(batch.len());
+        // A record that two VMs sent counts once: for whoever still finds it in the ring.
+        let settled = batch.iter().filter(|pending| pending.slot.is_none_or(|slot| release_slot(slot, &pending.line)));
+        metrics::pending_shrank(settled.count());
         if let Some(key) = answer.edge_key {
             self.has_key(vm, key);
         }
@@ -190,11 +194,8 @@ fn claim_slot(record: &Record, line: &str, now_ms: u64) -> Option<u64> {
     })
 }
 
-fn release_slot(slot: u64, line: &str) {
+/// Empties a slot; `false` when somebody else did.
+fn release_slot(slot: u64, line: &str) -> bool {
     let key = slot_key(slot);
-    if let Some((value, cas)) = host::shared(&key)
-        && value.ends_with(line.as_bytes())
-    {
-        host::set_shared(&key, b"", cas);
-    }
+    host::shared(&key).is_some_and(|(value, cas)| value.ends_with(line.as_bytes()) && host::set_shared(&key, b"", cas))
 }

@@ -25,7 +25,12 @@ pub struct Vm {
     id: Cell<Option<VmId>>,
     node: RefCell<Option<Rc<str>>>,
     waiting_bytes: Cell<u64>,
+    held_bytes: Cell<usize>,
+    streams: Cell<u64>,
 }
+
+/// Bytes of answers that all streams of a VM may hold back together; beyond, answers pass unheld.
+const MAX_HELD: usize = 8 * 1024 * 1024;
 
 thread_local! {
     static VM: Rc<Vm> = Rc::default();
@@ -77,5 +82,26 @@ impl Vm {
         let total = self.waiting_bytes.get().saturating_sub(before).saturating_add(after);
         self.waiting_bytes.set(total);
         total <= self.config().max_waiting_bytes
+    }
+
+    /// Counts a stream; `false` when the worker has as many as its memory is meant for.
+    pub fn open_stream(&self) -> bool {
+        let fits = self.streams.get() < self.config().max_streams;
+        self.streams.set(self.streams.get() + u64::from(fits));
+        fits
+    }
+
+    pub fn close_stream(&self) {
+        self.streams.set(self.streams.get().saturating_sub(1));
+    }
+
+    /// How much a stream that holds `held` bytes now may hold.
+    pub fn room_to_hold(&self, held: usize) -> usize {
+        MAX_HELD.saturating_sub(self.held_bytes.get().saturating_sub(held))
+    }
+
+    /// A stream held `before` bytes and holds `after` now.
+    pub fn hold(&self, before: usize, after: usize) {
+        self.held_bytes.set(self.held_bytes.get().saturating_sub(before).saturating_add(after));
     }
 }

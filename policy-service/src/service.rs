@@ -190,11 +190,39 @@ impl Service {
             tracing::error!(rejected, "records with a wrong MAC or form were rejected");
             metrics::counter!("keyward_records_rejected_total").increment(rejected);
         }
-        let taken = batch.len() as u64;
-        if taken > 0 {
-            report(self.store.settle(batch, now_ms()).await?);
-        }
+        let (taken, failed) = self.settle_all(batch).await?;
+        rejected += failed;
         Ok((taken, rejected))
+    }
+
+    /// Settles a batch together; if that fails, each record by itself, so that one that can't be booked does not keep the
+    /// others from it. Returns how many were taken and how many could not be; if none could, the store is at fault.
+    async fn settle_all(&self, batch: Vec<Settle>) -> Result<(u64, u64), ServiceError> {
+        if batch.is_empty() {
+            return Ok((0, 0));
+        }
+        let now_ms = now_ms();
+        let error = match self.store.settle(batch.clone(), now_ms).await {
+            Ok(settled) => {
+                report(settled);
+                return Ok((batch.len() as u64, 0));
+            }
+            Err(error) => error,
+        };
+        let (mut taken, mut failed) = (0, 0);
+        for settle in batch {
+            match self.store.settle(vec![settle], now_ms).await {
+                Ok(settled) => {
+                    report(settled);
+                    taken += 1;
+                }
+                Err(error) => {
+                    tracing::error!(%error, "a settlement could not be booked");
+                    failed += 1;
+                }
+            }
+        }
+        if taken == 0 { Err(error.into()) } else { Ok((taken, failed)) }
     }
 
     /// Charges holds that nobody settled in time.

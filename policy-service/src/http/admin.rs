@@ -218,9 +218,7 @@ async fn create_key(
     }
     let cap = match body.budgets.as_slice() {
         [] => None,
-        [one] if one.window == "total" => {
-            Some(Nanodollars::parse_usd(&one.usd).ok_or_else(|| Problem::field("budgets[0].usd", "expected dollars such as \"50.00\""))?)
-        }
+        [one] if one.window == "total" => Some(parse_cap(&one.usd)?),
         [_] => return Err(Problem::field("budgets[0].window", "this version knows only \"total\"")),
         _ => return Err(Problem::field("budgets", "this version takes one budget")),
     };
@@ -229,6 +227,13 @@ async fn create_key(
     let (row, token) = admin.service.create_key(spec, &actor.0.0).await?;
     let created = CreatedKey { key: row.into(), token: token.reveal().to_owned() };
     Ok((StatusCode::CREATED, [(header::CACHE_CONTROL, "no-store")], Json(created)).into_response())
+}
+
+/// At most a billion dollars, so that no sum of holds under it leaves its type.
+fn parse_cap(usd: &str) -> Result<Nanodollars, Problem> {
+    const MOST: Nanodollars = Nanodollars(1_000_000_000_000_000_000);
+    let cap = Nanodollars::parse_usd(usd).filter(|cap| *cap <= MOST);
+    cap.ok_or_else(|| Problem::field("budgets[0].usd", "expected dollars such as \"50.00\", at most a billion"))
 }
 
 /// `30s`, `10m`, `12h`, `7d`.

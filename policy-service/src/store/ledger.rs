@@ -37,6 +37,13 @@ struct Chain {
     mac: [u8; 32],
 }
 
+/// A key's sums. They saturate: SQLite would turn a sum that leaves 64 bits into a float.
+struct Sums {
+    spent: Nanodollars,
+    reserved: Nanodollars,
+    in_flight: u64,
+}
+
 /// A request as the ledger has it.
 struct Request {
     key_id: String,
@@ -208,15 +215,16 @@ impl Ledger<'_> {
 
     /// Moves a request to its end: the hold goes, the charge comes, the chain says so.
     fn finish(&self, req: RequestId, request: &Request, to: i64, charge: Nanodollars, now_ms: u64, event: Event) -> Result<(), StoreError> {
-        let chain = self.chain(&request.key_id)?;
+        let (sums, chain) = self.sums_and_chain(&request.key_id)?;
         let (seq, mac) = self.append(&request.key_id, &chain, now_ms, event)?;
         let held = request.state == state::HELD;
-        let released = if held { request.hold.total.0 } else { 0 };
+        let released = if held { request.hold.total } else { Nanodollars::ZERO };
+        let spent = sums.spent.plus(charge.minus(request.charge)).max(Nanodollars::ZERO);
+        let reserved = sums.reserved.minus(released).max(Nanodollars::ZERO);
+        let in_flight = sums.in_flight.saturating_sub(u64::from(held));
         self.db
-            .prepare_cached(
-                "UPDATE keys SET spent = max(0, spent + ?2), reserved = reserved - ?3, in_flight = in_flight - ?4, chain_seq = ?5, chain_mac = ?6 WHERE id = ?1",
-            )?
-            .execute(params![request.key_id, charge.minus(request.charge).0, released, i64::from(held), signed(seq), mac])?;
+            .prepare_cached("UPDATE keys SET spent = ?2, reserved = ?3, in_flight = ?4, chain_seq = ?5, chain_mac = ?6 WHERE id = ?1")?
+            .execute(params![request.key_id, spent.0, reserved.0, signed(in_flight), signed(seq), mac])?;
         self.db.prepare_cached("UPDATE requests SET state = ?2, charge = ?3 WHERE req = ?1")?.execute(params![req.0, to, charge.0])?;
         Ok(())
     }
@@ -344,8 +352,18 @@ impl Ledger<'_> {
     }
 
     fn chain(&self, key_id: &str) -> Result<Chain, StoreError> {
-        let mut select = self.db.prepare_cached("SELECT organisation, chain_epoch, chain_seq, chain_mac FROM keys WHERE id = ?1")?;
-        Ok(select.query_row([key_id], |row| chain_at(row, 0))?)
+        Ok(self.sums_and_chain(key_id)?.1)
+    }
+
+    fn sums_and_chain(&self, key_id: &str) -> Result<(Sums, Chain), StoreError> {
+        let mut select = self
+            .db
+            .prepare_cached("SELECT spent, reserved, in_flight, organisation, chain_epoch, chain_seq, chain_mac FROM keys WHERE id = ?1")?;
+        let found = select.query_row([key_id], |row| {
+            let sums = Sums { spent: Nanodollars(row.get(0)?), reserved: Nanodollars(row.get(1)?), in_flight: unsigned(row.get(2)?) };
+            Ok((sums, chain_at(row, 3)?))
+        });
+        Ok(found?)
     }
 
     fn seen(&self, req: RequestId) -> Result<Option<(i64, Vec<u8>, Hold)>, StoreError> {
