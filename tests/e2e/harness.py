@@ -304,8 +304,13 @@ class Stack:
         return {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in data.splitlines() if line and not line.startswith("#")}
 
     def callouts(self):
-        """Calls of the filter to the policy service so far."""
+        """Calls of the filter to the policy service so far, of any kind."""
         return self.stats("cluster.keyward_policy.upstream_rq_total").get("cluster.keyward_policy.upstream_rq_total", 0)
+
+    def admissions_asked(self):
+        """Admissions that the filter asked for so far: what Envoy counts as sent to the policy service, less the batches of
+        settlements (with which counts of refusals go, every 15 s at most)."""
+        return self.callouts() - int(self.metrics().get("keyward_edge_batches_total", 0))
 
     def unadmitted(self, key_ids):
         """Requests that the simulator saw without an ADMITTED of before: must be empty."""

@@ -406,7 +406,7 @@ def test_no_way_to_the_policy_service(door):
     body = json.dumps({"req": "00" * 16, "vm": "00" * 16, "node": "n", "token": token_hash,
                        "ask": {"provider": "openai", "endpoint": "POST " + CHAT, "bytes": 1}}).encode()
     door.no_settlements_pending()
-    before = door.callouts()
+    before = door.admissions_asked()
     hosts = ["keyward-policy", "keyward_policy", f"127.0.0.1:{door.edge_port}", "localhost"]
     steer = [("x-envoy-upstream-alt-stat-name", "a"), ("x-keyward-target", "keyward_policy"),
              ("x-envoy-original-dst-host", f"127.0.0.1:{door.edge_port}"), ("x-envoy-cluster", "keyward_policy")]
@@ -422,7 +422,7 @@ def test_no_way_to_the_policy_service(door):
         connection.data(stream, body, True)
         assert connection.wait(stream).status in (403, 404)
     connection.close()
-    assert door.callouts() == before
+    assert door.admissions_asked() == before
     edge = f"http://127.0.0.1:{door.edge_port}"
     for auth in ({}, {"authorization": f"Bearer {door.token}"}, {"authorization": "Bearer "}, {"authorization": ""}):
         assert call(edge, "POST", "/edge/v1/admit", body, {**auth, "content-type": "application/json"})[0] == 401
@@ -1129,7 +1129,7 @@ def test_ten_thousand_malformed_keys_ask_nobody(door):
     rng = random.Random(7)
     door.settled(*door.keys)
     door.no_settlements_pending()
-    before = door.callouts()
+    before = door.admissions_asked()
     keys = [in_some_scheme(rng, bad_key(rng)) for _ in range(10_000)]
     statuses = Counter()
 
@@ -1144,7 +1144,7 @@ def test_ten_thousand_malformed_keys_ask_nobody(door):
     for pair in keys[9_000:]:
         statuses[one(door, request(headers=[pair], body=good())).status] += 1
     assert statuses == {401: 10_000}
-    assert door.callouts() == before
+    assert door.admissions_asked() == before
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------------
@@ -1162,7 +1162,7 @@ def test_bodies_of_nine_mebibytes_at_once(door):
 
     with ThreadPoolExecutor(24) as pool:
         for body in bodies.values():
-            assert set(pool.map(send, [(key_like(rng), body)] * 24)) <= {401, 503}
+            assert set(pool.map(send, [(key_like(rng), body)] * 24)) <= {400, 401, 503}
         with news(door) as seen:
             statuses = Counter(pool.map(send, [(door.token, bodies["text"])] * 24))
         # Far beyond the model's context: the provider says so. A worker that is at its limit says 503.
@@ -1238,7 +1238,7 @@ def test_a_trap_ends_what_its_worker_had_in_flight(trap_door, phase):
                 for _ in range(3):
                     assert door.chat(token)[0] == 200
             hold.enter_context(held(door))
-        connections = [stack.enter_context(Http1(door.listen_port, 10)) for _ in range(4)]
+        connections = [stack.enter_context(Http1(door.listen_port, 25)) for _ in range(4)]
         for connection in connections:
             raw = request(headers=bearer(token), body=body)
             connection.send(raw[:-10] if phase == "reading" else raw if phase != "settling" else b"")

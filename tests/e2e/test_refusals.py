@@ -568,10 +568,9 @@ def test_cap_exhausted(stack, dialect, budget):
 
 @pytest.mark.parametrize("numbers", [{"n": 2**64 - 1}, {"n": 2**63, "max_tokens": 2**63}, {"n": 2**32, "best_of": 2**32}], ids=str)
 def test_numbers_beyond_all_money_are_refused_and_break_nothing(stack, numbers):
-    key_id, token = stack.new_key("1000000.00")
-    with refusing(stack, "cap_exhausted"):
-        check(ask(stack, OPENAI, token, {**body_of(OPENAI), **numbers}), OPENAI, "cap_exhausted")
-    check_recorded(stack, key_id, OPENAI, "cap_exhausted")
+    _, token = stack.new_key("1000000.00")
+    with refusing(stack, "bad_request"):
+        check(ask(stack, OPENAI, token, {**body_of(OPENAI), **numbers}), OPENAI, "bad_request")
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)

@@ -50,6 +50,7 @@ async fn admit(State(service): State<Arc<Service>>, body: Bytes) -> Response {
 }
 
 async fn settle(State(service): State<Arc<Service>>, body: String) -> Response {
+    metrics::counter!("keyward_edge_batches_total").increment(1);
     match service.settle(&body).await {
         Ok(answer) => json(&answer),
         Err(error) => {
