@@ -51,7 +51,7 @@ impl Flight {
     }
 
     /// Begins a try on a request with these headers. `None` when no usable credential is left: then nothing may be sent.
-    pub fn begin(&mut self, headers: &Headers, now_ms: u64) -> Option<RequestEdits> {
+    pub fn begin(&mut self, headers: &Headers<'_>, now_ms: u64) -> Option<RequestEdits> {
         let target = self.permit.target();
         let credential = self.permit.plan().targets.first()?.credentials.first()?;
         let auth = match target.provider.auth {
@@ -61,7 +61,8 @@ impl Flight {
         // Whatever tells callers apart, or told them apart in an earlier try, goes.
         let goes =
             |name: &[u8]| CREDENTIAL_HEADERS.iter().chain(&NETWORK_HEADERS).any(|other| other.as_bytes() == name && *other != auth.0);
-        let remove = headers.iter().filter(|(name, _)| goes(name) || name.starts_with(b"x-envoy-")).map(|(name, _)| name.clone()).collect();
+        let remove =
+            headers.iter().filter(|(name, _)| goes(name) || name.starts_with(b"x-envoy-")).map(|(name, _)| name.to_vec()).collect();
         let mut set = vec![
             (":authority", target.provider.host.to_owned()),
             (":path", target.operation.path.to_owned()),
@@ -88,7 +89,7 @@ impl Flight {
 
     /// The provider answered the last try with these headers. Returns the names of those that don't go on: they repeat the
     /// credential, or tell whose it is.
-    pub fn answered(&mut self, headers: &Headers, now_ms: u64) -> Vec<Vec<u8>> {
+    pub fn answered(&mut self, headers: &Headers<'_>, now_ms: u64) -> Vec<Vec<u8>> {
         let status = header(headers, ":status").and_then(|s| std::str::from_utf8(s).ok()?.parse().ok());
         if let Some(last) = self.tries.last_mut() {
             last.status = status;
@@ -102,7 +103,7 @@ impl Flight {
         let secrets: Vec<&[u8]> = self.permit.plan().targets.iter().flat_map(|t| &t.credentials).map(|c| c.secret.0.as_bytes()).collect();
         let repeats = |value: &[u8]| secrets.iter().any(|s| !s.is_empty() && value.windows(s.len()).any(|w| w == *s));
         let tells = |name: &[u8]| ACCOUNT_HEADERS.iter().any(|other| other.as_bytes() == name);
-        headers.iter().filter(|(name, value)| tells(name) || repeats(value)).map(|(name, _)| name.clone()).collect()
+        headers.iter().filter(|(name, value)| tells(name) || repeats(value)).map(|(name, _)| name.to_vec()).collect()
     }
 
     /// The head of the last try's answer, once: `None` means that the answer in hand is not the provider's.

@@ -63,9 +63,9 @@ pub enum Found {
 }
 
 /// Finds the virtual key in the headers and the query (`?key=`).
-pub fn find(headers: &Headers, query: &[u8]) -> Found {
+pub fn find(headers: &Headers<'_>, query: &[u8]) -> Found {
     let mut candidates: Vec<Vec<u8>> = Vec::new();
-    let in_headers = headers.iter().filter(|(name, _)| CREDENTIAL_HEADERS.iter().any(|h| h.as_bytes() == name));
+    let in_headers = headers.iter().filter(|(name, _)| CREDENTIAL_HEADERS.iter().any(|h| h.as_bytes() == *name));
     for (_, value) in in_headers {
         candidates.extend(in_value(value));
     }
@@ -108,8 +108,8 @@ mod tests {
     #[cfg(target_arch = "wasm32")]
     use wasm_bindgen_test::wasm_bindgen_test as test;
 
-    fn headers(list: &[(&str, &[u8])]) -> Vec<(Vec<u8>, Vec<u8>)> {
-        list.iter().map(|(n, v)| (n.as_bytes().to_vec(), v.to_vec())).collect()
+    fn headers<'a>(list: &[(&'a str, &'a [u8])]) -> Vec<(&'a [u8], &'a [u8])> {
+        list.iter().map(|(n, v)| (n.as_bytes(), *v)).collect()
     }
 
     #[test]
@@ -152,10 +152,11 @@ mod tests {
     #[test]
     fn two_keys_no_key_and_garbage() {
         let [a, b] = [1, 2].map(|n| VirtualKey::generate([n; 32]));
-        let both = headers(&[("authorization", format!("Bearer {}", a.reveal()).as_bytes()), ("x-api-key", b.reveal().as_bytes())]);
+        let bearer = format!("Bearer {}", a.reveal());
+        let both = headers(&[("authorization", bearer.as_bytes()), ("x-api-key", b.reveal().as_bytes())]);
         assert_eq!(find(&both, b""), Found::Several);
-        let same = headers(&[("authorization", format!("Bearer {}", a.reveal()).as_bytes()), ("x-api-key", a.reveal().as_bytes())]);
-        assert_eq!(find(&same, b""), Found::Key(a));
+        let same = headers(&[("authorization", bearer.as_bytes()), ("x-api-key", a.reveal().as_bytes())]);
+        assert_eq!(find(&same, b""), Found::Key(a.clone()));
         assert_eq!(find(&headers(&[("x-other", b"vk_")]), b"q=1"), Found::Nothing);
         for garbage in [&b"Bearer sk-real"[..], b"Bearer vk_x", b"vk_\xff\xfe", b"Basic !!!", b"Basic", b"Bearer"] {
             assert_eq!(find(&headers(&[("authorization", garbage)]), b""), Found::Malformed, "{garbage:?}");

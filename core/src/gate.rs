@@ -11,7 +11,7 @@ use crate::refusal::{Answer, Code, Refusal};
 use crate::token::TokenHash;
 
 /// Raw header names and values, pseudo-headers included, as the wire had them.
-pub type Headers = [(Vec<u8>, Vec<u8>)];
+pub type Headers<'a> = [(&'a [u8], &'a [u8])];
 
 /// What the gate is configured to allow, whoever asks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,12 +36,12 @@ impl Refused {
 }
 
 /// First value of a header, by lower-case name.
-pub fn header<'a>(headers: &'a Headers, name: &str) -> Option<&'a [u8]> {
-    headers.iter().find(|(n, _)| n == name.as_bytes()).map(|(_, v)| v.as_slice())
+pub fn header<'a>(headers: &Headers<'a>, name: &str) -> Option<&'a [u8]> {
+    headers.iter().find(|(n, _)| *n == name.as_bytes()).map(|(_, v)| *v)
 }
 
 /// Stage 1: the headers have come. Says who asks for what, or refuses at once.
-pub fn request_headers(headers: &Headers, limits: Limits, id: RequestId) -> Result<Reading, Refused> {
+pub fn request_headers(headers: &Headers<'_>, limits: Limits, id: RequestId) -> Result<Reading, Refused> {
     let method = header(headers, ":method").and_then(|m| std::str::from_utf8(m).ok()).unwrap_or_default();
     let raw_path = header(headers, ":path").unwrap_or_default();
     let (path, query) = split_query(raw_path);
@@ -398,16 +398,19 @@ mod tests {
 
     const LIMITS: Limits = Limits { max_body_bytes: 1_000 };
 
-    fn headers(extra: &[(&str, &str)]) -> Vec<(Vec<u8>, Vec<u8>)> {
+    /// A chat request's headers; of two with one name the extra one counts.
+    fn with_headers<T>(extra: &[(&str, &str)], run: impl FnOnce(&Headers<'_>) -> T) -> T {
         let auth = format!("Bearer {}", VirtualKey::generate([1; 32]).reveal());
         let mut all = vec![(":method", "POST"), (":path", "/v1/chat/completions"), ("authorization", auth.as_str())];
         all.retain(|(name, _)| !extra.iter().any(|(other, _)| name == other));
         all.extend_from_slice(extra);
-        all.iter().map(|(n, v)| (n.as_bytes().to_vec(), v.as_bytes().to_vec())).collect()
+        run(&all.iter().map(|(n, v)| (n.as_bytes(), v.as_bytes())).collect::<Vec<_>>())
     }
 
+    const STREAM: &Headers<'_> = &[(b":status", b"200"), (b"content-type", b"text/event-stream")];
+
     fn asking(body: &str) -> Result<Asking, Refused> {
-        let mut reading = request_headers(&headers(&[]), LIMITS, RequestId([9; 16]))?;
+        let mut reading = with_headers(&[], |headers| request_headers(headers, LIMITS, RequestId([9; 16])))?;
         reading.piece(body.as_bytes())?;
         reading.end()
     }
@@ -428,7 +431,7 @@ mod tests {
 
     #[test]
     fn refused_before_anybody_is_asked() {
-        let at = |extra: &[(&str, &str)]| code(request_headers(&headers(extra), LIMITS, RequestId([9; 16])));
+        let at = |extra: &[(&str, &str)]| code(with_headers(extra, |headers| request_headers(headers, LIMITS, RequestId([9; 16]))));
         assert_eq!(at(&[("authorization", "")]), Code::MissingKey);
         assert_eq!(at(&[("authorization", "Bearer vk_nope")]), Code::UnknownKey);
         assert_eq!(at(&[("x-api-key", VirtualKey::generate([2; 32]).reveal())]), Code::BadRequest);
@@ -460,14 +463,14 @@ mod tests {
     #[test]
     fn each_try_overwrites_every_credential_header() {
         let (_, mut flight) = admitted("{\"model\":\"gpt-4o\"}").forward();
-        let shared = headers(&[("x-api-key", "left by an earlier try"), ("x-forwarded-for", "10.0.0.1"), ("x-other", "stays")]);
-        let edits = flight.begin(&shared, 0).unwrap();
+        let shared = [("x-api-key", "left by an earlier try"), ("x-forwarded-for", "10.0.0.1"), ("x-other", "stays")];
+        let edits = with_headers(&shared, |headers| flight.begin(headers, 0).unwrap());
         assert!(edits.set.contains(&("authorization", "Bearer sk-real".to_owned())));
         assert!(edits.set.contains(&(":authority", "api.openai.com".to_owned())));
         assert_eq!(edits.remove, [b"x-api-key".to_vec(), b"x-forwarded-for".to_vec()]);
-        let edits = flight.begin(&headers(&[(":path", "/openai/v1/chat/completions?key=x")]), 0).unwrap();
+        let edits = with_headers(&[(":path", "/openai/v1/chat/completions?key=x")], |headers| flight.begin(headers, 0).unwrap());
         assert!(edits.set.contains(&(":path", "/v1/chat/completions".to_owned())));
-        let leak = flight.answered(&[(b":status".to_vec(), b"200".to_vec()), (b"x-echo".to_vec(), b"Bearer sk-real".to_vec())], 5);
+        let leak = flight.answered(&[(b":status", b"200"), (b"x-echo", b"Bearer sk-real")], 5);
         assert_eq!(leak, [b"x-echo".to_vec()]);
         assert_eq!(flight.hand_over().map(|head| head.status), Some(200));
         assert_eq!(flight.hand_over(), None, "a later answer is not the provider's");
@@ -479,9 +482,7 @@ mod tests {
         assert_eq!(admitted.splices.len(), 1);
         let (mut answering, mut flight) = admitted.forward();
         flight.begin(&[], 0);
-        let head: Vec<(Vec<u8>, Vec<u8>)> =
-            vec![(b":status".to_vec(), b"200".to_vec()), (b"content-type".to_vec(), b"text/event-stream".to_vec())];
-        flight.answered(&head, 7);
+        flight.answered(STREAM, 7);
         answering.headers(flight.hand_over()).unwrap();
         let usage = b"data: {\"choices\":[],\"usage\":{\"prompt_tokens\":3,\"completion_tokens\":4}}\n\n";
         assert_eq!(answering.piece(usage, false, 1_000), Passed::Instead(Vec::new()));
@@ -496,7 +497,7 @@ mod tests {
     fn a_cut_anthropic_stream_tells_its_input_only() {
         let (mut answering, mut flight) = admitted("{\"model\":\"gpt-4o\",\"stream\":true}").forward();
         flight.begin(&[], 0);
-        flight.answered(&[(b":status".to_vec(), b"200".to_vec()), (b"content-type".to_vec(), b"text/event-stream".to_vec())], 1);
+        flight.answered(STREAM, 1);
         answering.headers(flight.hand_over()).unwrap();
         answering.piece(b"data: {\"message\":{\"usage\":{\"input_tokens\":25,\"output_tokens\":1}}}\n\n", false, 1_000);
         let settled = answering.over(&flight, 30, 1_000);
@@ -509,7 +510,7 @@ mod tests {
     fn a_stream_that_ends_in_an_error_tells_no_final_usage() {
         let (mut answering, mut flight) = admitted("{\"model\":\"gpt-4o\",\"stream\":true}").forward();
         flight.begin(&[], 0);
-        flight.answered(&[(b":status".to_vec(), b"200".to_vec()), (b"content-type".to_vec(), b"text/event-stream".to_vec())], 1);
+        flight.answered(STREAM, 1);
         answering.headers(flight.hand_over()).unwrap();
         answering.piece(b"data: {\"message\":{\"usage\":{\"input_tokens\":25,\"output_tokens\":1}}}\n\n", false, 1_000);
         answering.piece(b"event: error\ndata: {\"type\":\"error\",\"error\":{}}\n\n", true, 1_000);

@@ -19,7 +19,8 @@ impl HttpContext for AttemptStream {
     fn on_http_request_headers(&mut self, _: usize, _: bool) -> Action {
         self.flight = vm().flight_of_stream();
         // The borrow ends before anything else is called.
-        let edits = self.flight.as_ref().and_then(|flight| flight.borrow_mut().begin(&host::headers(Map::RequestHeaders), host::now_ms()));
+        let edits =
+            self.flight.as_ref().and_then(|flight| flight.borrow_mut().begin(&host::headers(Map::RequestHeaders).pairs(), host::now_ms()));
         // No permit, a VM that was reloaded under the request, or headers that could not be written: nothing leaves.
         if !edits.is_some_and(|edits| write(&edits)) {
             let refusal = Refusal::new(Code::PolicyUnavailable, "this request was not admitted").retry_after(1);
@@ -34,7 +35,7 @@ impl HttpContext for AttemptStream {
     fn on_http_response_headers(&mut self, _: usize, _: bool) -> Action {
         if let Some(flight) = &self.flight {
             let headers = host::headers(Map::ResponseHeaders);
-            for name in flight.borrow_mut().answered(&headers, host::now_ms()) {
+            for name in flight.borrow_mut().answered(&headers.pairs(), host::now_ms()) {
                 host::remove_header(Map::ResponseHeaders, &name);
             }
         }

@@ -2,7 +2,7 @@
 
 use crate::host::{self, Buffer, Map};
 use crate::metrics;
-use crate::vm::{FLIGHT, SharedFlight, TARGET, Vm, vm};
+use crate::vm::{FLIGHT, KEY, SharedFlight, TARGET, Vm, vm};
 use keyward_core::body::{Splice, splice_piece, spliced_length};
 use keyward_core::credentials::is_stripped;
 use keyward_core::edge::{ADMIT_PATH, AdmitAnswer, RequestId, Settlement};
@@ -108,8 +108,8 @@ impl GateStream {
     fn forward(&mut self, admitted: Admitted) {
         let id = admitted.permit.id();
         let cluster = gate::cluster(admitted.permit.target().provider);
-        host::set_filter_state("keyward.key", &admitted.permit.plan().key);
         let ready = write_body(&admitted.splices, admitted.body_bytes)
+            && host::set_filter_state(KEY, &admitted.permit.plan().key)
             && host::set_filter_state(FLIGHT, &id.to_string())
             && host::set_filter_state(TARGET, cluster)
             && host::clear_route_cache();
@@ -183,7 +183,8 @@ impl Context for GateStream {
 impl HttpContext for GateStream {
     fn on_http_request_headers(&mut self, _: usize, end_of_stream: bool) -> Action {
         self.started_ms = host::now_ms();
-        let headers = host::headers(Map::RequestHeaders);
+        let map = host::headers(Map::RequestHeaders);
+        let headers = map.pairs();
         #[cfg(feature = "test-trap")]
         if gate::header(&headers, "x-test-trap").is_some() {
             std::process::abort();
@@ -234,8 +235,8 @@ impl HttpContext for GateStream {
 
     /// Trailers end the body: no body callback told so. None of them goes on: they are headers that nobody looked at.
     fn on_http_request_trailers(&mut self, _: usize) -> Action {
-        for (name, _) in host::headers(Map::RequestTrailers) {
-            host::remove_header(Map::RequestTrailers, &name);
+        for (name, _) in host::headers(Map::RequestTrailers).pairs() {
+            host::remove_header(Map::RequestTrailers, name);
         }
         match self.take() {
             Stage::Reading(reading) => self.ask(reading),

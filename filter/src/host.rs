@@ -106,15 +106,23 @@ pub fn replace_buffer(kind: Buffer, length: usize, bytes: &[u8]) -> bool {
     unsafe { proxy_set_buffer_bytes(kind as u32, 0, length, bytes.as_ptr(), bytes.len()) == OK }
 }
 
-/// All pairs of a header map; empty when the map is not there in this phase.
-pub fn headers(map: Map) -> Vec<(Vec<u8>, Vec<u8>)> {
+/// A header map as the host gave it.
+pub struct HeaderMap(Vec<u8>);
+
+/// All pairs of a header map; none when the map is not there in this phase.
+pub fn headers(map: Map) -> HeaderMap {
     // SAFETY: out-pointers live through the call.
-    let bytes = received(|data, size| unsafe { proxy_get_header_map_pairs(map as u32, data, size) });
-    bytes.and_then(|b| parse_pairs(&b)).unwrap_or_default()
+    HeaderMap(received(|data, size| unsafe { proxy_get_header_map_pairs(map as u32, data, size) }).unwrap_or_default())
+}
+
+impl HeaderMap {
+    pub fn pairs(&self) -> Vec<(&[u8], &[u8])> {
+        parse_pairs(&self.0).unwrap_or_default()
+    }
 }
 
 /// Count (u32 LE), a pair of lengths each, then name NUL value NUL each.
-fn parse_pairs(bytes: &[u8]) -> Option<Vec<(Vec<u8>, Vec<u8>)>> {
+fn parse_pairs(bytes: &[u8]) -> Option<Vec<(&[u8], &[u8])>> {
     let number = |at: usize| Some(u32::from_le_bytes(bytes.get(at..at.checked_add(4)?)?.try_into().ok()?) as usize);
     let count = number(0)?;
     let mut at = count.checked_mul(8)?.checked_add(4)?;
@@ -122,7 +130,7 @@ fn parse_pairs(bytes: &[u8]) -> Option<Vec<(Vec<u8>, Vec<u8>)>> {
     for i in 0..count {
         let mut part = |lengths_at: usize| {
             let len = number(lengths_at)?;
-            let part = bytes.get(at..at.checked_add(len)?)?.to_vec();
+            let part = bytes.get(at..at.checked_add(len)?)?;
             at = at.checked_add(len)?.checked_add(1)?;
             Some(part)
         };

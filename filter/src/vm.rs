@@ -15,6 +15,9 @@ pub const FLIGHT: &str = "keyward.flight";
 /// Filter state that names the cluster to the route.
 pub const TARGET: &str = "keyward.target";
 
+/// Filter state that tells the access log whose request it was.
+pub const KEY: &str = "keyward.key";
+
 pub type SharedFlight = Rc<RefCell<Flight>>;
 
 #[derive(Default)]
