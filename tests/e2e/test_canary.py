@@ -364,11 +364,10 @@ def test_a_provider_that_repeats_the_credential_in_headers_does_not_tell_it_to_t
     assert parrot_run(in_body=False) == []
 
 
-def test_a_provider_that_repeats_the_credential_in_a_body_does_not_tell_it_to_the_agent():
+def test_of_a_credential_that_a_provider_repeats_in_a_body_nothing_is_kept():
+    """Bodies pass as they are, so the agent sees it (docs/threat-model.md says so); no log and no database does."""
     hits = parrot_run(in_body=True)
-    assert [hit for hit in hits if not hit[0].startswith("answer")] == [], "whatever the agent sees, nothing of it is kept"
-    if hits:
-        pytest.xfail("only headers are scrubbed (DESIGN 4.6): a provider that repeats the credential in a body tells it to the agent")
+    assert [hit for hit in hits if not hit[0].startswith("answer")] == []
 
 
 # --- files -------------------------------------------------------------------------------------------------------------
