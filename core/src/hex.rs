@@ -2,13 +2,12 @@
 
 /// Writes bytes as lower-case hex.
 pub fn encode(bytes: &[u8]) -> String {
-    let mut out = String::with_capacity(2 * bytes.len());
+    let digit = |n: u8| if n < 10 { b'0' + n } else { b'a' + n - 10 };
+    let mut out = Vec::with_capacity(2 * bytes.len());
     for &byte in bytes {
-        for digit in [byte >> 4, byte & 15] {
-            out.push(char::from(if digit < 10 { b'0' + digit } else { b'a' + digit - 10 }));
-        }
+        out.extend_from_slice(&[digit(byte >> 4), digit(byte & 15)]);
     }
-    out
+    String::from_utf8(out).unwrap_or_default()
 }
 
 /// Reads exactly `N` bytes of lower-case hex; anything else is `None`.

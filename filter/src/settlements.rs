@@ -105,7 +105,8 @@ impl Settlements {
         if self.sent.is_some() || now_ms < self.retry_at_ms {
             return;
         }
-        if now_ms >= self.scan_at_ms {
+        // Only while the service takes records: otherwise they would only pile up here.
+        if self.failures == 0 && now_ms >= self.scan_at_ms {
             self.scan_at_ms = now_ms + ORPHAN_SCAN_MS;
             self.adopt_orphans(vm, now_ms);
         }
@@ -170,7 +171,8 @@ impl Settlements {
             let Some((since, line)) = std::str::from_utf8(&value).ok().and_then(|v| v.split_once('|')) else { continue };
             let old = since.parse::<u64>().is_ok_and(|at| at + ORPHAN_AGE_MS < now_ms);
             let foreign = Record::parse(line).is_some_and(|record| record.vm != vm);
-            if old && foreign {
+            let queued = self.queue.iter().any(|pending| pending.slot == Some(slot));
+            if old && foreign && !queued {
                 self.queue.push_back(Pending { line: line.to_owned(), slot: Some(slot) });
             }
         }
