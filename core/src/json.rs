@@ -175,6 +175,10 @@ impl Scanner {
                     continue;
                 }
             }
+            if let Some(taken) = self.whole_token(byte, tail, visitor)? {
+                rest = tail.get(taken..).unwrap_or_default();
+                continue;
+            }
             self.byte(byte, visitor)?;
             self.at += 1;
             rest = tail;
@@ -191,6 +195,63 @@ impl Scanner {
             State::Done => Ok(()),
             _ => Err(JsonError::Truncated(self.at).into()),
         }
+    }
+
+    /// The short way for what most documents are made of: a string without escapes, an integer or a literal that lies whole
+    /// in this piece. Gives how much of `tail` it took; `None` leaves everything to [`Self::byte`].
+    #[inline]
+    fn whole_token<V: Visitor>(&mut self, byte: u8, tail: &[u8], visitor: &mut V) -> Result<Option<usize>, V::Error> {
+        let key = matches!(self.state, State::FirstKeyOrEnd | State::Key);
+        if !key && !matches!(self.state, State::Value | State::FirstItemOrEnd) {
+            return Ok(None);
+        }
+        let start = self.at;
+        if byte == b'"' {
+            let run = plain_run(tail);
+            let (Some(text), Some(b'"')) = (tail.get(..run), tail.get(run)) else { return Ok(None) };
+            let mut taken = run + 1;
+            if key {
+                let colon = tail.get(taken) == Some(&b':');
+                taken += usize::from(colon);
+                self.state = if colon { State::Value } else { State::Colon };
+                self.at += 1 + taken as u64;
+                visitor.key((run <= MAX_KEY).then_some(text))?;
+            } else {
+                let kept = text.get(..visitor.wants().min(run)).unwrap_or_default();
+                self.at += 1 + taken as u64;
+                self.after_value();
+                visitor.scalar(Scalar::Str { text: kept, len: run as u64 }, Span { start, end: self.at })?;
+            }
+            return Ok(Some(taken));
+        }
+        if matches!(byte, b'1'..=b'9') && !key {
+            // A plain integer, up to what shows that it is one.
+            let digits = tail.iter().position(|b| !b.is_ascii_digit()).unwrap_or(tail.len());
+            if digits > 18 || !matches!(tail.get(digits), Some(b',' | b'}' | b']')) {
+                return Ok(None);
+            }
+            self.text.clear();
+            self.text.push(byte);
+            self.text.extend_from_slice(tail.get(..digits).unwrap_or_default());
+            self.at += 1 + digits as u64;
+            self.after_value();
+            visitor.scalar(Scalar::Num(&self.text), Span { start, end: self.at })?;
+            return Ok(Some(digits));
+        }
+        let literal = match byte {
+            b'n' => Literal::Null,
+            b't' => Literal::True,
+            b'f' => Literal::False,
+            _ => return Ok(None),
+        };
+        let rest = literal.text().get(1..).unwrap_or_default();
+        if key || !tail.starts_with(rest) {
+            return Ok(None);
+        }
+        self.at += 1 + rest.len() as u64;
+        self.after_value();
+        visitor.scalar(literal.value(), Span { start, end: self.at })?;
+        Ok(Some(rest.len()))
     }
 
     /// Takes the longest run of string bytes that need no thought; most of a large body is such runs.

@@ -195,7 +195,7 @@ impl SseMeter {
                 (1, None)
             }
             Line::Data | Line::Other => {
-                let run = rest.iter().position(|b| matches!(b, b'\n' | b'\r')).unwrap_or(rest.len());
+                let run = memchr::memchr2(b'\n', b'\r', rest).unwrap_or(rest.len());
                 if let (Line::Data, Some(data)) = (self.line, &mut self.data) {
                     data.feed(rest.get(..run).unwrap_or_default());
                 }
