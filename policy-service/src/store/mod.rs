@@ -6,12 +6,11 @@ pub mod sqlite;
 use async_trait::async_trait;
 use keyward_core::admission::{Allow, Hold, Status};
 use keyward_core::audit::ChainKey;
-use keyward_core::edge::{AdmitRequest, Record, RequestId, Settlement};
+use keyward_core::edge::{AdmitRequest, Record, Settlement};
 use keyward_core::money::Nanodollars;
 use keyward_core::price::PriceTable;
 use keyward_core::refusal::Refusal;
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
 
 /// What went wrong below. The text is for the log; callers of the API are told only that the store failed.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -145,8 +144,6 @@ pub trait Store: Send + Sync + 'static {
 
     /// Entries of a key's chain from `from` on.
     async fn audit(&self, key_id: &str, from: u64, limit: u32) -> Result<Vec<AuditRow>, StoreError>;
-    /// Holds that are open, for the operator.
-    async fn held(&self) -> Result<BTreeMap<String, RequestId>, StoreError>;
 
     async fn put_admin_token(&self, id: &str, hash: [u8; 32], role: &str, now_ms: u64) -> Result<(), StoreError>;
     /// Role of an admin token.

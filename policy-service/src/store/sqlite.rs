@@ -3,9 +3,7 @@
 use super::ledger::{KEY_COLUMNS, Ledger, key_row, signed, unsigned};
 use super::{Admission, Admit, AuditRow, CredentialRow, KeyRow, LedgerKeys, NewKey, Settle, Settled, Store, StoreError};
 use async_trait::async_trait;
-use keyward_core::edge::RequestId;
 use rusqlite::{Connection, OpenFlags, OptionalExtension, TransactionBehavior, params};
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, mpsc};
 use std::time::Duration;
@@ -241,15 +239,6 @@ impl Store for SqliteStore {
             let rows = select.query_map(params![key_id, signed(from), limit], |row| {
                 Ok(AuditRow { seq: unsigned(row.get(0)?), entry: row.get(1)?, mac: row.get(2)? })
             })?;
-            Ok(rows.collect::<Result<_, _>>()?)
-        })
-        .await
-    }
-
-    async fn held(&self) -> Result<BTreeMap<String, RequestId>, StoreError> {
-        self.read(|db| {
-            let mut select = db.prepare_cached("SELECT req, key_id FROM requests WHERE state = 0")?;
-            let rows = select.query_map([], |row| Ok((row.get(1)?, RequestId(row.get(0)?))))?;
             Ok(rows.collect::<Result<_, _>>()?)
         })
         .await
