@@ -98,7 +98,14 @@ pub fn tail(client: &Client, key: &str, follow: bool) -> Result<(), String> {
     }
 }
 
+/// `seq  time  EVENT  name=value ...`
 fn line(row: &Value) -> String {
-    let field = |name: &str| row.get(name).map_or(String::new(), |v| v.as_str().map_or(v.to_string(), str::to_owned));
-    format!("{:>6}  {}  {:<11}  {}\n", field("seq"), field("time_ms"), field("event"), field("text"))
+    let field = |name: &str| row.get(name).map_or(String::new(), show);
+    let fields = row.get("fields").and_then(Value::as_object).into_iter().flatten();
+    let said: Vec<String> = fields.filter(|(_, value)| !value.is_null()).map(|(name, value)| format!("{name}={}", show(value))).collect();
+    format!("{:>6}  {}  {:<13}  {}\n", field("seq"), field("time_ms"), field("event"), said.join(" "))
+}
+
+fn show(value: &Value) -> String {
+    value.as_str().map_or_else(|| value.to_string(), str::to_owned)
 }

@@ -2,8 +2,10 @@
 
 use crate::envoy::{self, Endpoint, FILTER, Rendering};
 use clap::Args;
-use keyward_core::money::Nanodollars;
-use keyward_policy_service::service::KeySpec;
+use keyward_policy_service::config::{Budget, Credential};
+use keyward_policy_service::service::access::{Principal, Role, TokenSpec};
+use keyward_policy_service::service::keys::KeySpec;
+use keyward_policy_service::store::Expect;
 use keyward_policy_service::{Config, Running, start};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
@@ -189,7 +191,10 @@ async fn keep_admin_token(options: &UpOptions, service: &Running) -> Result<(), 
     }
     let token = match &service.bootstrap {
         Some(token) => token.clone(),
-        None => service.service.create_admin_token("admin").await.map_err(|error| error.to_string())?,
+        None => {
+            let spec = TokenSpec { role: Role::Admin, team: None, label: "keyward up".to_owned(), expires_in: None };
+            service.service.create_admin_token(&Principal::local("keyward up"), spec).await.map_err(|error| error.to_string())?.1
+        }
     };
     keyward_policy_service::files::create(&file, &token).map_err(|error| format!("{}: {error}", file.display()))?;
     println!("admin token (shown this once, kept in {}): {}", file.display(), token.as_str());
@@ -199,21 +204,31 @@ async fn keep_admin_token(options: &UpOptions, service: &Running) -> Result<(), 
 /// Stores what the environment offers, makes the first key, and says how to use it.
 async fn greet(options: &UpOptions, service: &Running) -> Result<(), String> {
     let say = |error: keyward_policy_service::service::ServiceError| error.to_string();
-    let known = service.service.credentials().await.map_err(say)?;
+    let who = Principal::local("keyward up");
     for (name, provider) in FROM_ENVIRONMENT {
-        let label = format!("env:{name}");
         let Some(secret) = std::env::var(name).ok().map(Zeroizing::new).filter(|secret| !secret.is_empty()) else { continue };
-        if known.iter().any(|row| row.label == label) {
+        if service.service.holds(&who, name, &secret).await.map_err(say)? {
             continue;
         }
-        service.service.add_credential(provider, &label, None, &secret).await.map_err(|error| format!("{name}: {error}"))?;
+        let credential = Credential {
+            provider: provider.to_owned(),
+            label: String::new(),
+            account: None,
+            from: Some(format!("env:{name}")),
+            secret: Some(secret.to_string()),
+        };
+        service
+            .service
+            .put_credential(&who, Some(name), &credential, Expect::Anything)
+            .await
+            .map_err(|error| format!("{name}: {error}"))?;
         println!("stored {name} in the vault");
     }
-    let first = service.service.keys("", 1).await.map_err(say)?.is_empty();
+    let first = service.service.keys(&who, None, "", 1).await.map_err(say)?.is_empty();
     if first {
-        let cap = Nanodollars::parse_usd(&options.first_key_budget).ok_or("--first-key-budget: expected dollars such as 5.00")?;
-        let spec = KeySpec { label: "first key".to_owned(), cap: Some(cap), ..KeySpec::default() };
-        let (_, token) = service.service.create_key(spec, "keyward up").await.map_err(say)?;
+        let budget = Budget { usd: options.first_key_budget.clone(), window: "total".to_owned() };
+        let spec = KeySpec { label: "first key".to_owned(), budgets: vec![budget], ..KeySpec::default() };
+        let (_, token) = service.service.create_key(&who, spec).await.map_err(|error| format!("--first-key-budget: {error}"))?;
         let (base, token) = (format!("http://{}", options.listen), token.reveal());
         println!("first virtual key (shown this once, ${} at most): {token}\n", options.first_key_budget);
         println!("  export OPENAI_BASE_URL={base}/v1 OPENAI_API_KEY={token}");

@@ -39,6 +39,8 @@ pub struct KeyState {
     pub status: Status,
     pub expires_ms: Option<u64>,
     pub allow: Allow,
+    /// Further lists that must allow a request as well: its policy's, its team's.
+    pub limits: Vec<Allow>,
     pub cap: Option<Nanodollars>,
     pub spent: Nanodollars,
     pub reserved: Nanodollars,
@@ -55,14 +57,21 @@ pub struct Hold {
     pub clamp: Option<u64>,
 }
 
-/// Decides one request. `price` is `None` when the operation or model has no price.
-pub fn decide(key: &KeyState, ask: &Ask, price: Option<&Price>, now_ms: u64) -> Result<Hold, Refusal> {
+/// Decides one request. `upstream` is the provider's name of the model, where a route leads to another than was asked for.
+/// `price` is `None` when the operation or model has no price.
+pub fn decide(key: &KeyState, ask: &Ask, upstream: Option<&str>, price: Option<&Price>, now_ms: u64) -> Result<Hold, Refusal> {
     check_standing(key, now_ms)?;
-    check_allowed(&key.allow, ask)?;
+    std::iter::once(&key.allow).chain(&key.limits).try_for_each(|allow| check_allowed(allow, ask, upstream))?;
     reserve(key, ask, price)
 }
 
-fn check_standing(key: &KeyState, now_ms: u64) -> Result<(), Refusal> {
+/// Whether a list lets a model pass.
+pub fn allows_model(allow: &Allow, model: &str) -> bool {
+    allow.models.is_empty() || allow.models.iter().any(|pattern| glob(pattern, model))
+}
+
+/// Whether the key may be used at all.
+pub fn check_standing(key: &KeyState, now_ms: u64) -> Result<(), Refusal> {
     match key.status {
         Status::Revoked => return Err(Refusal::new(Code::Revoked, "this virtual key has been revoked")),
         Status::Frozen => {
@@ -76,7 +85,7 @@ fn check_standing(key: &KeyState, now_ms: u64) -> Result<(), Refusal> {
     }
 }
 
-fn check_allowed(allow: &Allow, ask: &Ask) -> Result<(), Refusal> {
+fn check_allowed(allow: &Allow, ask: &Ask, upstream: Option<&str>) -> Result<(), Refusal> {
     let endpoint_fits = |pattern: &String| match pattern.split_once(':') {
         Some((provider, rest)) if !provider.contains(' ') => provider == ask.provider && glob(rest, &ask.endpoint),
         _ => glob(pattern, &ask.endpoint),
@@ -85,7 +94,8 @@ fn check_allowed(allow: &Allow, ask: &Ask) -> Result<(), Refusal> {
         return Err(Refusal::new(Code::EndpointNotAllowed, format!("this virtual key may not call {}", ask.endpoint)));
     }
     match &ask.model {
-        Some(model) if !allow.models.is_empty() && !allow.models.iter().any(|pattern| glob(pattern, model)) => {
+        // Who may use a route's name may use what it leads to, and the other way round.
+        Some(model) if !allows_model(allow, model) && !upstream.is_some_and(|upstream| allows_model(allow, upstream)) => {
             Err(Refusal::new(Code::ModelNotAllowed, format!("this virtual key may not use the model {model}")))
         }
         _ => Ok(()),
@@ -220,6 +230,7 @@ mod tests {
             status: Status::Active,
             expires_ms: None,
             allow: Allow::default(),
+            limits: Vec::new(),
             cap: cap.map(Nanodollars),
             spent: Nanodollars::ZERO,
             reserved: Nanodollars::ZERO,
@@ -245,11 +256,11 @@ mod tests {
 
     #[test]
     fn standing_comes_first() {
-        let refused = |key: &KeyState| decide(key, &ask("gpt-4o", 10, None), Some(&price()), 1_000).unwrap_err().code;
+        let refused = |key: &KeyState| decide(key, &ask("gpt-4o", 10, None), None, Some(&price()), 1_000).unwrap_err().code;
         assert_eq!(refused(&KeyState { status: Status::Revoked, ..key(None) }), Code::Revoked);
         assert_eq!(refused(&KeyState { expires_ms: Some(1_000), ..key(None) }), Code::Expired);
         assert_eq!(refused(&KeyState { status: Status::Frozen, ..key(None) }), Code::CapExhausted);
-        assert!(decide(&KeyState { expires_ms: Some(1_001), ..key(None) }, &ask("gpt-4o", 10, None), Some(&price()), 1_000).is_ok());
+        assert!(decide(&KeyState { expires_ms: Some(1_001), ..key(None) }, &ask("gpt-4o", 10, None), None, Some(&price()), 1_000).is_ok());
     }
 
     #[test]
@@ -280,7 +291,7 @@ mod tests {
             },
             ..key(None)
         };
-        let code = |key: &KeyState| decide(key, &ask("gpt-4o", 10, None), Some(&price()), 0).map_err(|r| r.code).err();
+        let code = |key: &KeyState| decide(key, &ask("gpt-4o", 10, None), None, Some(&price()), 0).map_err(|r| r.code).err();
         assert_eq!(code(&allow(&["gpt-4o"], &["POST /v1/chat/*"])), None);
         assert_eq!(code(&allow(&[], &["openai:POST /v1/*"])), None);
         assert_eq!(code(&allow(&[], &["anthropic:POST /v1/*"])), Some(Code::EndpointNotAllowed));
@@ -291,30 +302,30 @@ mod tests {
     fn a_small_budget_is_clamped_then_reserved_then_spent() {
         // gpt-4o: 2,500 nanodollars an input token, 10,000 an output token.
         let poor = key(Some(10 * 2_500 + 100 * 10_000));
-        let hold = decide(&poor, &ask("gpt-4o", 10, None), Some(&price()), 0).unwrap();
+        let hold = decide(&poor, &ask("gpt-4o", 10, None), None, Some(&price()), 0).unwrap();
         assert_eq!((hold.clamp, hold.total, hold.input), (Some(100), Nanodollars(1_025_000), Nanodollars(25_000)));
         let busy = KeyState { reserved: hold.total, in_flight: 1, ..poor.clone() };
-        let refusal = decide(&busy, &ask("gpt-4o", 10, None), Some(&price()), 0).unwrap_err();
+        let refusal = decide(&busy, &ask("gpt-4o", 10, None), None, Some(&price()), 0).unwrap_err();
         assert_eq!((refusal.code, refusal.retry_after), (Code::CapReserved, Some(1)));
         let spent = KeyState { spent: hold.total, ..poor };
-        assert_eq!(decide(&spent, &ask("gpt-4o", 10, None), Some(&price()), 0).unwrap_err().code, Code::CapExhausted);
+        assert_eq!(decide(&spent, &ask("gpt-4o", 10, None), None, Some(&price()), 0).unwrap_err().code, Code::CapExhausted);
     }
 
     #[test]
     fn what_has_no_bound_or_no_price_needs_a_key_without_budget() {
         let mut hosted = ask("gpt-4o", 10, Some(5));
         hosted.unbounded = Some("web_search_options".into());
-        assert_eq!(decide(&key(Some(1 << 40)), &hosted, Some(&price()), 0).unwrap_err().code, Code::UnboundedInput);
-        assert!(decide(&key(None), &hosted, Some(&price()), 0).is_ok());
-        assert_eq!(decide(&key(Some(1 << 40)), &ask("mystery", 10, Some(5)), None, 0).unwrap_err().code, Code::UnboundedInput);
-        assert_eq!(decide(&key(None), &ask("mystery", 10, Some(5)), None, 0), Ok(Hold::default()));
+        assert_eq!(decide(&key(Some(1 << 40)), &hosted, None, Some(&price()), 0).unwrap_err().code, Code::UnboundedInput);
+        assert!(decide(&key(None), &hosted, None, Some(&price()), 0).is_ok());
+        assert_eq!(decide(&key(Some(1 << 40)), &ask("mystery", 10, Some(5)), None, None, 0).unwrap_err().code, Code::UnboundedInput);
+        assert_eq!(decide(&key(None), &ask("mystery", 10, Some(5)), None, None, 0), Ok(Hold::default()));
     }
 
     #[test]
     fn a_thinking_budget_is_never_clamped_away() {
         let mut thinking = ask("gpt-4o", 10, Some(4_000));
         thinking.thinking_budget = 2_000;
-        let refusal = decide(&key(Some(1_000_000)), &thinking, Some(&price()), 0).unwrap_err();
+        let refusal = decide(&key(Some(1_000_000)), &thinking, None, Some(&price()), 0).unwrap_err();
         assert_eq!(refusal.code, Code::CapExhausted);
     }
 
@@ -344,7 +355,7 @@ mod tests {
             let state = KeyState { spent: Nanodollars(spent), reserved: Nanodollars(reserved), in_flight, ..key(Some(cap)) };
             let asked = Ask { choices, images, ..ask("gpt-4o", bytes, max) };
             let price = price();
-            if let Ok(hold) = decide(&state, &asked, Some(&price), 0) {
+            if let Ok(hold) = decide(&state, &asked, None, Some(&price), 0) {
                 prop_assert!(spent + reserved + hold.total.0 <= cap);
                 let output = hold.clamp.or(max).unwrap_or(price.max_output).min(price.max_output);
                 let input = bytes.min(price.context.unwrap());

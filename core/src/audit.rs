@@ -17,12 +17,34 @@ pub enum Event {
     Admitted(Admitted),
     Refused(Refused),
     Settled(Settled),
-    Voided { req: [u8; 16] },
-    Expired { req: [u8; 16], charge: i64 },
-    KeyCreated { actor: String, detail: String },
-    KeyChanged { actor: String, detail: String },
-    KeyFrozen { reason: String },
-    KeyRevoked { actor: String },
+    Voided {
+        req: [u8; 16],
+    },
+    Expired {
+        req: [u8; 16],
+        charge: i64,
+    },
+    KeyCreated {
+        actor: String,
+        detail: String,
+    },
+    KeyChanged {
+        actor: String,
+        detail: String,
+    },
+    KeyFrozen {
+        reason: String,
+    },
+    KeyRevoked {
+        actor: String,
+    },
+    /// A write of the admin API that is not about one key. It stands in the organisation's own chain.
+    AdminChanged {
+        actor: String,
+        action: String,
+        target: String,
+        detail: String,
+    },
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -133,6 +155,9 @@ impl Entry {
             Event::KeyRevoked { actor } => {
                 out.text(actor);
             }
+            Event::AdminChanged { actor, action, target, detail } => {
+                out.text(actor).text(action).text(target).text(detail);
+            }
         }
         out.0
     }
@@ -180,6 +205,7 @@ impl Entry {
             7 => Event::KeyChanged { actor: r.text()?, detail: r.text()? },
             8 => Event::KeyFrozen { reason: r.text()? },
             9 => Event::KeyRevoked { actor: r.text()? },
+            10 => Event::AdminChanged { actor: r.text()?, action: r.text()?, target: r.text()?, detail: r.text()? },
             _ => return None,
         };
         r.0.is_empty().then_some(Entry { epoch, seq, time_ms, organisation, key_id, event })
@@ -198,6 +224,7 @@ impl Event {
             Event::KeyChanged { .. } => 7,
             Event::KeyFrozen { .. } => 8,
             Event::KeyRevoked { .. } => 9,
+            Event::AdminChanged { .. } => 10,
         }
     }
 
@@ -212,6 +239,7 @@ impl Event {
             Event::KeyChanged { .. } => "KEY_CHANGED",
             Event::KeyFrozen { .. } => "KEY_FROZEN",
             Event::KeyRevoked { .. } => "KEY_REVOKED",
+            Event::AdminChanged { .. } => "ADMIN_CHANGED",
         }
     }
 

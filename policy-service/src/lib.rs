@@ -1,13 +1,16 @@
 //! The policy service: checks policy, reserves money, writes everything down, and only then hands out a credential.
 
+pub mod config;
+pub mod directory;
 pub mod files;
 pub mod http;
 pub mod service;
 pub mod store;
 pub mod vault;
 
-use crate::http::admin::Admin;
+use crate::http::api::Admin;
 use crate::http::edge::EdgeToken;
+use crate::service::access::{Principal, Role, TokenSpec};
 use crate::service::{Roots, Service};
 use crate::store::sqlite::SqliteStore;
 use crate::store::{LedgerKeys, Store};
@@ -143,7 +146,8 @@ async fn bootstrap(config: &Config, service: &Service) -> Result<Option<Zeroizin
     if mark.exists() {
         return Ok(None);
     }
-    let token = service.create_admin_token("admin").await?;
+    let spec = TokenSpec { role: Role::Admin, team: None, label: "first admin".to_owned(), expires_in: None };
+    let (_, token) = service.create_admin_token(&Principal::local("keyward start"), spec).await?;
     files::create(&mark, "the first admin token has been shown\n").map_err(StartError::Setup)?;
     Ok(Some(token))
 }

@@ -9,14 +9,21 @@ use keyward_core::money::Nanodollars;
 use keyward_core::price::PriceTable;
 use keyward_core::refusal::Code;
 use keyward_core::usage::Usage;
+use keyward_policy_service::config::Kind;
+use keyward_policy_service::directory::Directory;
 use keyward_policy_service::store::sqlite::SqliteStore;
-use keyward_policy_service::store::{Admission, Admit, KeyRow, LedgerKeys, NewKey, Settle, Store};
+use keyward_policy_service::store::{
+    Admission, Admit, CredentialRow, Edit, Edited, Edits, Expect, KeyOutcome, KeyRow, KeyUpdate, LedgerKeys, NewKey, Rotation, Settle,
+    Store, UsageBy, UsageQuery, admin_chain,
+};
 use proptest::prelude::*;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 const TTL: u64 = 1_000;
 const VM: VmId = VmId([7; 16]);
+
+const ORG: &str = "org_default";
 
 struct Bed {
     store: Arc<SqliteStore>,
@@ -29,10 +36,22 @@ fn ledger_keys() -> LedgerKeys {
 }
 
 impl Bed {
-    fn new() -> Self {
+    async fn new() -> Self {
         let directory = tempfile::tempdir().unwrap();
         let store = Arc::new(SqliteStore::open(&directory.path().join("db"), ledger_keys()).unwrap());
-        Bed { store, directory, chain: EdgeChain::new(VM, &EdgeKey::derive(&[1; 32], VM)).unwrap() }
+        assert!(store.create_organisation(ORG, "", "test", 1).await.unwrap());
+        let bed = Bed { store, directory, chain: EdgeChain::new(VM, &EdgeKey::derive(&[1; 32], VM)).unwrap() };
+        bed.edit(vec![credential("cred_a", "openai", Expect::Absent)]).await;
+        bed
+    }
+
+    async fn edit(&self, edits: Vec<Edit>) -> Edited {
+        let edits = Edits { organisation: ORG.to_owned(), edits, expect_rev: None, actor: "test".to_owned(), now_ms: 1 };
+        self.store.edit(edits).await.unwrap()
+    }
+
+    async fn directory(&self) -> Arc<Directory> {
+        Arc::new(self.store.directory().await.unwrap())
     }
 
     /// Stops the store and opens it again, as a restart does.
@@ -44,9 +63,14 @@ impl Bed {
     async fn key(&self, n: u8, cap: Option<i64>) -> KeyRow {
         let row = KeyRow {
             id: format!("key_{n}"),
-            organisation: "org_default".to_owned(),
+            organisation: ORG.to_owned(),
+            team: None,
+            policy: None,
             label: String::new(),
             allow: Allow::default(),
+            tags: BTreeMap::new(),
+            personal: None,
+            version: 1,
             status: Status::Active,
             created_ms: 1,
             expires_ms: None,
@@ -55,15 +79,15 @@ impl Bed {
             reserved: Nanodollars::ZERO,
             in_flight: 0,
         };
-        self.store.create_key(NewKey { row, token_hash: [n; 32], actor: "test".to_owned() }).await.unwrap()
+        done(self.store.create_key(new_key(row, n)).await.unwrap())
     }
 
     async fn state(&self, n: u8) -> KeyRow {
-        self.store.key(&format!("key_{n}")).await.unwrap().unwrap()
+        self.store.key(ORG, &format!("key_{n}")).await.unwrap().unwrap()
     }
 
     async fn admit(&self, key: u8, req: u8, max: u64, now: u64) -> Admission {
-        self.store.admit(admit(key, req, max, now)).await.unwrap()
+        self.store.admit(Admit { directory: self.directory().await, ..admit(key, req, max, now) }).await.unwrap()
     }
 
     async fn settle(&mut self, settlement: Settlement, now: u64) -> keyward_policy_service::store::Settled {
@@ -94,7 +118,42 @@ fn admit(key: u8, req: u8, max: u64, now: u64) -> Admit {
         ..Ask::default()
     };
     let request = AdmitRequest { req: RequestId([req; 16]), vm: VM, node: "n".to_owned(), token: [0; 32], need_key: false, ask };
-    Admit { token_hash: [key; 32], request, credentials: vec!["cred_a".to_owned()], now_ms: now, expires_ms: now + TTL }
+    Admit { token_hash: [key; 32], request, directory: Arc::default(), now_ms: now, expires_ms: now + TTL }
+}
+
+fn new_key(row: KeyRow, n: u8) -> NewKey {
+    NewKey { row, token_hash: [n; 32], salt: [n; 16], actor: "test".to_owned(), max_keys: None }
+}
+
+fn done(outcome: KeyOutcome) -> KeyRow {
+    match outcome {
+        KeyOutcome::Done(row) => *row,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn credential(name: &str, provider: &str, expect: Expect) -> Edit {
+    let row = CredentialRow {
+        id: name.to_owned(),
+        organisation: ORG.to_owned(),
+        name: name.to_owned(),
+        provider: provider.to_owned(),
+        label: String::new(),
+        account: name.to_owned(),
+        source: None,
+        version: 1,
+        sealed: vec![1],
+        created_ms: 1,
+    };
+    Edit::PutCredential { row, managed: false, expect }
+}
+
+fn put(kind: Kind, name: &str, body: serde_json::Value, expect: Expect) -> Edit {
+    Edit::Put { kind, name: name.to_owned(), body: body.to_string(), managed: false, expect }
+}
+
+fn delete(kind: Kind, name: &str) -> Edit {
+    Edit::Delete { kind, name: name.to_owned(), expect: Expect::Anything }
 }
 
 fn settlement(req: u8, outcome: Outcome, usage: Option<(u64, u64)>) -> Settlement {
@@ -119,9 +178,9 @@ fn hold_of(max: u64) -> i64 {
 
 #[tokio::test]
 async fn a_request_is_held_then_charged_what_it_cost() {
-    let mut bed = Bed::new();
+    let mut bed = Bed::new().await;
     bed.key(1, Some(10_000_000)).await;
-    assert!(matches!(bed.admit(1, 1, 50, 10).await, Admission::Admitted { hold, .. } if hold.total.0 == hold_of(50)));
+    assert!(matches!(bed.admit(1, 1, 50, 10).await, Admission::Admitted(a) if a.hold.total.0 == hold_of(50)));
     let held = bed.state(1).await;
     assert_eq!((held.reserved.0, held.in_flight, held.spent.0), (hold_of(50), 1, 0));
     let done = bed.settle(settlement(1, Outcome::Complete, Some((10, 20))), 20).await;
@@ -135,7 +194,7 @@ async fn a_request_is_held_then_charged_what_it_cost() {
 
 #[tokio::test]
 async fn a_replay_gets_the_same_answer_and_anything_else_a_conflict() {
-    let mut bed = Bed::new();
+    let mut bed = Bed::new().await;
     bed.key(1, Some(10_000_000)).await;
     bed.key(2, None).await;
     let first = bed.admit(1, 1, 50, 10).await;
@@ -149,7 +208,7 @@ async fn a_replay_gets_the_same_answer_and_anything_else_a_conflict() {
 
 #[tokio::test]
 async fn a_void_releases_and_one_that_comes_first_refuses() {
-    let mut bed = Bed::new();
+    let mut bed = Bed::new().await;
     bed.key(1, Some(10_000_000)).await;
     bed.admit(1, 1, 50, 10).await;
     bed.settle(settlement(1, Outcome::Void, None), 11).await;
@@ -163,7 +222,7 @@ async fn a_void_releases_and_one_that_comes_first_refuses() {
 
 #[tokio::test]
 async fn an_expired_hold_is_charged_and_a_late_settlement_lowers_it() {
-    let mut bed = Bed::new();
+    let mut bed = Bed::new().await;
     bed.key(1, Some(10_000_000)).await;
     bed.admit(1, 1, 50, 10).await;
     assert_eq!(bed.store.expire(10 + TTL - 1).await.unwrap(), 0);
@@ -178,7 +237,7 @@ async fn an_expired_hold_is_charged_and_a_late_settlement_lowers_it() {
 
 #[tokio::test]
 async fn a_cost_above_its_hold_is_charged_whole_and_freezes_the_key() {
-    let mut bed = Bed::new();
+    let mut bed = Bed::new().await;
     bed.key(1, Some(10_000_000)).await;
     bed.admit(1, 1, 50, 10).await;
     let done = bed.settle(settlement(1, Outcome::Complete, Some((100, 1_000))), 11).await;
@@ -191,28 +250,29 @@ async fn a_cost_above_its_hold_is_charged_whole_and_freezes_the_key() {
 
 #[tokio::test]
 async fn unknown_keys_leave_no_trace_and_revoked_ones_a_refusal() {
-    let bed = Bed::new();
+    let bed = Bed::new().await;
     assert!(matches!(bed.admit(9, 1, 50, 10).await, Admission::Refused(r) if r.code == Code::UnknownKey));
     bed.key(1, None).await;
-    assert_eq!(bed.store.revoke_key("key_1", "test", 11).await.unwrap(), Some(()));
-    assert_eq!(bed.store.revoke_key("key_1", "test", 12).await.unwrap(), Some(()), "twice is no error");
-    assert_eq!(bed.store.revoke_key("key_2", "test", 12).await.unwrap(), None);
+    assert_eq!(done(bed.store.revoke_key(ORG, "key_1", None, "test", 11).await.unwrap()).status, Status::Revoked);
+    done(bed.store.revoke_key(ORG, "key_1", None, "test", 12).await.unwrap());
+    assert_eq!(bed.store.revoke_key(ORG, "key_2", None, "test", 12).await.unwrap(), KeyOutcome::Missing);
+    assert_eq!(bed.store.revoke_key("org_other", "key_1", None, "test", 12).await.unwrap(), KeyOutcome::Missing, "another organisation's");
     assert!(matches!(bed.admit(1, 1, 50, 13).await, Admission::Refused(r) if r.code == Code::Revoked));
     assert_eq!(bed.names(1).await, ["KEY_CREATED", "KEY_REVOKED", "REFUSED"]);
 }
 
 #[tokio::test]
 async fn no_credential_means_no_admission() {
-    let bed = Bed::new();
+    let bed = Bed::new().await;
     bed.key(1, None).await;
-    let asked = Admit { credentials: Vec::new(), ..admit(1, 1, 50, 10) };
-    assert!(matches!(bed.store.admit(asked).await.unwrap(), Admission::Refused(r) if r.code == Code::PoolExhausted));
+    assert_eq!(bed.edit(vec![delete(Kind::Credential, "cred_a")]).await, Edited::Done(2));
+    assert!(matches!(bed.admit(1, 1, 50, 10).await, Admission::Refused(r) if r.code == Code::PoolExhausted));
     assert_eq!(bed.state(1).await.in_flight, 0);
 }
 
 #[tokio::test]
 async fn missing_and_changed_records_of_a_vm_show() {
-    let mut bed = Bed::new();
+    let mut bed = Bed::new().await;
     bed.key(1, None).await;
     bed.admit(1, 1, 50, 10).await;
     bed.admit(1, 2, 50, 10).await;
@@ -226,26 +286,177 @@ async fn missing_and_changed_records_of_a_vm_show() {
 /// Many admissions at once share commits, and the cap holds among them.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_cap_holds_among_concurrent_admissions() {
-    let bed = Bed::new();
+    let bed = Bed::new().await;
     bed.key(1, Some(hold_of(50) * 10)).await;
+    let directory = bed.directory().await;
     let tasks: Vec<_> = (0..200u8)
         .map(|n| {
             tokio::spawn({
-                let store = bed.store.clone();
-                async move { store.admit(admit(1, n, 50, 10)).await.unwrap() }
+                let (store, directory) = (bed.store.clone(), directory.clone());
+                async move { store.admit(Admit { directory, ..admit(1, n, 50, 10) }).await.unwrap() }
             })
         })
         .collect();
     let mut held = 0;
     for task in tasks {
-        if let Admission::Admitted { hold, .. } = task.await.unwrap() {
-            held += hold.total.0;
+        if let Admission::Admitted(admitted) = task.await.unwrap() {
+            held += admitted.hold.total.0;
         }
     }
     let state = bed.state(1).await;
     assert_eq!(state.reserved.0, held);
     assert!(held <= hold_of(50) * 10 && state.in_flight >= 10);
     bed.events(1).await;
+}
+
+#[tokio::test]
+async fn a_rotated_key_is_the_same_key_with_two_tokens_for_a_while() {
+    let bed = Bed::new().await;
+    bed.key(1, Some(10_000_000)).await;
+    let rotation = Rotation {
+        organisation: ORG.to_owned(),
+        id: "key_1".to_owned(),
+        expect: Some(1),
+        token_hash: [101; 32],
+        overlap_until_ms: 100,
+        actor: "test".to_owned(),
+        now_ms: 20,
+    };
+    assert_eq!(done(bed.store.rotate_key(rotation.clone()).await.unwrap()).version, 2);
+    assert_eq!(bed.store.rotate_key(rotation).await.unwrap(), KeyOutcome::Stale(2), "read at version 1");
+    assert!(matches!(bed.admit(1, 1, 50, 99).await, Admission::Admitted(_)), "the old token in the overlap");
+    assert!(matches!(bed.admit(101, 2, 50, 99).await, Admission::Admitted(a) if a.key_id == "key_1"));
+    assert!(matches!(bed.admit(1, 3, 50, 100).await, Admission::Refused(r) if r.code == Code::Revoked));
+    assert!(matches!(bed.admit(101, 4, 50, 100).await, Admission::Admitted(_)));
+    assert_eq!(bed.names(1).await, ["KEY_CREATED", "KEY_CHANGED", "ADMITTED", "ADMITTED", "REFUSED", "ADMITTED"]);
+}
+
+#[tokio::test]
+async fn a_change_needs_the_version_that_was_read_and_leaves_the_money() {
+    let bed = Bed::new().await;
+    let row = bed.key(1, Some(10_000_000)).await;
+    bed.admit(1, 1, 50, 10).await;
+    let personal = Some(BTreeMap::from([("email".to_owned(), "ada@example.com".to_owned())]));
+    let change = KeyRow { label: "new".to_owned(), personal, spent: Nanodollars(7), ..row.clone() };
+    let update = |row: &KeyRow| KeyUpdate { row: row.clone(), salt: [3; 16], actor: "test".to_owned(), now_ms: 30 };
+    let now = done(bed.store.update_key(update(&change)).await.unwrap());
+    assert_eq!((now.label.as_str(), now.version, now.spent.0, now.reserved.0), ("new", 2, 0, hold_of(50)));
+    assert_eq!(bed.store.update_key(update(&change)).await.unwrap(), KeyOutcome::Stale(2));
+    let chain = format!("{:?}", bed.events(1).await);
+    assert!(chain.contains("personal_sha256") && !chain.contains("ada@example.com"), "{chain}");
+    let nowhere = KeyRow { team: Some("none".to_owned()), ..now.clone() };
+    assert!(matches!(bed.store.update_key(update(&nowhere)).await.unwrap(), KeyOutcome::Refused(f) if f.field == "team"));
+    done(bed.store.revoke_key(ORG, "key_1", Some(2), "test", 40).await.unwrap());
+    let revived = KeyRow { version: 3, status: Status::Active, ..now };
+    assert!(matches!(bed.store.update_key(update(&revived)).await.unwrap(), KeyOutcome::Refused(_)), "revoked is for good");
+}
+
+#[tokio::test]
+async fn edits_happen_together_or_not_at_all() {
+    let bed = Bed::new().await;
+    let pool = serde_json::json!({"provider": "openai", "credentials": ["cred_a"]});
+    let policy = serde_json::json!({"pools": {"openai": "prod"}});
+    let both = vec![put(Kind::Policy, "p", policy.clone(), Expect::Absent), put(Kind::Pool, "prod", pool.clone(), Expect::Absent)];
+    assert_eq!(bed.edit(both.clone()).await, Edited::Done(2), "order within a change does not matter");
+    assert_eq!(bed.edit(both).await, Edited::Exists);
+    let with_a_bad_one = vec![
+        put(Kind::Team, "t", serde_json::json!({}), Expect::Absent),
+        put(Kind::Policy, "q", serde_json::json!({"pools": {"openai": "none"}}), Expect::Absent),
+    ];
+    assert!(matches!(bed.edit(with_a_bad_one).await, Edited::Invalid(faults) if faults[0].field == "policies.q.pools.openai"));
+    assert!(bed.directory().await.organisations[ORG].document.teams.is_empty(), "the team went with it");
+    assert!(matches!(bed.edit(vec![delete(Kind::Pool, "prod")]).await, Edited::Invalid(_)), "the policy needs it");
+    assert!(matches!(bed.edit(vec![delete(Kind::Credential, "cred_a")]).await, Edited::Invalid(_)), "the pool needs it");
+    assert_eq!(bed.edit(vec![put(Kind::Pool, "prod", pool.clone(), Expect::Version(9))]).await, Edited::Stale);
+    assert_eq!(bed.edit(vec![delete(Kind::Pool, "other")]).await, Edited::Missing);
+    let stale = Edits { organisation: ORG.to_owned(), edits: vec![], expect_rev: Some(1), actor: String::new(), now_ms: 1 };
+    assert_eq!(bed.store.edit(stale).await.unwrap(), Edited::Stale);
+
+    bed.edit(vec![put(Kind::Team, "t", serde_json::json!({}), Expect::Absent)]).await;
+    let row = KeyRow { id: "key_9".to_owned(), team: Some("t".to_owned()), policy: Some("p".to_owned()), ..bed.key(1, None).await };
+    let limited = |max| NewKey { max_keys: Some(max), ..new_key(row.clone(), 9) };
+    assert!(matches!(bed.store.create_key(limited(0)).await.unwrap(), KeyOutcome::Refused(f) if f.field == "team"));
+    done(bed.store.create_key(limited(1)).await.unwrap());
+    assert!(matches!(bed.edit(vec![delete(Kind::Team, "t")]).await, Edited::InUse(_)));
+    assert!(matches!(bed.edit(vec![delete(Kind::Policy, "p")]).await, Edited::InUse(_)));
+    done(bed.store.revoke_key(ORG, "key_9", None, "test", 5).await.unwrap());
+    assert!(matches!(bed.edit(vec![delete(Kind::Team, "t"), delete(Kind::Policy, "p")]).await, Edited::Done(_)));
+
+    // Every change stands in the organisation's chain, refused ones don't.
+    let id = admin_chain(ORG);
+    let mut verifier = Verifier::new("test", &id, |epoch| Some(ledger_keys().chain_key(&id, epoch)));
+    let rows = bed.store.audit(&id, 1, 1_000).await.unwrap();
+    let told = |row: &keyward_policy_service::store::AuditRow| match verifier.entry(&row.entry, &row.mac).unwrap().event {
+        Event::AdminChanged { action, target, .. } => format!("{action} {target}"),
+        other => panic!("{other:?}"),
+    };
+    let told: Vec<String> = rows.iter().map(told).collect();
+    assert_eq!(
+        told,
+        [
+            "create organisations/org_default",
+            "create credentials/cred_a",
+            "create policies/p",
+            "create pools/prod",
+            "create teams/t",
+            "delete teams/t",
+            "delete policies/p"
+        ]
+    );
+}
+
+#[tokio::test]
+async fn policy_team_and_route_decide_with_the_key() {
+    let bed = Bed::new().await;
+    bed.edit(vec![
+        credential("cred_b", "openai", Expect::Absent),
+        put(Kind::Pool, "b", serde_json::json!({"provider": "openai", "credentials": ["cred_b"]}), Expect::Absent),
+        put(Kind::Policy, "p", serde_json::json!({"allow": {"models": ["gpt-4o", "fast"]}, "pools": {"openai": "b"}}), Expect::Absent),
+        put(Kind::Team, "t", serde_json::json!({"allow": {"models": ["gpt-4*", "fast"]}}), Expect::Absent),
+        put(Kind::Route, "fast", serde_json::json!({"targets": [{"provider": "openai", "model": "gpt-4o-mini"}]}), Expect::Absent),
+    ])
+    .await;
+    let row = KeyRow { id: "key_5".to_owned(), team: Some("t".to_owned()), policy: Some("p".to_owned()), ..bed.key(1, None).await };
+    done(bed.store.create_key(new_key(row, 5)).await.unwrap());
+    let directory = bed.directory().await;
+    let ask = |req: u8, model: &str| {
+        let mut asked = Admit { directory: directory.clone(), ..admit(5, req, 50, 10) };
+        asked.request.ask.model = Some(model.to_owned());
+        bed.store.admit(asked)
+    };
+    let Admission::Admitted(plain) = ask(1, "gpt-4o").await.unwrap() else { panic!() };
+    assert_eq!((plain.model.as_deref(), plain.credentials), (Some("gpt-4o"), vec!["cred_b".to_owned()]), "the policy's pool");
+    let Admission::Admitted(routed) = ask(2, "fast").await.unwrap() else { panic!() };
+    assert_eq!((routed.model.as_deref(), routed.rev), (Some("gpt-4o-mini"), 2));
+    assert!(matches!(ask(3, "gpt-4.1").await.unwrap(), Admission::Refused(r) if r.code == Code::ModelNotAllowed), "the policy says no");
+    bed.edit(vec![put(Kind::Provider, "openai", serde_json::json!({"enabled": false}), Expect::Absent)]).await;
+    assert!(matches!(bed.admit(5, 4, 50, 10).await, Admission::Refused(r) if r.code == Code::UnknownProvider));
+}
+
+#[tokio::test]
+async fn usage_adds_up_by_day_key_and_model() {
+    const DAY: u64 = 86_400_000;
+    let mut bed = Bed::new().await;
+    bed.key(1, Some(10_000_000)).await;
+    bed.key(2, None).await;
+    for (req, key, now) in [(1, 1, 10), (2, 1, 20), (3, 2, DAY + 10), (4, 1, DAY + 20)] {
+        bed.admit(key, req, 50, now).await;
+    }
+    bed.settle(settlement(1, Outcome::Complete, Some((10, 20))), 30).await;
+    bed.settle(settlement(2, Outcome::Void, None), 30).await;
+    bed.settle(settlement(3, Outcome::Complete, Some((1, 2))), DAY + 30).await;
+    bed.store.expire(DAY + 20 + TTL).await.unwrap();
+    bed.settle(settlement(4, Outcome::Complete, Some((4, 0))), DAY + 5_000).await;
+    let query =
+        |by: &[UsageBy]| UsageQuery { organisation: ORG.to_owned(), to_day: 9, by: by.to_vec(), limit: 100, ..UsageQuery::default() };
+    let by = |by: &'static [UsageBy]| async { bed.store.usage(query(by)).await.unwrap() };
+    let all = by(&[]).await;
+    assert_eq!((all[0].requests, all[0].input, all[0].output, all[0].nanodollars), (4, 15, 22, 225_000 + 22_500 + 10_000));
+    let days: Vec<_> = by(&[UsageBy::Day, UsageBy::Key]).await.into_iter().map(|row| (row.by, row.nanodollars)).collect();
+    let text = |day: &str, key: &str| vec![day.to_owned(), key.to_owned()];
+    assert_eq!(days, [(text("0", "key_1"), 225_000), (text("1", "key_1"), 10_000), (text("1", "key_2"), 22_500)]);
+    let spent = bed.state(1).await.spent.0 + bed.state(2).await.spent.0;
+    assert_eq!(all[0].nanodollars, spent, "the days' sums are what the keys spent");
 }
 
 #[derive(Debug, Clone)]
@@ -290,7 +501,7 @@ impl Model {
 const CAP: i64 = 12_000_000;
 
 async fn play(steps: Vec<Step>) {
-    let mut bed = Bed::new();
+    let mut bed = Bed::new().await;
     for key in 1..4 {
         bed.key(key, Some(CAP)).await;
     }
@@ -300,11 +511,11 @@ async fn play(steps: Vec<Step>) {
             Step::Admit { key, req, max } => {
                 let known = model.requests.contains_key(&req) || model.ended.contains_key(&req);
                 match bed.admit(key, req, max, now).await {
-                    Admission::Admitted { hold, .. } if !known => {
-                        model.requests.insert(req, (key, hold.total.0, None, now + TTL));
+                    Admission::Admitted(admitted) if !known => {
+                        model.requests.insert(req, (key, admitted.hold.total.0, None, now + TTL));
                     }
-                    Admission::Admitted { hold, .. } => {
-                        assert_eq!(model.requests.get(&req).map(|r| (r.0, r.1, r.2)), Some((key, hold.total.0, None)))
+                    Admission::Admitted(admitted) => {
+                        assert_eq!(model.requests.get(&req).map(|r| (r.0, r.1, r.2)), Some((key, admitted.hold.total.0, None)))
                     }
                     Admission::Refused(_) | Admission::Conflict => {}
                 }
@@ -332,7 +543,7 @@ async fn play(steps: Vec<Step>) {
                     }
                 }
             }
-            Step::Revoke { key } => drop(bed.store.revoke_key(&format!("key_{key}"), "test", now).await.unwrap()),
+            Step::Revoke { key } => drop(bed.store.revoke_key(ORG, &format!("key_{key}"), None, "test", now).await.unwrap()),
             Step::Restart => bed.restart(),
         }
         for key in 1..4 {

@@ -1,68 +1,101 @@
-//! Admin API: keys, credentials, audit; and what operators watch.
+//! Admin API: the router, who may pass, its OpenAPI document, and what operators watch.
 
-use super::error::Problem;
-use crate::service::{KeySpec, Service};
-use crate::store::{AuditRow, CredentialRow, KeyRow};
-use axum::extract::rejection::JsonRejection;
-use axum::extract::{DefaultBodyLimit, Path, Query, Request, State};
+use super::api::{Admin, MAX_BODY, authenticate, idempotent};
+use super::error::{Problem, ProblemBody};
+use super::{audit, configuration, credentials, keys, tokens};
+use axum::extract::{DefaultBodyLimit, State};
 use axum::http::{StatusCode, header};
-use axum::middleware::{self, Next};
-use axum::response::{IntoResponse, Response};
-use axum::routing::{delete, get, post};
+use axum::middleware;
+use axum::response::IntoResponse;
+use axum::routing::get;
 use axum::{Json, Router};
-use base64::Engine;
-use base64::engine::general_purpose::STANDARD;
-use keyward_core::admission::{Allow, Status};
-use keyward_core::audit::Entry;
-use keyward_core::hex;
-use keyward_core::money::Nanodollars;
-use metrics_exporter_prometheus::PrometheusHandle;
-use serde::{Deserialize, Serialize};
-use std::sync::Arc;
-use std::time::Duration;
-
-const MAX_PAGE: u32 = 1_000;
-/// Largest import of records at a time, in bytes.
-const MAX_IMPORT: usize = 64 * 1024 * 1024;
-
-#[derive(Clone)]
-pub struct Admin {
-    pub service: Arc<Service>,
-    pub metrics: PrometheusHandle,
-}
+use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityRequirement, SecurityScheme};
+use utoipa::openapi::{Content, OpenApi, Ref, RefOr, Response as OpenApiResponse, ResponseBuilder};
+use utoipa::{OpenApi as _, PartialSchema, ToSchema};
+use utoipa_axum::router::OpenApiRouter;
 
 pub fn router(admin: Admin) -> Router {
-    let guarded = Router::new()
-        .route("/v1/keys", get(list_keys).post(create_key))
-        .route("/v1/keys/{id}", get(show_key).delete(revoke_key))
-        .route("/v1/credentials", get(list_credentials).post(add_credential))
-        .route("/v1/credentials/{id}", delete(remove_credential))
-        .route("/v1/audit/{key}", get(audit_page))
-        .route("/v1/audit/{key}/bundle", get(audit_bundle))
-        .route("/v1/settlements/import", post(import_settlements).layer(DefaultBodyLimit::max(MAX_IMPORT)))
+    let (guarded, api) = described().split_for_parts();
+    let api = document(api);
+    let guarded = guarded
+        .layer(DefaultBodyLimit::max(MAX_BODY))
+        .layer(middleware::from_fn_with_state(admin.clone(), idempotent))
         .layer(middleware::from_fn_with_state(admin.clone(), authenticate));
     Router::new()
         .merge(guarded)
         .route("/healthz", get(|| async { "ok\n" }))
         .route("/readyz", get(ready))
-        .route("/metrics", get(|State(admin): State<Admin>| async move { admin.metrics.render() }))
+        .route("/metrics", get(metrics))
+        .route("/openapi.json", get(move || std::future::ready(Json(api.clone()))))
+        .fallback(|| async { Problem::new(StatusCode::NOT_FOUND, "not found", "there is nothing at this path") })
+        .method_not_allowed_fallback(|| async {
+            Problem::new(StatusCode::METHOD_NOT_ALLOWED, "method not allowed", "this path does not take this method; see allow")
+        })
         .with_state(admin)
 }
 
-/// Who calls, for the audit chain.
-#[derive(Clone)]
-struct Actor(String);
+fn described() -> OpenApiRouter<Admin> {
+    OpenApiRouter::new()
+        .merge(keys::router())
+        .merge(configuration::router())
+        .merge(credentials::router())
+        .merge(tokens::router())
+        .merge(audit::router())
+}
 
-async fn authenticate(State(admin): State<Admin>, mut request: Request, next: Next) -> Result<Response, Problem> {
-    let token = request.headers().get(header::AUTHORIZATION).and_then(|v| v.to_str().ok()?.strip_prefix("Bearer "));
-    let role = match token {
-        Some(token) => admin.service.admin_role(token).await?,
-        None => None,
-    };
-    let role = role
-        .ok_or_else(|| Problem::new(StatusCode::UNAUTHORIZED, "unauthenticated", "send an admin token: authorization: Bearer kwa_..."))?;
-    request.extensions_mut().insert(Actor(role));
-    Ok(next.run(request).await)
+/// The OpenAPI 3.1 document, as `/openapi.json` shows it.
+pub fn openapi() -> OpenApi {
+    document(described().split_for_parts().1)
+}
+
+#[derive(utoipa::OpenApi)]
+#[openapi(info(
+    title = "Keyward admin API",
+    description = "Virtual keys, configuration, credentials, audit and usage of one organisation. Every write is an audit entry."
+))]
+struct About;
+
+/// Errors that any guarded operation may answer with.
+const PROBLEMS: [(&str, &str); 10] = [
+    ("400", "The request can't be read"),
+    ("401", "No valid admin token"),
+    ("403", "The token's role may not do this"),
+    ("404", "There is no such object"),
+    ("409", "It can't be done as things stand"),
+    ("412", "It was changed since the version named by If-Match"),
+    ("413", "The body is too large"),
+    ("415", "The body is not JSON"),
+    ("422", "A field does not fit; `field` or `errors` say which"),
+    ("503", "It could not be stored, and did not happen"),
+];
+
+/// Completes what the handlers say of themselves by what holds for all of them.
+fn document(mut api: OpenApi) -> OpenApi {
+    api.info = About::openapi().info;
+    let components = api.components.get_or_insert_default();
+    let scheme = HttpBuilder::new().scheme(HttpAuthScheme::Bearer).description(Some("An admin token, kwa_...")).build();
+    components.add_security_scheme("admin_token", SecurityScheme::Http(scheme));
+    components.schemas.insert("Problem".to_owned(), ProblemBody::schema());
+    let mut nested = Vec::new();
+    ProblemBody::schemas(&mut nested);
+    components.schemas.extend(nested);
+    for item in api.paths.paths.values_mut() {
+        for operation in [&mut item.get, &mut item.put, &mut item.post, &mut item.delete, &mut item.patch].into_iter().flatten() {
+            operation.security = Some(vec![SecurityRequirement::new::<_, [&str; 0], &str>("admin_token", [])]);
+            for (status, description) in PROBLEMS {
+                operation.responses.responses.entry(status.to_owned()).or_insert_with(|| RefOr::T(problem(description)));
+            }
+        }
+    }
+    // The wildcard is the router's own spelling.
+    let paths = std::mem::take(&mut api.paths.paths);
+    api.paths.paths = paths.into_iter().map(|(path, item)| (path.replace("{*", "{"), item)).collect();
+    api
+}
+
+fn problem(description: &str) -> OpenApiResponse {
+    let content = Content::new(Some(RefOr::Ref(Ref::from_schema_name("Problem"))));
+    ResponseBuilder::new().description(description).content("application/problem+json", content).build()
 }
 
 async fn ready(State(admin): State<Admin>) -> Result<&'static str, Problem> {
@@ -70,284 +103,28 @@ async fn ready(State(admin): State<Admin>) -> Result<&'static str, Problem> {
     Ok("ready\n")
 }
 
-#[derive(Deserialize)]
-struct Page {
-    #[serde(default)]
-    cursor: String,
-    #[serde(default = "default_limit")]
-    limit: u32,
+async fn metrics(State(admin): State<Admin>) -> impl IntoResponse {
+    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], admin.metrics.render())
 }
 
-fn default_limit() -> u32 {
-    100
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-/// One budget of the cap. Only `total` exists in this version.
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Budget {
-    usd: String,
-    window: String,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct CreateKey {
-    #[serde(default)]
-    label: String,
-    #[serde(default)]
-    allow: Allow,
-    #[serde(default)]
-    budgets: Vec<Budget>,
-    #[serde(default)]
-    expires_in: Option<String>,
-}
-
-/// A key without its token.
-#[derive(Serialize)]
-struct KeyView {
-    id: String,
-    label: String,
-    status: Status,
-    allow: Allow,
-    budget_usd: Option<String>,
-    spent_usd: String,
-    reserved_usd: String,
-    /// The same three as integers, in nanodollars.
-    budget_nanodollars: Option<i64>,
-    spent_nanodollars: i64,
-    reserved_nanodollars: i64,
-    in_flight: u64,
-    created_ms: u64,
-    expires_ms: Option<u64>,
-}
-
-impl From<KeyRow> for KeyView {
-    fn from(row: KeyRow) -> Self {
-        KeyView {
-            id: row.id,
-            label: row.label,
-            status: row.status,
-            allow: row.allow,
-            budget_usd: row.cap.map(Nanodollars::to_usd),
-            spent_usd: row.spent.to_usd(),
-            reserved_usd: row.reserved.to_usd(),
-            budget_nanodollars: row.cap.map(|cap| cap.0),
-            spent_nanodollars: row.spent.0,
-            reserved_nanodollars: row.reserved.0,
-            in_flight: row.in_flight,
-            created_ms: row.created_ms,
-            expires_ms: row.expires_ms,
+    /// Two schemas of one name would silently be one of them.
+    #[test]
+    fn every_operation_is_described_and_needs_a_token() {
+        let api = serde_json::to_value(openapi()).unwrap();
+        assert_eq!(api["openapi"], "3.1.0");
+        let mut ids = std::collections::BTreeSet::new();
+        for (path, item) in api["paths"].as_object().unwrap() {
+            for (method, operation) in item.as_object().unwrap() {
+                assert!(operation["security"][0]["admin_token"].is_array(), "{method} {path}");
+                assert!(operation["responses"]["401"].is_object(), "{method} {path}");
+                assert!(ids.insert(operation["operationId"].as_str().unwrap().to_owned()), "{method} {path}: its id is another's");
+            }
         }
+        assert!(ids.len() > 30, "{}", ids.len());
+        assert!(!api.to_string().contains("{*"));
     }
-}
-
-#[derive(Serialize)]
-struct CreatedKey {
-    #[serde(flatten)]
-    key: KeyView,
-    /// Shown this once.
-    token: String,
-}
-
-#[derive(Serialize)]
-struct List<T> {
-    data: Vec<T>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    next_cursor: Option<String>,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct AddCredential {
-    provider: String,
-    #[serde(default)]
-    label: String,
-    #[serde(default)]
-    account: Option<String>,
-    secret: zeroize::Zeroizing<String>,
-}
-
-/// A credential without its secret.
-#[derive(Serialize)]
-struct CredentialView {
-    id: String,
-    provider: String,
-    label: String,
-    account: String,
-    created_ms: u64,
-}
-
-impl From<CredentialRow> for CredentialView {
-    fn from(row: CredentialRow) -> Self {
-        CredentialView { id: row.id, provider: row.provider, label: row.label, account: row.account, created_ms: row.created_ms }
-    }
-}
-
-#[derive(Deserialize)]
-struct AuditRange {
-    #[serde(default = "first")]
-    from: u64,
-    #[serde(default = "default_limit")]
-    limit: u32,
-}
-
-fn first() -> u64 {
-    1
-}
-
-#[derive(Serialize)]
-struct AuditView {
-    seq: u64,
-    time_ms: u64,
-    event: &'static str,
-    /// What the entry says, for people; the bytes beside it are what counts.
-    text: String,
-    entry: String,
-    mac: String,
-}
-
-async fn create_key(
-    State(admin): State<Admin>,
-    actor: axum::Extension<Actor>,
-    body: Result<Json<CreateKey>, JsonRejection>,
-) -> Result<Response, Problem> {
-    let Json(body) = body.map_err(bad_body)?;
-    if body.label.len() > 200 {
-        return Err(Problem::field("label", "must be at most 200 bytes"));
-    }
-    let cap = match body.budgets.as_slice() {
-        [] => None,
-        [one] if one.window == "total" => Some(parse_cap(&one.usd)?),
-        [_] => return Err(Problem::field("budgets[0].window", "this version knows only \"total\"")),
-        _ => return Err(Problem::field("budgets", "this version takes one budget")),
-    };
-    let expires_in = body.expires_in.as_deref().map(parse_duration).transpose()?;
-    let spec = KeySpec { label: body.label, allow: body.allow, cap, expires_in };
-    let (row, token) = admin.service.create_key(spec, &actor.0.0).await?;
-    let created = CreatedKey { key: row.into(), token: token.reveal().to_owned() };
-    Ok((StatusCode::CREATED, [(header::CACHE_CONTROL, "no-store")], Json(created)).into_response())
-}
-
-/// At most a billion dollars, so that no sum of holds under it leaves its type.
-fn parse_cap(usd: &str) -> Result<Nanodollars, Problem> {
-    const MOST: Nanodollars = Nanodollars(1_000_000_000_000_000_000);
-    let cap = Nanodollars::parse_usd(usd).filter(|cap| *cap <= MOST);
-    cap.ok_or_else(|| Problem::field("budgets[0].usd", "expected dollars such as \"50.00\", at most a billion"))
-}
-
-/// `30s`, `10m`, `12h`, `7d`.
-fn parse_duration(text: &str) -> Result<Duration, Problem> {
-    let wrong = || Problem::field("expires_in", "expected a duration such as \"30s\", \"10m\", \"12h\" or \"7d\"");
-    let unit = text.chars().last().ok_or_else(wrong)?;
-    let seconds = match unit {
-        's' => 1,
-        'm' => 60,
-        'h' => 3_600,
-        'd' => 86_400,
-        _ => return Err(wrong()),
-    };
-    let number: u32 = text.strip_suffix(unit).and_then(|n| n.parse().ok()).ok_or_else(wrong)?;
-    Ok(Duration::from_secs(u64::from(number) * seconds))
-}
-
-async fn list_keys(State(admin): State<Admin>, Query(page): Query<Page>) -> Result<Response, Problem> {
-    let limit = page.limit.clamp(1, MAX_PAGE);
-    let rows = admin.service.keys(&page.cursor, limit).await?;
-    let full = rows.len() >= limit as usize;
-    let next_cursor = rows.last().filter(|_| full).map(|row| row.id.clone());
-    Ok(Json(List { data: rows.into_iter().map(KeyView::from).collect(), next_cursor }).into_response())
-}
-
-async fn show_key(State(admin): State<Admin>, Path(id): Path<String>) -> Result<Response, Problem> {
-    Ok(Json(KeyView::from(admin.service.key(&id).await?)).into_response())
-}
-
-async fn revoke_key(State(admin): State<Admin>, actor: axum::Extension<Actor>, Path(id): Path<String>) -> Result<StatusCode, Problem> {
-    admin.service.revoke_key(&id, &actor.0.0).await?;
-    Ok(StatusCode::NO_CONTENT)
-}
-
-async fn add_credential(State(admin): State<Admin>, body: Result<Json<AddCredential>, JsonRejection>) -> Result<Response, Problem> {
-    let Json(body) = body.map_err(bad_body)?;
-    let row = admin.service.add_credential(&body.provider, &body.label, body.account.as_deref(), &body.secret).await?;
-    Ok((StatusCode::CREATED, Json(CredentialView::from(row))).into_response())
-}
-
-async fn list_credentials(State(admin): State<Admin>) -> Result<Response, Problem> {
-    let data = admin.service.credentials().await?.into_iter().map(CredentialView::from).collect();
-    Ok(Json(List { data, next_cursor: None }).into_response())
-}
-
-async fn remove_credential(State(admin): State<Admin>, Path(id): Path<String>) -> Result<StatusCode, Problem> {
-    admin.service.remove_credential(&id).await?;
-    Ok(StatusCode::NO_CONTENT)
-}
-
-async fn audit_page(State(admin): State<Admin>, Path(key): Path<String>, Query(range): Query<AuditRange>) -> Result<Response, Problem> {
-    let rows = admin.service.audit(&key, range.from, range.limit.clamp(1, MAX_PAGE)).await?;
-    let data: Vec<AuditView> = rows.iter().filter_map(audit_view).collect();
-    Ok(Json(List { data, next_cursor: None }).into_response())
-}
-
-fn audit_view(row: &AuditRow) -> Option<AuditView> {
-    let entry = Entry::decode(&row.entry)?;
-    Some(AuditView {
-        seq: row.seq,
-        time_ms: entry.time_ms,
-        event: entry.event.name(),
-        text: format!("{:?}", entry.event),
-        entry: STANDARD.encode(&row.entry),
-        mac: hex::encode(&row.mac),
-    })
-}
-
-/// The whole chain of a key with what is needed to check it (docs/audit-format.md): JSON lines.
-async fn audit_bundle(State(admin): State<Admin>, Path(key): Path<String>) -> Result<Response, Problem> {
-    let mut entries = String::new();
-    let (mut count, mut last, mut epochs) = (0u64, [0; 32], std::collections::BTreeSet::new());
-    loop {
-        let rows = admin.service.audit(&key, count + 1, MAX_PAGE).await?;
-        for row in &rows {
-            count = row.seq;
-            last = row.mac;
-            epochs.extend(Entry::decode(&row.entry).map(|entry| entry.epoch));
-            let line = serde_json::json!({ "seq": row.seq, "entry": STANDARD.encode(&row.entry), "mac": hex::encode(&row.mac) });
-            entries.push_str(&format!("{line}\n"));
-        }
-        if rows.len() < MAX_PAGE as usize {
-            break;
-        }
-    }
-    let keys: serde_json::Map<_, _> =
-        epochs.iter().map(|&e| (e.to_string(), hex::encode(&admin.service.chain_key(&key, e).0).into())).collect();
-    let head = serde_json::json!({ "format": "keyward-audit-export/v1", "origin": admin.service.origin(), "key": key, "chain_keys": keys });
-    let newest = epochs.last().copied().unwrap_or(0);
-    let tail = serde_json::json!({ "count": count, "head": hex::encode(&admin.service.chain_key(&key, newest).head(count, &last)) });
-    let body = format!("{head}\n{entries}{tail}\n");
-    Ok(([(header::CONTENT_TYPE, "application/jsonl")], body).into_response())
-}
-
-/// What an import did.
-#[derive(Serialize)]
-struct Imported {
-    taken: u64,
-    rejected: u64,
-}
-
-/// Takes the sealed records of an Envoy that died before it sent them: one record a line.
-async fn import_settlements(State(admin): State<Admin>, body: String) -> Result<Response, Problem> {
-    let (taken, rejected) = admin.service.take_records(body.lines()).await?;
-    Ok(Json(Imported { taken, rejected }).into_response())
-}
-
-fn bad_body(rejection: JsonRejection) -> Problem {
-    // The rejection's text names field and place; it never repeats the value of a secret.
-    let detail = match &rejection {
-        JsonRejection::JsonDataError(_) | JsonRejection::JsonSyntaxError(_) => {
-            "the body does not fit: check field names and types".to_owned()
-        }
-        other => other.body_text(),
-    };
-    Problem::new(StatusCode::UNPROCESSABLE_ENTITY, "invalid body", detail)
 }

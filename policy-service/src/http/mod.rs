@@ -1,5 +1,11 @@
-//! The two ports: the edge API for the filter, the admin API for people.
+//! The service's two ports: the edge API for the filter, the admin API for people and tools.
 
 pub mod admin;
+pub mod api;
+mod audit;
+mod configuration;
+mod credentials;
 pub mod edge;
-pub mod error;
+mod error;
+mod keys;
+mod tokens;

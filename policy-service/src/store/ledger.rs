@@ -1,7 +1,8 @@
 //! The ledger's operations inside one SQLite transaction. Each first reads and decides, then writes: one that refuses
 //! leaves nothing behind.
 
-use super::{Admission, Admit, KeyRow, LedgerKeys, NewKey, Settle, Settled, StoreError};
+use super::{Admission, Admit, Admitted, LedgerKeys, Settle, Settled, StoreError};
+use crate::directory::{NoCredential, Organisation};
 use keyward_core::admission::{self, Charge, Ended, Hold, KeyState, Status};
 use keyward_core::audit::{self, Entry, Event, TryEntry};
 use keyward_core::edge::{Outcome, RequestId, Settlement};
@@ -9,6 +10,7 @@ use keyward_core::money::Nanodollars;
 use keyward_core::refusal::{Code, Refusal};
 use rusqlite::{Connection, OptionalExtension, Row, params};
 use sha2::{Digest, Sha256};
+use std::collections::BTreeMap;
 
 /// Ended requests are remembered this long, so that a replay is told from a new request.
 const REMEMBER_MS: u64 = 7 * 24 * 3_600_000;
@@ -29,13 +31,42 @@ pub struct Ledger<'a> {
     pub keys: &'a LedgerKeys,
 }
 
-/// The end of a key's chain.
-struct Chain {
-    organisation: String,
-    epoch: u64,
-    seq: u64,
-    mac: [u8; 32],
+/// The end of a chain.
+pub(super) struct Chain {
+    pub organisation: String,
+    pub epoch: u64,
+    pub seq: u64,
+    pub mac: [u8; 32],
 }
+
+/// A key found by one of its tokens.
+struct Found {
+    id: String,
+    state: KeyState,
+    chain: Chain,
+    team: Option<String>,
+    policy: Option<String>,
+    /// A newer token has taken this one's place since then.
+    token_expires_ms: Option<u64>,
+}
+
+/// Where an admitted request goes.
+struct Target {
+    model: Option<String>,
+    credentials: Vec<String>,
+}
+
+/// Charges by day, key and model, gathered over a batch.
+type Tally = BTreeMap<(String, u64, String, String, String), TallyLine>;
+
+#[derive(Default)]
+struct TallyLine {
+    requests: u64,
+    usage: keyward_core::usage::Usage,
+    nanodollars: i64,
+}
+
+const DAY_MS: u64 = 86_400_000;
 
 /// A key's sums. They saturate: SQLite would turn a sum that leaves 64 bits into a float.
 struct Sums {
@@ -66,26 +97,28 @@ impl Ledger<'_> {
     pub fn admit(&self, admit: &Admit) -> Result<Admission, StoreError> {
         let ask = &admit.request.ask;
         let fingerprint = fingerprint(admit);
-        let Some((key_id, key, chain)) = self.key_by_token(&admit.token_hash)? else {
+        let Some(key) = self.key_by_token(&admit.token_hash)? else {
             return Ok(Admission::Refused(Refusal::new(Code::UnknownKey, keyward_core::credentials::UNKNOWN_KEY)));
         };
+        let organisation =
+            admit.directory.organisations.get(&key.chain.organisation).ok_or(StoreError::Damaged("a key without organisation"))?;
         match self.seen(admit.request.req)? {
             Some((state::TOMBSTONE, _, _)) => {
                 let refusal = Refusal::new(Code::PolicyUnavailable, "this request was given up before it was admitted");
-                return self.refuse(&key_id, &chain, admit, refusal);
+                return self.refuse(&key, admit, refusal);
             }
-            Some((state::HELD, seen, hold)) if seen == fingerprint => return Ok(Admission::Admitted { key_id, hold }),
+            Some((state::HELD, seen, hold)) if seen == fingerprint => {
+                return match target(organisation, &key, admit) {
+                    Ok(target) => Ok(admitted(&key, target, hold, organisation.rev)),
+                    Err(_) => Ok(Admission::Conflict),
+                };
+            }
             Some(_) => return Ok(Admission::Conflict),
             None => {}
         }
-        let price = ask.model.as_deref().and_then(|model| self.keys.prices.find(&ask.provider, model));
-        let decided = admission::decide(&key, ask, price, admit.now_ms).and_then(|hold| match admit.credentials.is_empty() {
-            true => Err(Refusal::new(Code::PoolExhausted, format!("no credential for {} is stored", ask.provider)).retry_after(30)),
-            false => Ok(hold),
-        });
-        let hold = match decided {
-            Ok(hold) => hold,
-            Err(refusal) => return self.refuse(&key_id, &chain, admit, refusal),
+        let (target, hold) = match self.decide(organisation, &key, admit) {
+            Ok(decided) => decided,
+            Err(refusal) => return self.refuse(&key, admit, refusal),
         };
         let event = Event::Admitted(audit::Admitted {
             req: admit.request.req.0,
@@ -99,15 +132,15 @@ impl Ledger<'_> {
             clamp: hold.clamp.unwrap_or(u64::MAX),
             choices: ask.choices,
             hold: hold.total.0,
-            rev: 0,
-            credentials: admit.credentials.clone(),
+            rev: organisation.rev,
+            credentials: target.credentials.clone(),
         });
-        let (seq, mac) = self.append(&key_id, &chain, admit.now_ms, event)?;
+        let (seq, mac) = self.append(&key.id, &key.chain, admit.now_ms, event)?;
         self.db
             .prepare_cached(
                 "UPDATE keys SET reserved = reserved + ?2, in_flight = in_flight + 1, chain_seq = ?3, chain_mac = ?4 WHERE id = ?1",
             )?
-            .execute(params![key_id, hold.total.0, signed(seq), mac])?;
+            .execute(params![key.id, hold.total.0, signed(seq), mac])?;
         self.db
             .prepare_cached(
                 "INSERT INTO requests (req, key_id, state, fingerprint, provider, model, stream, choices, hold, hold_input, clamp, expires_ms)
@@ -115,11 +148,11 @@ impl Ledger<'_> {
             )?
             .execute(params![
                 admit.request.req.0,
-                key_id,
+                key.id,
                 state::HELD,
                 fingerprint,
                 ask.provider,
-                ask.model.as_deref().unwrap_or_default(),
+                target.model.as_deref().unwrap_or_default(),
                 ask.stream,
                 signed(ask.choices),
                 hold.total.0,
@@ -127,10 +160,31 @@ impl Ledger<'_> {
                 hold.clamp.map(signed),
                 signed(admit.expires_ms),
             ])?;
-        Ok(Admission::Admitted { key_id, hold })
+        Ok(admitted(&key, target, hold, organisation.rev))
     }
 
-    fn refuse(&self, key_id: &str, chain: &Chain, admit: &Admit, refusal: Refusal) -> Result<Admission, StoreError> {
+    fn decide(&self, organisation: &Organisation, key: &Found, admit: &Admit) -> Result<(Target, Hold), Refusal> {
+        let ask = &admit.request.ask;
+        admission::check_standing(&key.state, admit.now_ms)?;
+        if key.token_expires_ms.is_some_and(|at| at <= admit.now_ms) {
+            return Err(Refusal::new(Code::Revoked, "this token was replaced by a newer one of its key"));
+        }
+        let limits = organisation.limits(key.team.as_deref(), key.policy.as_deref());
+        let Some(limits) = limits else {
+            return Err(Refusal::new(Code::PolicyUnavailable, "this key's team or policy does not exist; an operator has to act"));
+        };
+        if !organisation.is_enabled(&ask.provider) {
+            return Err(Refusal::new(Code::UnknownProvider, format!("the provider {} is switched off", ask.provider)));
+        }
+        let state = KeyState { limits, ..key.state.clone() };
+        let upstream = ask.model.as_deref().and_then(|model| organisation.route(model)).map(|target| target.model.as_str());
+        let model = upstream.or(ask.model.as_deref());
+        let price = model.and_then(|model| self.keys.prices.find(&ask.provider, model));
+        let hold = admission::decide(&state, ask, upstream, price, admit.now_ms)?;
+        Ok((target(organisation, key, admit)?, hold))
+    }
+
+    fn refuse(&self, key: &Found, admit: &Admit, refusal: Refusal) -> Result<Admission, StoreError> {
         let ask = &admit.request.ask;
         let event = Event::Refused(audit::Refused {
             req: admit.request.req.0,
@@ -139,17 +193,18 @@ impl Ledger<'_> {
             endpoint: ask.endpoint.clone(),
             model: ask.model.clone().unwrap_or_default(),
         });
-        self.append_alone(key_id, chain, admit.now_ms, event)?;
+        self.append_alone(&key.id, &key.chain, admit.now_ms, event)?;
         Ok(Admission::Refused(refusal))
     }
 
     /// Takes a batch of one or more VMs, in the order in which it was sent.
     pub fn settle(&self, batch: &[Settle], now_ms: u64) -> Result<Settled, StoreError> {
-        let mut done = Settled::default();
+        let (mut done, mut tally) = (Settled::default(), Tally::new());
         for settle in batch {
             done.gaps += self.follow_vm(settle, now_ms)?;
-            self.settle_one(&settle.settlement, now_ms, &mut done)?;
+            self.settle_one(&settle.settlement, now_ms, &mut done, &mut tally)?;
         }
+        self.book(tally)?;
         Ok(done)
     }
 
@@ -172,7 +227,7 @@ impl Ledger<'_> {
         Ok(if missing == 0 && record.prev != mac { 1 } else { missing })
     }
 
-    fn settle_one(&self, settlement: &Settlement, now_ms: u64, done: &mut Settled) -> Result<(), StoreError> {
+    fn settle_one(&self, settlement: &Settlement, now_ms: u64, done: &mut Settled, tally: &mut Tally) -> Result<(), StoreError> {
         let void = settlement.outcome == Outcome::Void;
         let Some(request) = self.request(settlement.req)? else {
             done.unknown += u64::from(!void);
@@ -182,9 +237,11 @@ impl Ledger<'_> {
         match (request.state, void) {
             (state::HELD | state::EXPIRED, true) => {
                 done.voided += 1;
-                self.finish(settlement.req, &request, state::VOIDED, Nanodollars::ZERO, now_ms, Event::Voided { req: settlement.req.0 })
+                let event = Event::Voided { req: settlement.req.0 };
+                self.finish(settlement.req, &request, state::VOIDED, Nanodollars::ZERO, now_ms, event, tally)?;
+                Ok(())
             }
-            (state::HELD | state::EXPIRED, false) => self.charge(settlement, &request, now_ms, done),
+            (state::HELD | state::EXPIRED, false) => self.charge(settlement, &request, now_ms, done, tally),
             _ => {
                 done.repeated += 1;
                 Ok(())
@@ -192,7 +249,14 @@ impl Ledger<'_> {
         }
     }
 
-    fn charge(&self, settlement: &Settlement, request: &Request, now_ms: u64, done: &mut Settled) -> Result<(), StoreError> {
+    fn charge(
+        &self,
+        settlement: &Settlement,
+        request: &Request,
+        now_ms: u64,
+        done: &mut Settled,
+        tally: &mut Tally,
+    ) -> Result<(), StoreError> {
         let price = self.keys.prices.find(&request.provider, &request.model);
         let ended = Ended {
             sent: settlement.sent,
@@ -204,7 +268,16 @@ impl Ledger<'_> {
             choices: request.choices,
         };
         let charge = admission::charge(&request.hold, price, &ended);
-        self.finish(settlement.req, request, state::SETTLED, charge.amount, now_ms, settled_event(settlement, charge))?;
+        let line = self.finish(settlement.req, request, state::SETTLED, charge.amount, now_ms, settled_event(settlement, charge), tally)?;
+        let usage = settlement.usage.or(settlement.input).unwrap_or_default();
+        if let Some(line) = tally.get_mut(&line) {
+            line.usage.input = line.usage.input.saturating_add(usage.input);
+            line.usage.cache_read = line.usage.cache_read.saturating_add(usage.cache_read);
+            line.usage.cache_write = line.usage.cache_write.saturating_add(usage.cache_write).saturating_add(usage.cache_write_1h);
+            line.usage.output = line.usage.output.saturating_add(usage.output);
+        }
+        done.input_tokens += usage.input + usage.cache_read + usage.cache_write + usage.cache_write_1h;
+        done.output_tokens += usage.output;
         done.charged += 1;
         done.nanodollars = done.nanodollars.saturating_add(charge.amount.0);
         if charge.amount > request.hold.total && self.freeze(&request.key_id, settlement.req, now_ms)? {
@@ -214,7 +287,17 @@ impl Ledger<'_> {
     }
 
     /// Moves a request to its end: the hold goes, the charge comes, the chain says so.
-    fn finish(&self, req: RequestId, request: &Request, to: i64, charge: Nanodollars, now_ms: u64, event: Event) -> Result<(), StoreError> {
+    #[allow(clippy::too_many_arguments, reason = "they are one fact: how which request ended, when, and for how much")]
+    fn finish(
+        &self,
+        req: RequestId,
+        request: &Request,
+        to: i64,
+        charge: Nanodollars,
+        now_ms: u64,
+        event: Event,
+        tally: &mut Tally,
+    ) -> Result<(String, u64, String, String, String), StoreError> {
         let (sums, chain) = self.sums_and_chain(&request.key_id)?;
         let (seq, mac) = self.append(&request.key_id, &chain, now_ms, event)?;
         let held = request.state == state::HELD;
@@ -226,6 +309,37 @@ impl Ledger<'_> {
             .prepare_cached("UPDATE keys SET spent = ?2, reserved = ?3, in_flight = ?4, chain_seq = ?5, chain_mac = ?6 WHERE id = ?1")?
             .execute(params![request.key_id, spent.0, reserved.0, signed(in_flight), signed(seq), mac])?;
         self.db.prepare_cached("UPDATE requests SET state = ?2, charge = ?3 WHERE req = ?1")?.execute(params![req.0, to, charge.0])?;
+        let line = (chain.organisation, now_ms / DAY_MS, request.key_id.clone(), request.provider.clone(), request.model.clone());
+        let booked = tally.entry(line.clone()).or_default();
+        booked.requests += u64::from(held);
+        booked.nanodollars = booked.nanodollars.saturating_add(charge.minus(request.charge).0);
+        Ok(line)
+    }
+
+    /// Adds what a batch was charged to the days' sums.
+    fn book(&self, tally: Tally) -> Result<(), StoreError> {
+        for ((organisation, day, key, provider, model), line) in tally {
+            self.db
+                .prepare_cached(
+                    "INSERT INTO usage (organisation, day, key_id, provider, model, requests, input, cache_read, cache_write, output, nanodollars)
+                     VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)
+                     ON CONFLICT DO UPDATE SET requests = requests + ?6, input = input + ?7, cache_read = cache_read + ?8,
+                         cache_write = cache_write + ?9, output = output + ?10, nanodollars = nanodollars + ?11",
+                )?
+                .execute(params![
+                    organisation,
+                    signed(day),
+                    key,
+                    provider,
+                    model,
+                    signed(line.requests),
+                    tokens(line.usage.input),
+                    tokens(line.usage.cache_read),
+                    tokens(line.usage.cache_write),
+                    tokens(line.usage.output),
+                    line.nanodollars,
+                ])?;
+        }
         Ok(())
     }
 
@@ -258,54 +372,21 @@ impl Ledger<'_> {
         let mut select =
             self.db.prepare_cached("SELECT req FROM requests WHERE state = 0 AND expires_ms <= ?1 ORDER BY expires_ms LIMIT ?2")?;
         let due: Vec<[u8; 16]> = select.query_map(params![signed(now_ms), SWEEP], |row| row.get(0))?.collect::<Result<_, _>>()?;
+        let mut tally = Tally::new();
         for req in &due {
             let Some(request) = self.request(RequestId(*req))? else { continue };
             let charge = request.hold.total;
-            self.finish(RequestId(*req), &request, state::EXPIRED, charge, now_ms, Event::Expired { req: *req, charge: charge.0 })?;
+            let event = Event::Expired { req: *req, charge: charge.0 };
+            self.finish(RequestId(*req), &request, state::EXPIRED, charge, now_ms, event, &mut tally)?;
         }
+        self.book(tally)?;
         self.db
             .prepare_cached("DELETE FROM requests WHERE req IN (SELECT req FROM requests WHERE state > 0 AND expires_ms < ?1 LIMIT ?2)")?
             .execute(params![signed(now_ms.saturating_sub(REMEMBER_MS)), SWEEP])?;
         Ok(due.len() as u64)
     }
 
-    pub fn create_key(&self, key: &NewKey) -> Result<KeyRow, StoreError> {
-        let row = &key.row;
-        let allow = serde_json::to_string(&row.allow).map_err(|_| StoreError::Damaged("an allow list that can't be written"))?;
-        let detail =
-            serde_json::json!({ "label": row.label, "allow": row.allow, "cap": row.cap, "expires_ms": row.expires_ms }).to_string();
-        let chain = Chain { organisation: row.organisation.clone(), epoch: 0, seq: 0, mac: audit::genesis(&self.keys.origin, &row.id) };
-        self.db
-            .prepare_cached(
-                "INSERT INTO keys (id, token_hash, organisation, label, allow, status, created_ms, expires_ms, cap, chain_seq, chain_mac)
-                 VALUES (?1, ?2, ?3, ?4, ?5, 'active', ?6, ?7, ?8, 0, ?9)",
-            )?
-            .execute(params![
-                row.id,
-                key.token_hash,
-                row.organisation,
-                row.label,
-                allow,
-                signed(row.created_ms),
-                row.expires_ms.map(signed),
-                row.cap.map(|cap| cap.0),
-                chain.mac,
-            ])?;
-        self.append_alone(&row.id, &chain, row.created_ms, Event::KeyCreated { actor: key.actor.clone(), detail })?;
-        Ok(row.clone())
-    }
-
-    pub fn revoke_key(&self, id: &str, actor: &str, now_ms: u64) -> Result<Option<()>, StoreError> {
-        let changed = self.db.prepare_cached("UPDATE keys SET status = 'revoked' WHERE id = ?1 AND status <> 'revoked'")?.execute([id])?;
-        if changed == 0 {
-            let exists = self.db.prepare_cached("SELECT 1 FROM keys WHERE id = ?1")?.exists([id])?;
-            return Ok(exists.then_some(()));
-        }
-        self.append_alone(id, &self.chain(id)?, now_ms, Event::KeyRevoked { actor: actor.to_owned() })?;
-        Ok(Some(()))
-    }
-
-    fn append(&self, key_id: &str, chain: &Chain, time_ms: u64, event: Event) -> Result<(u64, [u8; 32]), StoreError> {
+    pub(super) fn append(&self, key_id: &str, chain: &Chain, time_ms: u64, event: Event) -> Result<(u64, [u8; 32]), StoreError> {
         let seq = chain.seq + 1;
         let entry =
             Entry { epoch: chain.epoch, seq, time_ms, organisation: chain.organisation.clone(), key_id: key_id.to_owned(), event }.encode();
@@ -319,7 +400,7 @@ impl Ledger<'_> {
         Ok((seq, mac))
     }
 
-    fn append_alone(&self, key_id: &str, chain: &Chain, time_ms: u64, event: Event) -> Result<(), StoreError> {
+    pub(super) fn append_alone(&self, key_id: &str, chain: &Chain, time_ms: u64, event: Event) -> Result<(), StoreError> {
         let (seq, mac) = self.append(key_id, chain, time_ms, event)?;
         self.db.prepare_cached("UPDATE keys SET chain_seq = ?2, chain_mac = ?3 WHERE id = ?1")?.execute(params![
             key_id,
@@ -329,29 +410,32 @@ impl Ledger<'_> {
         Ok(())
     }
 
-    fn key_by_token(&self, token_hash: &[u8; 32]) -> Result<Option<(String, KeyState, Chain)>, StoreError> {
+    fn key_by_token(&self, token_hash: &[u8; 32]) -> Result<Option<Found>, StoreError> {
         let mut select = self.db.prepare_cached(
-            "SELECT id, status, expires_ms, allow, cap, spent, reserved, in_flight, organisation, chain_epoch, chain_seq, chain_mac
-             FROM keys WHERE token_hash = ?1",
+            "SELECT id, status, k.expires_ms, allow, cap, spent, reserved, in_flight, organisation, chain_epoch, chain_seq, chain_mac,
+                 team, policy, t.expires_ms
+             FROM tokens t JOIN keys k ON k.id = t.key_id WHERE token_hash = ?1",
         )?;
         let found = select
             .query_row([token_hash], |row| {
-                let key = KeyState {
+                let state = KeyState {
                     status: status(row, 1)?,
                     expires_ms: row.get::<_, Option<i64>>(2)?.map(unsigned),
-                    allow: allow(row, 3)?,
+                    allow: json(row, 3)?,
+                    limits: Vec::new(),
                     cap: row.get::<_, Option<i64>>(4)?.map(Nanodollars),
                     spent: Nanodollars(row.get(5)?),
                     reserved: Nanodollars(row.get(6)?),
                     in_flight: unsigned(row.get(7)?),
                 };
-                Ok((row.get(0)?, key, chain_at(row, 8)?))
+                let token_expires_ms = row.get::<_, Option<i64>>(14)?.map(unsigned);
+                Ok(Found { id: row.get(0)?, state, chain: chain_at(row, 8)?, team: row.get(12)?, policy: row.get(13)?, token_expires_ms })
             })
             .optional()?;
         Ok(found)
     }
 
-    fn chain(&self, key_id: &str) -> Result<Chain, StoreError> {
+    pub(super) fn chain(&self, key_id: &str) -> Result<Chain, StoreError> {
         Ok(self.sums_and_chain(key_id)?.1)
     }
 
@@ -392,22 +476,32 @@ impl Ledger<'_> {
 }
 
 /// Columns of a key in the order of [`KeyRow`].
-pub const KEY_COLUMNS: &str = "id, organisation, label, allow, status, created_ms, expires_ms, cap, spent, reserved, in_flight";
+fn admitted(key: &Found, target: Target, hold: Hold, rev: u64) -> Admission {
+    Admission::Admitted(Box::new(Admitted { key_id: key.id.clone(), hold, model: target.model, credentials: target.credentials, rev }))
+}
 
-pub fn key_row(row: &Row<'_>) -> rusqlite::Result<KeyRow> {
-    Ok(KeyRow {
-        id: row.get(0)?,
-        organisation: row.get(1)?,
-        label: row.get(2)?,
-        allow: allow(row, 3)?,
-        status: status(row, 4)?,
-        created_ms: unsigned(row.get(5)?),
-        expires_ms: row.get::<_, Option<i64>>(6)?.map(unsigned),
-        cap: row.get::<_, Option<i64>>(7)?.map(Nanodollars),
-        spent: Nanodollars(row.get(8)?),
-        reserved: Nanodollars(row.get(9)?),
-        in_flight: unsigned(row.get(10)?),
-    })
+/// Where the request goes: the route's target if the model is a route's name, else the model itself at the provider asked for.
+fn target(organisation: &Organisation, key: &Found, admit: &Admit) -> Result<Target, Refusal> {
+    let ask = &admit.request.ask;
+    let route = ask.model.as_deref().and_then(|model| organisation.route(model));
+    if let Some(route) = route.filter(|route| route.provider != ask.provider) {
+        let message = format!("this model leads to {}, and this endpoint is one of {}", route.provider, ask.provider);
+        return Err(Refusal::new(Code::UnknownModel, message));
+    }
+    let credentials = organisation.credentials(&ask.provider, key.policy.as_deref(), route.and_then(|route| route.pool.as_deref()));
+    let credentials = credentials.map_err(|none| {
+        let message = match none {
+            NoCredential::None => format!("no credential for {} is stored", ask.provider),
+            NoCredential::Pool(name) => format!("the pool {name} has no credential for {}", ask.provider),
+        };
+        Refusal::new(Code::PoolExhausted, message).retry_after(30)
+    })?;
+    Ok(Target { model: route.map(|route| route.model.clone()).or_else(|| ask.model.clone()), credentials })
+}
+
+/// A count of tokens that can be added up for a long time: SQLite's sums end at 2^63.
+fn tokens(n: u64) -> i64 {
+    signed(n).min(1 << 48)
 }
 
 fn settled_event(settlement: &Settlement, charge: Charge) -> Event {
@@ -442,7 +536,7 @@ fn fingerprint(admit: &Admit) -> Vec<u8> {
     Sha256::new().chain_update(admit.token_hash).chain_update(ask).finalize().to_vec()
 }
 
-fn status(row: &Row<'_>, at: usize) -> rusqlite::Result<Status> {
+pub(super) fn status(row: &Row<'_>, at: usize) -> rusqlite::Result<Status> {
     Ok(match row.get_ref(at)?.as_str()? {
         "active" => Status::Active,
         "frozen" => Status::Frozen,
@@ -451,7 +545,7 @@ fn status(row: &Row<'_>, at: usize) -> rusqlite::Result<Status> {
     })
 }
 
-fn allow(row: &Row<'_>, at: usize) -> rusqlite::Result<admission::Allow> {
+pub(super) fn json<T: serde::de::DeserializeOwned>(row: &Row<'_>, at: usize) -> rusqlite::Result<T> {
     let text = row.get_ref(at)?.as_str()?;
     serde_json::from_str(text).map_err(|error| rusqlite::Error::FromSqlConversionFailure(at, rusqlite::types::Type::Text, Box::new(error)))
 }

@@ -1,8 +1,12 @@
 //! Where decisions become durable. One trait; SQLite implements it for a single machine.
 
+mod configuration;
+mod keys;
 pub mod ledger;
 pub mod sqlite;
 
+use crate::config::{Fault, Kind};
+use crate::directory::Directory;
 use async_trait::async_trait;
 use keyward_core::admission::{Allow, Hold, Status};
 use keyward_core::audit::ChainKey;
@@ -11,6 +15,8 @@ use keyward_core::money::Nanodollars;
 use keyward_core::price::PriceTable;
 use keyward_core::refusal::Refusal;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::sync::Arc;
 
 /// What went wrong below. The text is for the log; callers of the API are told only that the store failed.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -23,14 +29,21 @@ pub enum StoreError {
     Damaged(&'static str),
 }
 
-/// A virtual key as the API shows it.
+/// A virtual key as the ledger has it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct KeyRow {
     pub id: String,
     pub organisation: String,
+    pub team: Option<String>,
+    pub policy: Option<String>,
     pub label: String,
     pub allow: Allow,
+    pub tags: BTreeMap<String, String>,
+    /// Personal data; erased on demand.
+    pub personal: Option<BTreeMap<String, String>>,
     pub status: Status,
+    /// Counts changes by people; spending is none.
+    pub version: u64,
     pub created_ms: u64,
     pub expires_ms: Option<u64>,
     pub cap: Option<Nanodollars>,
@@ -43,19 +56,112 @@ pub struct KeyRow {
 pub struct NewKey {
     pub row: KeyRow,
     pub token_hash: [u8; 32],
+    /// Salt of the hash that commits to the personal data.
+    pub salt: [u8; 16],
     pub actor: String,
+    /// Most live keys of the team, this one included.
+    pub max_keys: Option<u32>,
+}
+
+/// A change of a key that was read at `row.version`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KeyUpdate {
+    pub row: KeyRow,
+    pub salt: [u8; 16],
+    pub actor: String,
+    pub now_ms: u64,
+}
+
+/// A new token for a key; the old ones work until `overlap_until_ms`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rotation {
+    pub organisation: String,
+    pub id: String,
+    pub expect: Option<u64>,
+    pub token_hash: [u8; 32],
+    pub overlap_until_ms: u64,
+    pub actor: String,
+    pub now_ms: u64,
+}
+
+/// How a change of one key went.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum KeyOutcome {
+    Done(Box<KeyRow>),
+    Missing,
+    /// Somebody changed it since; its version now.
+    Stale(u64),
+    /// Against a rule that only the ledger can check.
+    Refused(Fault),
 }
 
 /// A credential with its secret sealed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CredentialRow {
     pub id: String,
+    pub organisation: String,
+    pub name: String,
     pub provider: String,
     pub label: String,
     pub account: String,
+    /// Where the secret was read from, in the configuration's words.
+    pub source: Option<String>,
+    /// Version of the secret.
     pub version: u64,
     pub sealed: Vec<u8>,
     pub created_ms: u64,
+}
+
+/// What an object of the configuration must be for an edit to happen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Expect {
+    Anything,
+    Absent,
+    Version(u64),
+}
+
+/// One change of the configuration.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Edit {
+    Put { kind: Kind, name: String, body: String, managed: bool, expect: Expect },
+    PutCredential { row: CredentialRow, managed: bool, expect: Expect },
+    Delete { kind: Kind, name: String, expect: Expect },
+}
+
+/// Changes that happen together or not at all.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Edits {
+    pub organisation: String,
+    pub edits: Vec<Edit>,
+    /// The revision that the changes were worked out from.
+    pub expect_rev: Option<u64>,
+    pub actor: String,
+    pub now_ms: u64,
+}
+
+/// How a change of the configuration went.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Edited {
+    /// The revision now.
+    Done(u64),
+    Missing,
+    Exists,
+    Stale,
+    InUse(String),
+    Invalid(Vec<Fault>),
+}
+
+/// An administrator's token, without the token.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TokenRow {
+    pub id: String,
+    pub organisation: String,
+    pub role: String,
+    pub team: Option<String>,
+    pub label: String,
+    pub created_ms: u64,
+    pub expires_ms: Option<u64>,
+    pub revoked_ms: Option<u64>,
 }
 
 /// One admission to decide.
@@ -63,8 +169,7 @@ pub struct CredentialRow {
 pub struct Admit {
     pub token_hash: [u8; 32],
     pub request: AdmitRequest,
-    /// Usable credentials of the provider asked for, in the order in which they will be tried.
-    pub credentials: Vec<String>,
+    pub directory: Arc<Directory>,
     pub now_ms: u64,
     pub expires_ms: u64,
 }
@@ -72,13 +177,21 @@ pub struct Admit {
 /// What became of an admission.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Admission {
-    Admitted {
-        key_id: String,
-        hold: Hold,
-    },
+    Admitted(Box<Admitted>),
     Refused(Refusal),
     /// The request id was used before, for something else or something that is over.
     Conflict,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Admitted {
+    pub key_id: String,
+    pub hold: Hold,
+    /// The provider's name of the model.
+    pub model: Option<String>,
+    /// Ids of the credentials to try, in order.
+    pub credentials: Vec<String>,
+    pub rev: u64,
 }
 
 /// A settlement whose MAC has been checked, with its place in its VM's chain.
@@ -100,14 +213,66 @@ pub struct Settled {
     pub gaps: u64,
     pub frozen: u64,
     pub nanodollars: i64,
+    pub input_tokens: u64,
+    pub output_tokens: u64,
 }
 
-/// One entry of a key's chain as stored.
+/// One entry of a chain as stored.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AuditRow {
     pub seq: u64,
     pub entry: Vec<u8>,
     pub mac: [u8; 32],
+}
+
+/// What usage is asked for.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct UsageQuery {
+    pub organisation: String,
+    pub team: Option<String>,
+    pub key: Option<String>,
+    /// Days since 1970-01-01, both included.
+    pub from_day: u64,
+    pub to_day: u64,
+    pub by: Vec<UsageBy>,
+    /// Rows to skip, and most to give.
+    pub offset: u32,
+    pub limit: u32,
+}
+
+/// What usage is summed by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum UsageBy {
+    Day,
+    Team,
+    Key,
+    Provider,
+    Model,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct UsageRow {
+    /// One value for each `by`, in its order.
+    pub by: Vec<String>,
+    pub requests: u64,
+    pub input: u64,
+    pub cache_read: u64,
+    pub cache_write: u64,
+    pub output: u64,
+    pub nanodollars: i64,
+}
+
+/// What is known of a write that carries an Idempotency-Key.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Idempotent {
+    /// Not seen before; it is now.
+    New,
+    /// The sealed answer to the same write.
+    Answered(Vec<u8>),
+    /// The same write began and has no answer.
+    Unfinished,
+    /// Another write used this key.
+    Other,
 }
 
 /// What the ledger needs to write chains and prices, given once at the start.
@@ -123,6 +288,11 @@ impl LedgerKeys {
     }
 }
 
+/// The chain of an organisation's administrative changes.
+pub fn admin_chain(organisation: &str) -> String {
+    format!("adm_{organisation}")
+}
+
 /// The store. Every method that changes something returns only after the change is durable.
 #[async_trait]
 pub trait Store: Send + Sync + 'static {
@@ -131,23 +301,47 @@ pub trait Store: Send + Sync + 'static {
     /// Charges every hold that is past its time. Returns how many.
     async fn expire(&self, now_ms: u64) -> Result<u64, StoreError>;
 
-    async fn create_key(&self, key: NewKey) -> Result<KeyRow, StoreError>;
-    /// Revokes a key for good. `None`: no such key. Revoking twice is no error.
-    async fn revoke_key(&self, id: &str, actor: &str, now_ms: u64) -> Result<Option<()>, StoreError>;
-    async fn key(&self, id: &str) -> Result<Option<KeyRow>, StoreError>;
-    /// Keys after `after` in the order of their ids.
-    async fn keys(&self, after: &str, limit: u32) -> Result<Vec<KeyRow>, StoreError>;
+    async fn create_key(&self, key: NewKey) -> Result<KeyOutcome, StoreError>;
+    async fn update_key(&self, update: KeyUpdate) -> Result<KeyOutcome, StoreError>;
+    async fn rotate_key(&self, rotation: Rotation) -> Result<KeyOutcome, StoreError>;
+    /// Revokes a key for good. Revoking twice is no error.
+    async fn revoke_key(
+        &self,
+        organisation: &str,
+        id: &str,
+        expect: Option<u64>,
+        actor: &str,
+        now_ms: u64,
+    ) -> Result<KeyOutcome, StoreError>;
+    async fn key(&self, organisation: &str, id: &str) -> Result<Option<KeyRow>, StoreError>;
+    /// Keys after `after` in the order of their ids; of one team, if named.
+    async fn keys(&self, organisation: &str, team: Option<&str>, after: &str, limit: u32) -> Result<Vec<KeyRow>, StoreError>;
 
-    async fn put_credential(&self, row: CredentialRow) -> Result<(), StoreError>;
-    async fn remove_credential(&self, id: &str) -> Result<bool, StoreError>;
+    /// Every organisation with its configuration.
+    async fn directory(&self) -> Result<Directory, StoreError>;
+    /// Changes an organisation's configuration.
+    async fn edit(&self, edits: Edits) -> Result<Edited, StoreError>;
+    /// All credentials of all organisations, sealed.
     async fn credentials(&self) -> Result<Vec<CredentialRow>, StoreError>;
+    /// Makes an organisation. `false`: there is one of this id.
+    async fn create_organisation(&self, id: &str, label: &str, actor: &str, now_ms: u64) -> Result<bool, StoreError>;
 
-    /// Entries of a key's chain from `from` on.
-    async fn audit(&self, key_id: &str, from: u64, limit: u32) -> Result<Vec<AuditRow>, StoreError>;
+    async fn put_admin_token(&self, row: TokenRow, hash: [u8; 32], actor: &str) -> Result<(), StoreError>;
+    async fn admin_token(&self, hash: [u8; 32]) -> Result<Option<TokenRow>, StoreError>;
+    async fn admin_tokens(&self, organisation: &str, after: &str, limit: u32) -> Result<Vec<TokenRow>, StoreError>;
+    /// Revokes a token. `false`: there is none of this id.
+    async fn revoke_admin_token(&self, organisation: &str, id: &str, actor: &str, now_ms: u64) -> Result<bool, StoreError>;
+    /// Notes an administrative act that changes nothing else.
+    async fn note(&self, organisation: &str, actor: &str, action: &str, target: &str, detail: &str, now_ms: u64) -> Result<(), StoreError>;
 
-    async fn put_admin_token(&self, id: &str, hash: [u8; 32], role: &str, now_ms: u64) -> Result<(), StoreError>;
-    /// Role of an admin token.
-    async fn admin_role(&self, hash: [u8; 32]) -> Result<Option<String>, StoreError>;
+    /// Entries of a chain from `from` on.
+    async fn audit(&self, chain: &str, from: u64, limit: u32) -> Result<Vec<AuditRow>, StoreError>;
+    async fn usage(&self, query: UsageQuery) -> Result<Vec<UsageRow>, StoreError>;
+
+    /// Begins a write with an Idempotency-Key, or says what is known of it.
+    async fn begin_idempotent(&self, token_id: &str, key: &str, fingerprint: [u8; 32], now_ms: u64) -> Result<Idempotent, StoreError>;
+    /// Keeps the sealed answer; `None` forgets the write, which did not happen.
+    async fn end_idempotent(&self, token_id: &str, key: &str, answer: Option<Vec<u8>>) -> Result<(), StoreError>;
 
     /// Whether a write would be durable now.
     async fn ready(&self) -> Result<(), StoreError>;

@@ -1,7 +1,13 @@
 //! SQLite: one writer thread that commits what has queued up in one transaction, readers on their own connections.
 
-use super::ledger::{KEY_COLUMNS, Ledger, key_row, signed, unsigned};
-use super::{Admission, Admit, AuditRow, CredentialRow, KeyRow, LedgerKeys, NewKey, Settle, Settled, Store, StoreError};
+use super::configuration::{CREDENTIAL_COLUMNS, TOKEN_COLUMNS, credential_row, directory, token_row};
+use super::keys::{KEY_COLUMNS, key_row};
+use super::ledger::{Ledger, signed, unsigned};
+use super::{
+    Admission, Admit, AuditRow, CredentialRow, Edited, Edits, Idempotent, KeyOutcome, KeyRow, KeyUpdate, LedgerKeys, NewKey, Rotation,
+    Settle, Settled, Store, StoreError, TokenRow, UsageBy, UsageQuery, UsageRow,
+};
+use crate::directory::Directory;
 use async_trait::async_trait;
 use rusqlite::{Connection, OpenFlags, OptionalExtension, TransactionBehavior, params};
 use std::path::{Path, PathBuf};
@@ -13,7 +19,7 @@ use tokio::sync::oneshot;
 const MAX_GROUP: usize = 256;
 /// Operations that may wait for the writer; more is answered as unavailable, at once.
 const MAX_QUEUE: usize = 16_384;
-const MIGRATIONS: &[&str] = &[include_str!("schema.sql")];
+const MIGRATIONS: &[&str] = &[include_str!("schema.sql"), include_str!("admin.sql")];
 
 type Apply = Box<dyn Fn(&Ledger<'_>) -> Result<(), StoreError> + Send>;
 
@@ -173,66 +179,105 @@ impl Store for SqliteStore {
         self.write(move |ledger| ledger.expire(now_ms)).await
     }
 
-    async fn create_key(&self, key: NewKey) -> Result<KeyRow, StoreError> {
+    async fn create_key(&self, key: NewKey) -> Result<KeyOutcome, StoreError> {
         self.write(move |ledger| ledger.create_key(&key)).await
     }
 
-    async fn revoke_key(&self, id: &str, actor: &str, now_ms: u64) -> Result<Option<()>, StoreError> {
-        let (id, actor) = (id.to_owned(), actor.to_owned());
-        self.write(move |ledger| ledger.revoke_key(&id, &actor, now_ms)).await
+    async fn update_key(&self, update: KeyUpdate) -> Result<KeyOutcome, StoreError> {
+        self.write(move |ledger| ledger.update_key(&update)).await
     }
 
-    async fn key(&self, id: &str) -> Result<Option<KeyRow>, StoreError> {
-        let id = id.to_owned();
-        let select = format!("SELECT {KEY_COLUMNS} FROM keys WHERE id = ?1");
-        self.read(move |db| Ok(db.prepare_cached(&select)?.query_row([id], key_row).optional()?)).await
+    async fn rotate_key(&self, rotation: Rotation) -> Result<KeyOutcome, StoreError> {
+        self.write(move |ledger| ledger.rotate_key(&rotation)).await
     }
 
-    async fn keys(&self, after: &str, limit: u32) -> Result<Vec<KeyRow>, StoreError> {
-        let after = after.to_owned();
-        let select = format!("SELECT {KEY_COLUMNS} FROM keys WHERE id > ?1 ORDER BY id LIMIT ?2");
-        self.read(move |db| Ok(db.prepare_cached(&select)?.query_map(params![after, limit], key_row)?.collect::<Result<_, _>>()?)).await
+    async fn revoke_key(
+        &self,
+        organisation: &str,
+        id: &str,
+        expect: Option<u64>,
+        actor: &str,
+        now_ms: u64,
+    ) -> Result<KeyOutcome, StoreError> {
+        let (organisation, id, actor) = (organisation.to_owned(), id.to_owned(), actor.to_owned());
+        self.write(move |ledger| ledger.revoke_key(&organisation, &id, expect, &actor, now_ms)).await
     }
 
-    async fn put_credential(&self, row: CredentialRow) -> Result<(), StoreError> {
-        self.write(move |ledger| {
-            let insert =
-                "INSERT INTO credentials (id, provider, label, account, version, sealed, created_ms) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)";
-            let values = params![row.id, row.provider, row.label, row.account, signed(row.version), row.sealed, signed(row.created_ms)];
-            ledger.db.prepare_cached(insert)?.execute(values)?;
-            Ok(())
-        })
-        .await
+    async fn key(&self, organisation: &str, id: &str) -> Result<Option<KeyRow>, StoreError> {
+        let (organisation, id) = (organisation.to_owned(), id.to_owned());
+        let select = format!("SELECT {KEY_COLUMNS} FROM keys WHERE organisation = ?1 AND id = ?2");
+        self.read(move |db| Ok(db.prepare_cached(&select)?.query_row([organisation, id], key_row).optional()?)).await
     }
 
-    async fn remove_credential(&self, id: &str) -> Result<bool, StoreError> {
-        let id = id.to_owned();
-        self.write(move |ledger| Ok(ledger.db.prepare_cached("DELETE FROM credentials WHERE id = ?1")?.execute([&id])? > 0)).await
-    }
-
-    async fn credentials(&self) -> Result<Vec<CredentialRow>, StoreError> {
-        self.read(|db| {
-            let mut select = db.prepare_cached(
-                "SELECT id, provider, label, account, version, sealed, created_ms FROM credentials ORDER BY created_ms, id",
-            )?;
-            let rows = select.query_map([], |row| {
-                Ok(CredentialRow {
-                    id: row.get(0)?,
-                    provider: row.get(1)?,
-                    label: row.get(2)?,
-                    account: row.get(3)?,
-                    version: unsigned(row.get(4)?),
-                    sealed: row.get(5)?,
-                    created_ms: unsigned(row.get(6)?),
-                })
-            })?;
+    async fn keys(&self, organisation: &str, team: Option<&str>, after: &str, limit: u32) -> Result<Vec<KeyRow>, StoreError> {
+        let (organisation, team, after) = (organisation.to_owned(), team.map(str::to_owned), after.to_owned());
+        let select = format!(
+            "SELECT {KEY_COLUMNS} FROM keys WHERE organisation = ?1 AND (?2 IS NULL OR team = ?2) AND id > ?3 ORDER BY id LIMIT ?4"
+        );
+        self.read(move |db| {
+            let mut select = db.prepare_cached(&select)?;
+            let rows = select.query_map(params![organisation, team, after, limit], key_row)?;
             Ok(rows.collect::<Result<_, _>>()?)
         })
         .await
     }
 
-    async fn audit(&self, key_id: &str, from: u64, limit: u32) -> Result<Vec<AuditRow>, StoreError> {
-        let key_id = key_id.to_owned();
+    async fn directory(&self) -> Result<Directory, StoreError> {
+        // One transaction: the parts of an edit are seen together.
+        self.read(|db| {
+            let tx = db.unchecked_transaction()?;
+            directory(&tx)
+        })
+        .await
+    }
+
+    async fn edit(&self, edits: Edits) -> Result<Edited, StoreError> {
+        self.write(move |ledger| ledger.edit(&edits)).await
+    }
+
+    async fn credentials(&self) -> Result<Vec<CredentialRow>, StoreError> {
+        let select = format!("SELECT {CREDENTIAL_COLUMNS} FROM credentials ORDER BY created_ms, id");
+        self.read(move |db| Ok(db.prepare_cached(&select)?.query_map([], credential_row)?.collect::<Result<_, _>>()?)).await
+    }
+
+    async fn create_organisation(&self, id: &str, label: &str, actor: &str, now_ms: u64) -> Result<bool, StoreError> {
+        let (id, label, actor) = (id.to_owned(), label.to_owned(), actor.to_owned());
+        self.write(move |ledger| ledger.create_organisation(&id, &label, &actor, now_ms)).await
+    }
+
+    async fn put_admin_token(&self, row: TokenRow, hash: [u8; 32], actor: &str) -> Result<(), StoreError> {
+        let actor = actor.to_owned();
+        self.write(move |ledger| ledger.put_admin_token(&row, hash, &actor)).await
+    }
+
+    async fn admin_token(&self, hash: [u8; 32]) -> Result<Option<TokenRow>, StoreError> {
+        let select = format!("SELECT {TOKEN_COLUMNS} FROM admin_tokens WHERE token_hash = ?1");
+        self.read(move |db| Ok(db.prepare_cached(&select)?.query_row([hash], token_row).optional()?)).await
+    }
+
+    async fn admin_tokens(&self, organisation: &str, after: &str, limit: u32) -> Result<Vec<TokenRow>, StoreError> {
+        let (organisation, after) = (organisation.to_owned(), after.to_owned());
+        let select = format!("SELECT {TOKEN_COLUMNS} FROM admin_tokens WHERE organisation = ?1 AND id > ?2 ORDER BY id LIMIT ?3");
+        self.read(move |db| {
+            let mut select = db.prepare_cached(&select)?;
+            let rows = select.query_map(params![organisation, after, limit], token_row)?;
+            Ok(rows.collect::<Result<_, _>>()?)
+        })
+        .await
+    }
+
+    async fn revoke_admin_token(&self, organisation: &str, id: &str, actor: &str, now_ms: u64) -> Result<bool, StoreError> {
+        let (organisation, id, actor) = (organisation.to_owned(), id.to_owned(), actor.to_owned());
+        self.write(move |ledger| ledger.revoke_admin_token(&organisation, &id, &actor, now_ms)).await
+    }
+
+    async fn note(&self, organisation: &str, actor: &str, action: &str, target: &str, detail: &str, now_ms: u64) -> Result<(), StoreError> {
+        let [organisation, actor, action, target, detail] = [organisation, actor, action, target, detail].map(str::to_owned);
+        self.write(move |ledger| ledger.note(&organisation, &actor, &action, &target, &detail, now_ms)).await
+    }
+
+    async fn audit(&self, chain: &str, from: u64, limit: u32) -> Result<Vec<AuditRow>, StoreError> {
+        let key_id = chain.to_owned();
         self.read(move |db| {
             let mut select =
                 db.prepare_cached("SELECT seq, entry, mac FROM audit WHERE key_id = ?1 AND seq >= ?2 ORDER BY seq LIMIT ?3")?;
@@ -244,21 +289,18 @@ impl Store for SqliteStore {
         .await
     }
 
-    async fn put_admin_token(&self, id: &str, hash: [u8; 32], role: &str, now_ms: u64) -> Result<(), StoreError> {
-        let (id, role) = (id.to_owned(), role.to_owned());
-        self.write(move |ledger| {
-            let insert = "INSERT INTO admin_tokens (id, token_hash, role, created_ms) VALUES (?1, ?2, ?3, ?4)";
-            ledger.db.prepare_cached(insert)?.execute(params![id, hash, role, signed(now_ms)])?;
-            Ok(())
-        })
-        .await
+    async fn usage(&self, query: UsageQuery) -> Result<Vec<UsageRow>, StoreError> {
+        self.read(move |db| usage(db, &query)).await
     }
 
-    async fn admin_role(&self, hash: [u8; 32]) -> Result<Option<String>, StoreError> {
-        self.read(move |db| {
-            Ok(db.prepare_cached("SELECT role FROM admin_tokens WHERE token_hash = ?1")?.query_row([hash], |row| row.get(0)).optional()?)
-        })
-        .await
+    async fn begin_idempotent(&self, token_id: &str, key: &str, fingerprint: [u8; 32], now_ms: u64) -> Result<Idempotent, StoreError> {
+        let (token_id, key) = (token_id.to_owned(), key.to_owned());
+        self.write(move |ledger| ledger.begin_idempotent(&token_id, &key, fingerprint, now_ms)).await
+    }
+
+    async fn end_idempotent(&self, token_id: &str, key: &str, answer: Option<Vec<u8>>) -> Result<(), StoreError> {
+        let (token_id, key) = (token_id.to_owned(), key.to_owned());
+        self.write(move |ledger| ledger.end_idempotent(&token_id, &key, answer.as_deref())).await
     }
 
     async fn ready(&self) -> Result<(), StoreError> {
@@ -271,4 +313,41 @@ impl Store for SqliteStore {
         })
         .await
     }
+}
+
+/// Sums of usage, in the order of what they are summed by.
+fn usage(db: &Connection, query: &UsageQuery) -> Result<Vec<UsageRow>, StoreError> {
+    let column = |by: &UsageBy| match by {
+        UsageBy::Day => "CAST(u.day AS TEXT)",
+        UsageBy::Team => "coalesce(k.team, '')",
+        UsageBy::Key => "u.key_id",
+        UsageBy::Provider => "u.provider",
+        UsageBy::Model => "u.model",
+    };
+    let by: Vec<&str> = query.by.iter().map(column).collect();
+    let (columns, group) = match by.join(", ") {
+        none if none.is_empty() => (String::new(), String::new()),
+        all => (format!(", {all}"), format!("GROUP BY {all} ORDER BY {all}")),
+    };
+    let mut select = db.prepare_cached(&format!(
+        "SELECT sum(requests), sum(input), sum(u.cache_read), sum(u.cache_write), sum(output), sum(nanodollars){columns}
+         FROM usage u JOIN keys k ON k.id = u.key_id
+         WHERE u.organisation = ?1 AND (?2 IS NULL OR k.team = ?2) AND (?3 IS NULL OR u.key_id = ?3) AND day BETWEEN ?4 AND ?5
+         {group} LIMIT ?6 OFFSET ?7"
+    ))?;
+    let values =
+        params![query.organisation, query.team, query.key, signed(query.from_day), signed(query.to_day), query.limit, query.offset];
+    let rows = select.query_map(values, |row| {
+        let count = |at: usize| Ok::<_, rusqlite::Error>(unsigned(row.get::<_, Option<i64>>(at)?.unwrap_or(0)));
+        Ok(UsageRow {
+            requests: count(0)?,
+            input: count(1)?,
+            cache_read: count(2)?,
+            cache_write: count(3)?,
+            output: count(4)?,
+            nanodollars: row.get::<_, Option<i64>>(5)?.unwrap_or(0),
+            by: (0..query.by.len()).map(|i| row.get(6 + i)).collect::<Result<_, _>>()?,
+        })
+    })?;
+    Ok(rows.collect::<Result<_, _>>()?)
 }

@@ -1,25 +1,30 @@
-//! What the policy service does, whatever the protocol: admit, settle, keys, credentials, audit.
+//! What the policy service does, whatever the protocol: admit, settle, keys, configuration, audit.
 
-use crate::store::{Admission, Admit, AuditRow, CredentialRow, KeyRow, NewKey, Settle, Settled, Store, StoreError};
+pub mod access;
+mod configuration;
+pub mod keys;
+
+use self::access::{Permission, Principal};
+use crate::config::Fault;
+use crate::directory::{Directory, Organisation};
+use crate::store::{
+    self, Admission, Admit, AuditRow, CredentialRow, Idempotent, Settle, Settled, Store, StoreError, UsageQuery, UsageRow, admin_chain,
+};
 use crate::vault::{Vault, VaultError, credential_aad, random};
 use hkdf::Hkdf;
 use hmac::{Hmac, KeyInit, Mac};
-use keyward_core::admission::{Allow, Status};
 use keyward_core::audit::ChainKey;
 use keyward_core::edge::{AdmitAnswer, AdmitRequest, EdgeKey, Plan, PlanCredential, PlanTarget, Record, Secret, SettleAnswer, VmId};
 use keyward_core::hex;
-use keyward_core::money::Nanodollars;
-use keyward_core::operation::Provider;
 use keyward_core::refusal::{Code, Refusal};
-use keyward_core::token::VirtualKey;
-use sha2::{Digest, Sha256};
+use sha2::Sha256;
 use std::collections::HashMap;
 use std::path::Path;
 use std::sync::{Arc, RwLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use zeroize::Zeroizing;
 
-/// The only organisation of this version.
+/// The organisation that every installation has from its start.
 pub const ORGANISATION: &str = "org_default";
 
 #[derive(Debug, thiserror::Error)]
@@ -29,9 +34,19 @@ pub enum ServiceError {
     #[error(transparent)]
     Vault(#[from] VaultError),
     #[error("{0}: {1}")]
-    Invalid(&'static str, String),
+    Invalid(String, String),
+    /// Several things are wrong with a configuration.
+    #[error("the configuration has {} faults", .0.len())]
+    Faults(Vec<Fault>),
     #[error("there is no {0} with this id")]
     NotFound(&'static str),
+    #[error("{0}")]
+    Forbidden(String),
+    #[error("{0}")]
+    Conflict(String),
+    /// It was changed since the caller read it; its version now.
+    #[error("it was changed meanwhile and is at version {0}")]
+    Stale(u64),
 }
 
 /// Keys derived from the installation's root secret, each for one purpose.
@@ -66,9 +81,15 @@ impl Roots {
 /// A credential ready for use.
 #[derive(Clone)]
 struct Loaded {
-    id: String,
-    provider: String,
     secret: Zeroizing<String>,
+}
+
+/// What admissions work from, replaced whole after every change.
+#[derive(Default)]
+struct InMemory {
+    directory: Arc<Directory>,
+    /// Secrets by credential id.
+    secrets: HashMap<String, Loaded>,
 }
 
 pub struct Service {
@@ -77,16 +98,9 @@ pub struct Service {
     roots: Roots,
     origin: String,
     hold_ttl: Duration,
-    loaded: RwLock<Arc<Vec<Loaded>>>,
-}
-
-/// What a new key may do.
-#[derive(Debug, Clone, Default)]
-pub struct KeySpec {
-    pub label: String,
-    pub allow: Allow,
-    pub cap: Option<Nanodollars>,
-    pub expires_in: Option<Duration>,
+    memory: RwLock<Arc<InMemory>>,
+    /// Changes are taken into memory in the order in which they happened.
+    reloading: tokio::sync::Mutex<()>,
 }
 
 /// How an admit ended: an answer, or a conflict that gets none.
@@ -104,7 +118,9 @@ impl Service {
         origin: String,
         hold_ttl: Duration,
     ) -> Result<Self, ServiceError> {
-        let service = Service { store, vault, roots, origin, hold_ttl, loaded: RwLock::default() };
+        let service =
+            Service { store, vault, roots, origin, hold_ttl, memory: RwLock::default(), reloading: tokio::sync::Mutex::default() };
+        service.store.create_organisation(ORGANISATION, "", "keyward start", now_ms()).await?;
         service.reload().await?;
         Ok(service)
     }
@@ -113,40 +129,67 @@ impl Service {
         &self.origin
     }
 
+    /// Takes the stored configuration and credentials into memory.
     async fn reload(&self) -> Result<(), ServiceError> {
-        let open = |row: CredentialRow| {
-            let secret = self.vault.open(&row.sealed, &credential_aad(ORGANISATION, &row.id, row.version))?;
-            let secret = String::from_utf8(secret.to_vec()).map_err(|_| StoreError::Damaged("a secret that is not text"))?;
-            Ok::<_, ServiceError>(Loaded { id: row.id, provider: row.provider, secret: Zeroizing::new(secret) })
-        };
-        let loaded = self.store.credentials().await?.into_iter().map(open).collect::<Result<Vec<_>, _>>()?;
-        if let Ok(mut slot) = self.loaded.write() {
-            *slot = Arc::new(loaded);
+        let _one_at_a_time = self.reloading.lock().await;
+        let open = |row: CredentialRow| Ok::<_, ServiceError>((row.id.clone(), Loaded { secret: self.open(&row)? }));
+        let secrets = self.store.credentials().await?.into_iter().map(open).collect::<Result<HashMap<_, _>, _>>()?;
+        let memory = InMemory { directory: Arc::new(self.store.directory().await?), secrets };
+        if let Ok(mut slot) = self.memory.write() {
+            *slot = Arc::new(memory);
         }
         Ok(())
+    }
+
+    fn open(&self, row: &CredentialRow) -> Result<Zeroizing<String>, ServiceError> {
+        let secret = self.vault.open(&row.sealed, &credential_aad(&row.organisation, &row.id, row.version))?;
+        let secret = std::str::from_utf8(&secret).map_err(|_| StoreError::Damaged("a secret that is not text"))?;
+        Ok(Zeroizing::new(secret.to_owned()))
+    }
+
+    fn memory(&self) -> Arc<InMemory> {
+        self.memory.read().map(|memory| memory.clone()).unwrap_or_default()
+    }
+
+    /// An organisation's configuration as it stands.
+    pub fn organisation(&self, id: &str) -> Result<Organisation, ServiceError> {
+        self.memory().directory.organisations.get(id).cloned().ok_or(ServiceError::NotFound("organisation"))
+    }
+
+    /// All organisations, by id.
+    pub fn organisations(&self, who: &Principal) -> Result<Vec<(String, Organisation)>, ServiceError> {
+        who.needs(Permission::ReadOrganisations)?;
+        let memory = self.memory();
+        let all = memory.directory.organisations.iter().filter(|(id, _)| who.organisation == ORGANISATION || **id == who.organisation);
+        let mut all: Vec<_> = all.map(|(id, organisation)| (id.clone(), organisation.clone())).collect();
+        all.sort_by(|a, b| a.0.cmp(&b.0));
+        Ok(all)
     }
 
     /// Decides a request and writes it down; the plan with its credentials exists only once that is durable.
     pub async fn admit(&self, request: AdmitRequest) -> Admitted {
         let edge_key = request.need_key.then(|| EdgeKey::derive(&self.roots.edge_master, request.vm));
-        let loaded = self.loaded.read().map(|loaded| loaded.clone()).unwrap_or_default();
-        let usable: Vec<&Loaded> = loaded.iter().filter(|c| c.provider == request.ask.provider).collect();
+        let memory = self.memory();
         let now_ms = now_ms();
-        let (provider, model) = (request.ask.provider.clone(), request.ask.model.clone());
+        let provider = request.ask.provider.clone();
         let admit = Admit {
             token_hash: self.pepper(&request.token),
-            credentials: usable.iter().map(|c| c.id.clone()).collect(),
+            directory: memory.directory.clone(),
             now_ms,
             expires_ms: now_ms.saturating_add(millis(self.hold_ttl)),
             request,
         };
         match self.store.admit(admit).await {
-            Ok(Admission::Admitted { key_id, hold }) => {
+            Ok(Admission::Admitted(admitted)) => {
                 metrics::counter!("keyward_admissions_total").increment(1);
-                let credentials =
-                    usable.iter().map(|c| PlanCredential { id: c.id.clone(), secret: Secret(c.secret.to_string()) }).collect();
+                let store::Admitted { key_id, hold, model, credentials, rev } = *admitted;
+                let with_secret = |id: String| {
+                    let secret = Secret(memory.secrets.get(&id)?.secret.to_string());
+                    Some(PlanCredential { id, secret })
+                };
+                let credentials = credentials.into_iter().filter_map(with_secret).collect();
                 let targets = vec![PlanTarget { provider, model, credentials }];
-                let plan = Plan { key: key_id, rev: 0, clamp: hold.clamp, targets };
+                let plan = Plan { key: key_id, rev, clamp: hold.clamp, targets };
                 Admitted::Answer(Box::new(AdmitAnswer { plan: Some(plan), refusal: None, edge_key }))
             }
             Ok(Admission::Refused(refusal)) => Admitted::Answer(Box::new(refused(refusal, edge_key))),
@@ -163,8 +206,10 @@ impl Service {
     /// Takes a batch of records: the first line names the VM, each further line is one sealed record.
     pub async fn settle(&self, body: &str) -> Result<SettleAnswer, ServiceError> {
         let mut lines = body.lines();
-        let head =
-            lines.next().and_then(BatchHead::parse).ok_or(ServiceError::Invalid("body", "the first line is no batch head".to_owned()))?;
+        let head = lines
+            .next()
+            .and_then(BatchHead::parse)
+            .ok_or(ServiceError::Invalid("body".to_owned(), "the first line is no batch head".to_owned()))?;
         for (code, count) in head.refusals {
             metrics::counter!("keyward_edge_refusals_total", "reason" => code).increment(count);
         }
@@ -232,102 +277,54 @@ impl Service {
         Ok(expired)
     }
 
-    /// Makes a key. The token is in the answer and nowhere else.
-    pub async fn create_key(&self, spec: KeySpec, actor: &str) -> Result<(KeyRow, VirtualKey), ServiceError> {
-        let token = VirtualKey::generate(random()?);
-        let now = now_ms();
-        let row = KeyRow {
-            id: format!("key_{}", hex::encode(&random::<10>()?)),
-            organisation: ORGANISATION.to_owned(),
-            label: spec.label,
-            allow: spec.allow,
-            status: Status::Active,
-            created_ms: now,
-            expires_ms: spec.expires_in.map(|ttl| now.saturating_add(millis(ttl))),
-            cap: spec.cap,
-            spent: Nanodollars::ZERO,
-            reserved: Nanodollars::ZERO,
-            in_flight: 0,
-        };
-        let token_hash = self.pepper(&token.hash().0);
-        let row = self.store.create_key(NewKey { row, token_hash, actor: actor.to_owned() }).await?;
-        Ok((row, token))
+    /// Takes sealed records that an administrator brings.
+    pub async fn import_records(&self, who: &Principal, lines: impl Iterator<Item = &str>) -> Result<(u64, u64), ServiceError> {
+        who.needs(Permission::ImportSettlements)?;
+        let (taken, rejected) = self.take_records(lines).await?;
+        let detail = serde_json::json!({ "taken": taken, "rejected": rejected }).to_string();
+        self.store.note(&who.organisation, &who.actor(), "import", "settlements", &detail, now_ms()).await?;
+        Ok((taken, rejected))
     }
 
-    pub async fn revoke_key(&self, id: &str, actor: &str) -> Result<(), ServiceError> {
-        self.store.revoke_key(id, actor, now_ms()).await?.ok_or(ServiceError::NotFound("key"))
-    }
-
-    pub async fn key(&self, id: &str) -> Result<KeyRow, ServiceError> {
-        self.store.key(id).await?.ok_or(ServiceError::NotFound("key"))
-    }
-
-    pub async fn keys(&self, after: &str, limit: u32) -> Result<Vec<KeyRow>, ServiceError> {
-        Ok(self.store.keys(after, limit).await?)
-    }
-
-    pub async fn add_credential(
-        &self,
-        provider: &str,
-        label: &str,
-        account: Option<&str>,
-        secret: &str,
-    ) -> Result<CredentialRow, ServiceError> {
-        if Provider::by_name(provider).is_none() {
-            return Err(ServiceError::Invalid("provider", format!("there is no provider {provider:?}")));
+    /// Entries of a key's chain, or of the organisation's chain of administrative changes.
+    pub async fn audit(&self, who: &Principal, chain: &str, from: u64, limit: u32) -> Result<Vec<AuditRow>, ServiceError> {
+        who.needs(Permission::ReadAudit)?;
+        if chain != admin_chain(&who.organisation) || who.team.is_some() {
+            self.key(who, chain).await?;
         }
-        // What can't stand in a header would break every request that uses it.
-        if secret.is_empty() || secret.len() > 4_096 || !secret.bytes().all(|b| b.is_ascii_graphic()) {
-            return Err(ServiceError::Invalid("secret", "must be 1 to 4096 visible ASCII characters".to_owned()));
+        Ok(self.store.audit(chain, from, limit).await?)
+    }
+
+    /// Sums of what was used; a developer's are those of their team.
+    pub async fn usage(&self, who: &Principal, mut query: UsageQuery) -> Result<Vec<UsageRow>, ServiceError> {
+        who.needs(Permission::ReadUsage)?;
+        query.organisation.clone_from(&who.organisation);
+        match (&who.team, &query.team) {
+            (Some(own), Some(asked)) if own != asked => return Ok(Vec::new()),
+            (Some(own), _) => query.team = Some(own.clone()),
+            _ => {}
         }
-        if secret.starts_with(keyward_core::token::PREFIX) {
-            return Err(ServiceError::Invalid("secret", "is a virtual key: a credential is the provider's own key".to_owned()));
-        }
-        let id = format!("cred_{}", hex::encode(&random::<8>()?));
-        let sealed = self.vault.seal(secret.as_bytes(), &credential_aad(ORGANISATION, &id, 1))?;
-        let row = CredentialRow {
-            account: account.unwrap_or(&id).to_owned(),
-            id,
-            provider: provider.to_owned(),
-            label: label.to_owned(),
-            version: 1,
-            sealed,
-            created_ms: now_ms(),
-        };
-        self.store.put_credential(row.clone()).await?;
-        self.reload().await?;
-        Ok(row)
+        Ok(self.store.usage(query).await?)
     }
 
-    pub async fn remove_credential(&self, id: &str) -> Result<(), ServiceError> {
-        let removed = self.store.remove_credential(id).await?;
-        self.reload().await?;
-        if removed { Ok(()) } else { Err(ServiceError::NotFound("credential")) }
+    /// Begins a write that carries an Idempotency-Key. An answer that is known is opened.
+    pub async fn begin_idempotent(&self, who: &Principal, key: &str, fingerprint: [u8; 32]) -> Result<Begun, ServiceError> {
+        Ok(match self.store.begin_idempotent(&who.token_id, key, fingerprint, now_ms()).await? {
+            Idempotent::New => Begun::New,
+            Idempotent::Answered(sealed) => Begun::Answered(self.vault.open(&sealed, &idempotent_aad(who, key))?),
+            Idempotent::Unfinished => Begun::Unfinished,
+            Idempotent::Other => Begun::Other,
+        })
     }
 
-    pub async fn credentials(&self) -> Result<Vec<CredentialRow>, ServiceError> {
-        Ok(self.store.credentials().await?)
-    }
-
-    pub async fn audit(&self, key_id: &str, from: u64, limit: u32) -> Result<Vec<AuditRow>, ServiceError> {
-        self.key(key_id).await?;
-        Ok(self.store.audit(key_id, from, limit).await?)
+    /// Keeps the answer, sealed: it may hold a token. `None`: the write did not happen.
+    pub async fn end_idempotent(&self, who: &Principal, key: &str, answer: Option<&[u8]>) -> Result<(), ServiceError> {
+        let sealed = answer.map(|answer| self.vault.seal(answer, &idempotent_aad(who, key))).transpose()?;
+        Ok(self.store.end_idempotent(&who.token_id, key, sealed).await?)
     }
 
     pub fn chain_key(&self, key_id: &str, epoch: u64) -> ChainKey {
         ChainKey::derive(&self.roots.audit_seed, &self.origin, key_id, epoch)
-    }
-
-    /// Makes an admin token. The token is in the answer and nowhere else.
-    pub async fn create_admin_token(&self, role: &str) -> Result<Zeroizing<String>, ServiceError> {
-        let token = Zeroizing::new(format!("kwa_{}", hex::encode(&random::<32>()?)));
-        let id = format!("adm_{}", hex::encode(&random::<8>()?));
-        self.store.put_admin_token(&id, self.pepper(&Sha256::digest(token.as_bytes()).into()), role, now_ms()).await?;
-        Ok(token)
-    }
-
-    pub async fn admin_role(&self, token: &str) -> Result<Option<String>, ServiceError> {
-        Ok(self.store.admin_role(self.pepper(&Sha256::digest(token.as_bytes()).into())).await?)
     }
 
     pub async fn ready(&self) -> Result<(), ServiceError> {
@@ -341,6 +338,18 @@ impl Service {
         mac.update(hash);
         mac.finalize().into_bytes().into()
     }
+}
+
+/// What is known of a write that carries an Idempotency-Key.
+pub enum Begun {
+    New,
+    Answered(Zeroizing<Vec<u8>>),
+    Unfinished,
+    Other,
+}
+
+fn idempotent_aad(who: &Principal, key: &str) -> Vec<u8> {
+    [b"keyward/idempotent/v1\0".as_slice(), who.token_id.as_bytes(), b"\0", key.as_bytes()].concat()
 }
 
 /// `KB1 vm need_key refusals-json`.

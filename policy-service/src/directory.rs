@@ -1,0 +1,92 @@
+//! Every organisation's configuration as it stands, held in memory: admissions read it, edits replace it.
+
+use crate::config::{Document, Kind, Pool, RouteTarget};
+use keyward_core::admission::Allow;
+use std::collections::{BTreeMap, HashMap};
+
+/// All organisations by id.
+#[derive(Debug, Clone, Default)]
+pub struct Directory {
+    pub organisations: HashMap<String, Organisation>,
+}
+
+/// One organisation's configuration.
+#[derive(Debug, Clone, Default)]
+pub struct Organisation {
+    pub label: String,
+    /// Counts changes; stands in every admission.
+    pub rev: u64,
+    /// Credentials stand in it without their secrets.
+    pub document: Document,
+    /// What the document does not say of each object.
+    pub meta: BTreeMap<(Kind, String), Meta>,
+    /// Names of credentials in the order in which they were stored.
+    pub order: Vec<String>,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Meta {
+    /// The id of a credential; for all else the name.
+    pub id: String,
+    pub version: u64,
+    /// Made by `apply`.
+    pub managed: bool,
+    pub created_ms: u64,
+    pub updated_ms: u64,
+}
+
+/// Why no credential can be named.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum NoCredential {
+    None,
+    /// The pool that a policy or route names is gone or is another provider's.
+    Pool(String),
+}
+
+impl Organisation {
+    pub fn meta(&self, kind: Kind, name: &str) -> Option<&Meta> {
+        self.meta.get(&(kind, name.to_owned()))
+    }
+
+    /// The lists that limit a key beside its own: its policy's and its team's. `None`: one of them does not exist.
+    pub fn limits(&self, team: Option<&str>, policy: Option<&str>) -> Option<Vec<Allow>> {
+        let team = team.map(|name| self.document.teams.get(name).map(|team| &team.allow));
+        let policy = policy.map(|name| self.document.policies.get(name).map(|policy| &policy.allow));
+        let mut limits = Vec::new();
+        for allow in [team, policy].into_iter().flatten() {
+            limits.push(Allow::from(allow?));
+        }
+        Some(limits)
+    }
+
+    pub fn is_enabled(&self, provider: &str) -> bool {
+        self.document.providers.get(provider).is_none_or(|settings| settings.enabled)
+    }
+
+    /// Where a model name of the organisation's own leads.
+    pub fn route(&self, model: &str) -> Option<&RouteTarget> {
+        self.document.routes.get(model)?.targets.first()
+    }
+
+    /// Ids of the credentials to try, in order: those of `pool`, or of the pool that the policy names, or all of the provider.
+    pub fn credentials(&self, provider: &str, policy: Option<&str>, pool: Option<&str>) -> Result<Vec<String>, NoCredential> {
+        let of_policy = || self.document.policies.get(policy?)?.pools.get(provider).map(String::as_str);
+        let ids: Vec<String> = match pool.or_else(of_policy) {
+            Some(name) => {
+                let found: Option<&Pool> = self.document.pools.get(name).filter(|pool| pool.provider == provider);
+                let pool = found.ok_or_else(|| NoCredential::Pool(name.to_owned()))?;
+                pool.credentials.iter().filter_map(|name| self.credential_id(name)).collect()
+            }
+            None => {
+                let of_provider =
+                    |name: &&String| self.document.credentials.get(name.as_str()).is_some_and(|credential| credential.provider == provider);
+                self.order.iter().filter(of_provider).filter_map(|name| self.credential_id(name)).collect()
+            }
+        };
+        if ids.is_empty() { Err(NoCredential::None) } else { Ok(ids) }
+    }
+
+    fn credential_id(&self, name: &str) -> Option<String> {
+        self.meta(Kind::Credential, name).map(|meta| meta.id.clone())
+    }
+}

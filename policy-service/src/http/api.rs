@@ -1,0 +1,286 @@
+//! What all admin endpoints share: bodies and queries that fail with a named field, pages, preconditions, idempotent writes.
+
+use super::error::Problem;
+use crate::service::Begun;
+use crate::service::Service;
+use crate::service::access::Principal;
+use crate::store::Expect;
+use axum::body::{Body, Bytes, to_bytes};
+use axum::extract::{FromRequest, FromRequestParts, Query, Request, State};
+use axum::http::request::Parts;
+use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header};
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+use base64::Engine;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use metrics_exporter_prometheus::PrometheusHandle;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use std::sync::Arc;
+use utoipa::{IntoParams, ToSchema};
+
+pub const MAX_PAGE: u32 = 1_000;
+/// Largest body of an ordinary request, in bytes.
+pub const MAX_BODY: usize = 4 * 1024 * 1024;
+
+#[derive(Clone)]
+pub struct Admin {
+    pub service: Arc<Service>,
+    pub metrics: PrometheusHandle,
+}
+
+/// Who calls, as [`authenticate`] found out.
+impl<S: Sync> FromRequestParts<S> for Principal {
+    type Rejection = Problem;
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Problem> {
+        parts.extensions.get::<Principal>().cloned().ok_or_else(unauthenticated)
+    }
+}
+
+fn unauthenticated() -> Problem {
+    Problem::new(StatusCode::UNAUTHORIZED, "unauthenticated", "send a valid admin token: authorization: Bearer kwa_...")
+}
+
+pub async fn authenticate(State(admin): State<Admin>, mut request: Request, next: Next) -> Result<Response, Problem> {
+    let token = request.headers().get(header::AUTHORIZATION).and_then(|v| v.to_str().ok()?.strip_prefix("Bearer "));
+    let principal = match token {
+        Some(token) => admin.service.principal(token).await?,
+        None => None,
+    };
+    let Some(principal) = principal else {
+        metrics::counter!("keyward_admin_unauthenticated_total").increment(1);
+        return Err(unauthenticated());
+    };
+    request.extensions_mut().insert(principal);
+    Ok(next.run(request).await)
+}
+
+/// A JSON body. What does not fit is named by field; values, which may be secrets, are never repeated.
+pub struct Json<T>(pub T);
+
+impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Json<T> {
+    type Rejection = Problem;
+    async fn from_request(request: Request, state: &S) -> Result<Self, Problem> {
+        let media = request.headers().get(header::CONTENT_TYPE).and_then(|v| v.to_str().ok()).unwrap_or_default();
+        let media = media.split(';').next().unwrap_or_default().trim();
+        if !media.eq_ignore_ascii_case("application/json") && !media.eq_ignore_ascii_case("application/merge-patch+json") {
+            return Err(Problem::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported media type", "send content-type: application/json"));
+        }
+        let bytes = Bytes::from_request(request, state).await.map_err(|rejection| {
+            Problem::new(rejection.status(), "unreadable body", format!("the body could not be read; at most {MAX_BODY} bytes are"))
+        })?;
+        parse(&bytes).map(Json)
+    }
+}
+
+/// Reads JSON, naming the field that does not fit.
+pub fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Problem> {
+    let mut reader = serde_json::Deserializer::from_slice(bytes);
+    let value = serde_path_to_error::deserialize(&mut reader).map_err(|error| {
+        let path = error.path().to_string();
+        let inner = error.into_inner();
+        if inner.is_syntax() || inner.is_eof() {
+            let place = format!("not JSON: line {}, column {}", inner.line(), inner.column());
+            return Problem::new(StatusCode::BAD_REQUEST, "invalid JSON", place);
+        }
+        let field = if path == "." { String::new() } else { path };
+        Problem::field(field, safe_message(&inner.to_string()))
+    })?;
+    reader.end().map_err(|_| Problem::new(StatusCode::BAD_REQUEST, "invalid JSON", "something follows the document"))?;
+    Ok(value)
+}
+
+/// What serde says of names it may say; what it says of values is left out.
+fn safe_message(message: &str) -> String {
+    let message = message.split(" at line ").next().unwrap_or_default();
+    if ["unknown field", "missing field", "duplicate field", "unknown variant"].iter().any(|start| message.starts_with(start))
+        && message.len() < 400
+    {
+        message.to_owned()
+    } else {
+        "has the wrong type or form".to_owned()
+    }
+}
+
+/// Query parameters.
+pub struct Params<T>(pub T);
+
+impl<T: DeserializeOwned, S: Send + Sync> FromRequestParts<S> for Params<T> {
+    type Rejection = Problem;
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
+        let query = Query::<T>::from_request_parts(parts, state).await;
+        let Query(params) = query
+            .map_err(|_| Problem::new(StatusCode::BAD_REQUEST, "invalid query", "a query parameter is unknown or has the wrong form"))?;
+        Ok(Params(params))
+    }
+}
+
+/// A page of a list.
+#[derive(Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub struct Page {
+    /// `next_cursor` of the page before.
+    pub cursor: Option<String>,
+    /// Most items, 1 to 1000.
+    #[param(minimum = 1, maximum = 1000)]
+    pub limit: Option<u32>,
+}
+
+/// Where a page begins, and how many items it may have.
+pub fn page(cursor: Option<&str>, limit: Option<u32>) -> Result<(String, u32), Problem> {
+    let limit = limit.unwrap_or(100);
+    if !(1..=MAX_PAGE).contains(&limit) {
+        return Err(Problem::new(StatusCode::BAD_REQUEST, "invalid query", "limit must be 1 to 1000"));
+    }
+    let after = cursor.map(|cursor| URL_SAFE_NO_PAD.decode(cursor).ok().and_then(|bytes| String::from_utf8(bytes).ok()));
+    match after {
+        Some(None) => Err(Problem::new(StatusCode::BAD_REQUEST, "invalid query", "cursor is not one that a page gave")),
+        Some(Some(after)) => Ok((after, limit)),
+        None => Ok((String::new(), limit)),
+    }
+}
+
+/// A cursor, opaque to the caller.
+pub fn cursor(text: &str) -> String {
+    URL_SAFE_NO_PAD.encode(text)
+}
+
+/// One page, and where the next begins.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct List<T> {
+    pub data: Vec<T>,
+    /// Absent on the last page.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    pub next_cursor: Option<String>,
+}
+
+impl<T> List<T> {
+    /// A page of `limit` items; one that is full is followed by another.
+    pub fn of(data: Vec<T>, limit: u32, id: impl Fn(&T) -> &str) -> Self {
+        let full = data.len() >= limit as usize;
+        let next_cursor = data.last().filter(|_| full).map(|last| cursor(id(last)));
+        List { data, next_cursor }
+    }
+}
+
+/// `If-Match` and `If-None-Match`, as far as they are understood.
+pub struct Precondition(pub Expect);
+
+impl<S: Sync> FromRequestParts<S> for Precondition {
+    type Rejection = Problem;
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Problem> {
+        expectation(&parts.headers).map(Precondition)
+    }
+}
+
+fn expectation(headers: &HeaderMap) -> Result<Expect, Problem> {
+    let value = |name| headers.get(name).map(|v: &HeaderValue| v.to_str().unwrap_or_default().trim());
+    match (value(header::IF_MATCH), value(header::IF_NONE_MATCH)) {
+        (None, None) => Ok(Expect::Anything),
+        (None, Some("*")) => Ok(Expect::Absent),
+        (Some("*"), None) => Ok(Expect::Anything),
+        (Some(tag), None) => {
+            let version = tag.strip_prefix('"').and_then(|t| t.strip_suffix('"')).and_then(|t| t.parse().ok());
+            // A tag of another form names no version that ever was.
+            Ok(Expect::Version(version.unwrap_or(u64::MAX)))
+        }
+        _ => Err(Problem::new(StatusCode::BAD_REQUEST, "invalid precondition", "expected If-Match: \"<version>\" or If-None-Match: *")),
+    }
+}
+
+impl Precondition {
+    /// The version that a key must be at.
+    pub fn version(&self) -> Option<u64> {
+        match self.0 {
+            Expect::Version(version) => Some(version),
+            Expect::Anything | Expect::Absent => None,
+        }
+    }
+}
+
+/// The tag of a version.
+pub fn etag(version: u64) -> [(header::HeaderName, String); 1] {
+    [(header::ETAG, format!("\"{version}\""))]
+}
+
+/// An answer as it is kept for a write that comes again.
+#[derive(Serialize, Deserialize)]
+struct Kept {
+    status: u16,
+    content_type: String,
+    etag: Option<String>,
+    body: String,
+}
+
+/// Makes a POST with an `Idempotency-Key` happen once: the same one again gets the same answer.
+pub async fn idempotent(State(admin): State<Admin>, request: Request, next: Next) -> Result<Response, Problem> {
+    let key = request.headers().get("idempotency-key").filter(|_| request.method() == Method::POST).cloned();
+    let (Some(key), Some(who)) = (key, request.extensions().get::<Principal>().cloned()) else { return Ok(next.run(request).await) };
+    let key = key.to_str().ok().filter(|key| !key.is_empty() && key.len() <= 255).map(str::to_owned).ok_or_else(|| {
+        Problem::new(StatusCode::BAD_REQUEST, "invalid idempotency key", "Idempotency-Key must be 1 to 255 visible ASCII characters")
+    })?;
+    let (parts, body) = request.into_parts();
+    let body = to_bytes(body, MAX_BODY).await.map_err(|_| {
+        Problem::new(
+            StatusCode::PAYLOAD_TOO_LARGE,
+            "body too large",
+            format!("with an Idempotency-Key a body has at most {MAX_BODY} bytes"),
+        )
+    })?;
+    let fingerprint = Sha256::new().chain_update(parts.uri.to_string()).chain_update([0]).chain_update(&body).finalize().into();
+    match admin.service.begin_idempotent(&who, &key, fingerprint).await? {
+        Begun::New => {}
+        Begun::Answered(kept) => return Ok(replay(&kept)),
+        Begun::Unfinished => {
+            let detail =
+                "a request with this Idempotency-Key is under way, or its outcome was lost: look before you try again with another key";
+            return Err(Problem::new(StatusCode::CONFLICT, "outcome unknown", detail));
+        }
+        Begun::Other => {
+            let detail = "this Idempotency-Key was used for another request";
+            return Err(Problem::new(StatusCode::UNPROCESSABLE_ENTITY, "idempotency key reused", detail));
+        }
+    }
+    let response = next.run(Request::from_parts(parts, Body::from(body))).await;
+    keep(&admin, &who, &key, response).await
+}
+
+async fn keep(admin: &Admin, who: &Principal, key: &str, response: Response) -> Result<Response, Problem> {
+    let (parts, body) = response.into_parts();
+    let body = to_bytes(body, MAX_BODY).await.unwrap_or_default();
+    // A write that failed on our side did not happen, and may be tried again under the same key.
+    let answer = (!parts.status.is_server_error()).then(|| {
+        let text = |name| parts.headers.get(name).and_then(|v: &HeaderValue| v.to_str().ok()).map(str::to_owned);
+        let kept = Kept {
+            status: parts.status.as_u16(),
+            content_type: text(header::CONTENT_TYPE).unwrap_or_default(),
+            etag: text(header::ETAG),
+            body: String::from_utf8_lossy(&body).into_owned(),
+        };
+        zeroize::Zeroizing::new(serde_json::to_vec(&kept).unwrap_or_default())
+    });
+    admin.service.end_idempotent(who, key, answer.as_ref().map(|answer| answer.as_slice())).await?;
+    Ok(Response::from_parts(parts, Body::from(body)))
+}
+
+fn replay(kept: &[u8]) -> Response {
+    let Ok(kept) = serde_json::from_slice::<Kept>(kept) else {
+        return Problem::new(StatusCode::INTERNAL_SERVER_ERROR, "vault error", "the kept answer can't be read").into_response();
+    };
+    let mut response = (StatusCode::from_u16(kept.status).unwrap_or_default(), kept.body).into_response();
+    let headers = response.headers_mut();
+    let mut set = |name, value: Option<String>| match value.and_then(|value| HeaderValue::from_str(&value).ok()) {
+        Some(value) if !value.is_empty() => drop(headers.insert(name, value)),
+        _ => {
+            headers.remove(name);
+        }
+    };
+    set(header::CONTENT_TYPE, Some(kept.content_type));
+    set(header::ETAG, kept.etag);
+    set(header::CACHE_CONTROL, Some("no-store".to_owned()));
+    headers.insert("idempotent-replayed", HeaderValue::from_static("true"));
+    response
+}

@@ -1,0 +1,169 @@
+//! `/v1/credentials`: real secrets, which go in and never come out.
+
+use super::api::{Admin, Json, List, Page, Params, Precondition, etag, page};
+use super::error::Problem;
+use crate::config::{Credential, Kind};
+use crate::directory::{Meta, Organisation};
+use crate::service::ServiceError;
+use crate::service::access::{Permission, Principal};
+use crate::store::Expect;
+use axum::extract::{Path, State};
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+use zeroize::Zeroizing;
+
+pub fn router() -> OpenApiRouter<Admin> {
+    OpenApiRouter::new().routes(routes!(list_credentials, add_credential)).routes(routes!(
+        show_credential,
+        change_credential,
+        remove_credential
+    ))
+}
+
+#[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct AddCredential {
+    /// Default: the id that it gets.
+    name: Option<String>,
+    #[schema(example = "openai")]
+    provider: String,
+    #[serde(default)]
+    label: String,
+    /// The provider's account whose limits it shares; default: its own.
+    account: Option<String>,
+    #[schema(value_type = String, write_only)]
+    secret: Zeroizing<String>,
+}
+
+/// What changes; a field that is absent stays.
+#[derive(Deserialize, ToSchema, Default)]
+#[serde(default, deny_unknown_fields)]
+pub struct ChangeCredential {
+    #[schema(nullable = false)]
+    label: Option<String>,
+    #[schema(nullable = false)]
+    account: Option<String>,
+    /// Takes the place of the one that is stored, from the next admission on.
+    #[schema(value_type = String, write_only, nullable = false)]
+    secret: Option<Zeroizing<String>>,
+}
+
+/// A credential without its secret.
+#[derive(Serialize, ToSchema)]
+pub struct CredentialView {
+    id: String,
+    name: String,
+    provider: String,
+    label: String,
+    account: String,
+    /// Where the configuration says that the secret is.
+    from: Option<String>,
+    managed_by: &'static str,
+    version: u64,
+    created_ms: u64,
+    updated_ms: u64,
+}
+
+fn view(name: &str, credential: &Credential, meta: &Meta) -> CredentialView {
+    CredentialView {
+        id: meta.id.clone(),
+        name: name.to_owned(),
+        provider: credential.provider.clone(),
+        label: credential.label.clone(),
+        account: credential.account.clone().unwrap_or_else(|| meta.id.clone()),
+        from: credential.from.clone(),
+        managed_by: if meta.managed { "configuration" } else { "api" },
+        version: meta.version,
+        created_ms: meta.created_ms,
+        updated_ms: meta.updated_ms,
+    }
+}
+
+fn find(organisation: &Organisation, name: &str) -> Result<(CredentialView, Meta), Problem> {
+    let found = organisation.document.credentials.get(name).zip(organisation.meta(Kind::Credential, name));
+    let (credential, meta) = found.ok_or(ServiceError::NotFound("credential"))?;
+    Ok((view(name, credential, meta), meta.clone()))
+}
+
+/// List credentials
+///
+/// In the order of their names, without secrets.
+#[utoipa::path(get, path = "/v1/credentials", tag = "credentials", params(Page), responses((status = 200, body = List<CredentialView>)))]
+async fn list_credentials(State(admin): State<Admin>, who: Principal, Params(query): Params<Page>) -> Result<Response, Problem> {
+    who.needs(Permission::ReadSupply)?;
+    let (after, limit) = page(query.cursor.as_deref(), query.limit)?;
+    let organisation = admin.service.organisation(&who.organisation)?;
+    let names = organisation.document.credentials.keys().filter(|name| **name > after).take(limit as usize);
+    let data: Vec<CredentialView> = names.filter_map(|name| find(&organisation, name).ok()).map(|(view, _)| view).collect();
+    Ok(axum::Json(List::of(data, limit, |credential| &credential.name)).into_response())
+}
+
+/// Store a credential
+///
+/// The secret is encrypted at rest and never shown again.
+#[utoipa::path(post, path = "/v1/credentials", tag = "credentials", request_body = AddCredential,
+    params(("Idempotency-Key" = Option<String>, Header, description = "The same request again gets the same answer, for 24 hours")),
+    responses((status = 201, body = CredentialView, headers(("ETag" = String)))))]
+async fn add_credential(State(admin): State<Admin>, who: Principal, Json(body): Json<AddCredential>) -> Result<Response, Problem> {
+    let secret = Some(body.secret.to_string());
+    let credential = Credential { provider: body.provider, label: body.label, account: body.account, from: None, secret };
+    let (name, meta) = admin.service.put_credential(&who, body.name.as_deref(), &credential, Expect::Absent).await?;
+    Ok((StatusCode::CREATED, etag(meta.version), axum::Json(view(&name, &credential, &meta))).into_response())
+}
+
+/// Show a credential, by name or id
+#[utoipa::path(get, path = "/v1/credentials/{name}", tag = "credentials", params(("name" = String, Path)),
+    responses((status = 200, body = CredentialView, headers(("ETag" = String)))))]
+async fn show_credential(State(admin): State<Admin>, who: Principal, Path(name): Path<String>) -> Result<Response, Problem> {
+    who.needs(Permission::ReadSupply)?;
+    let name = admin.service.credential_name(&who, &name)?;
+    let (view, meta) = find(&admin.service.organisation(&who.organisation)?, &name)?;
+    Ok((etag(meta.version), axum::Json(view)).into_response())
+}
+
+/// Change a credential, or replace its secret
+#[utoipa::path(patch, path = "/v1/credentials/{name}", tag = "credentials", request_body = ChangeCredential,
+    params(("name" = String, Path), ("If-Match" = Option<String>, Header, description = "ETag of the version that was read")),
+    responses((status = 200, body = CredentialView, headers(("ETag" = String)))))]
+async fn change_credential(
+    State(admin): State<Admin>,
+    who: Principal,
+    Path(name): Path<String>,
+    expected: Precondition,
+    Json(body): Json<ChangeCredential>,
+) -> Result<Response, Problem> {
+    who.needs(Permission::WriteConfiguration)?;
+    let name = admin.service.credential_name(&who, &name)?;
+    let organisation = admin.service.organisation(&who.organisation)?;
+    let (_, meta) = find(&organisation, &name)?;
+    let mut credential = organisation.document.credentials.get(&name).cloned().ok_or(ServiceError::NotFound("credential"))?;
+    credential.label = body.label.unwrap_or(credential.label);
+    credential.account = body.account.or(credential.account);
+    credential.secret = body.secret.map(|secret| secret.to_string());
+    // Without an expectation of the caller's: what was read here must still be there.
+    let expect = if expected.0 == Expect::Anything { Expect::Version(meta.version) } else { expected.0 };
+    let (name, meta) = admin.service.put_credential(&who, Some(&name), &credential, expect).await?;
+    Ok((etag(meta.version), axum::Json(view(&name, &credential, &meta))).into_response())
+}
+
+/// Remove a credential, by name or id
+///
+/// Refused while a pool names it.
+#[utoipa::path(delete, path = "/v1/credentials/{name}", tag = "credentials",
+    params(("name" = String, Path), ("If-Match" = Option<String>, Header, description = "ETag of the version that was read")),
+    responses((status = 204)))]
+async fn remove_credential(
+    State(admin): State<Admin>,
+    who: Principal,
+    Path(name): Path<String>,
+    expected: Precondition,
+) -> Result<StatusCode, Problem> {
+    who.needs(Permission::WriteConfiguration)?;
+    let name = admin.service.credential_name(&who, &name)?;
+    admin.service.delete_object(&who, Kind::Credential, &name, expected.0).await?;
+    Ok(StatusCode::NO_CONTENT)
+}

@@ -1,0 +1,301 @@
+//! `/v1/keys`: virtual keys.
+
+use super::api::{Admin, Json, List, Params, Precondition, etag, page};
+use super::error::Problem;
+use crate::config::{Allow, Budget};
+use crate::service::access::Principal;
+use crate::service::keys::{KeyPatch, KeySpec};
+use crate::store::KeyRow;
+use axum::extract::{Path, State};
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use keyward_core::admission::{self, Status};
+use keyward_core::money::Nanodollars;
+use serde::{Deserialize, Deserializer, Serialize};
+use std::collections::BTreeMap;
+use utoipa::{IntoParams, ToSchema};
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+pub fn router() -> OpenApiRouter<Admin> {
+    OpenApiRouter::new()
+        .routes(routes!(list_keys, create_key))
+        .routes(routes!(show_key, change_key, revoke_key))
+        .routes(routes!(rotate_key))
+        .routes(routes!(erase_personal))
+}
+
+#[derive(Deserialize, ToSchema)]
+#[serde(default, deny_unknown_fields)]
+#[derive(Default)]
+pub struct CreateKey {
+    /// At most 200 bytes.
+    label: String,
+    /// A developer's default: their own team.
+    team: Option<String>,
+    /// Limits the key, and gives it budget and expiry when it brings none.
+    policy: Option<String>,
+    allow: Allow,
+    budgets: Vec<Budget>,
+    /// `30s`, `10m`, `12h`, `7d`.
+    #[schema(example = "10m")]
+    expires_in: Option<String>,
+    /// Such as user, feature, run. Erased with the personal fields.
+    tags: BTreeMap<String, String>,
+    /// Personal data, such as name or e-mail. They stand beside the audit chain, and can be erased.
+    personal: Option<BTreeMap<String, String>>,
+}
+
+/// What changes; a field that is absent stays, `null` takes away what can be absent.
+#[derive(Deserialize, ToSchema, Default)]
+#[serde(default, deny_unknown_fields)]
+pub struct ChangeKey {
+    #[schema(nullable = false)]
+    label: Option<String>,
+    #[serde(deserialize_with = "present")]
+    #[schema(value_type = Option<String>)]
+    team: Option<Option<String>>,
+    #[serde(deserialize_with = "present")]
+    #[schema(value_type = Option<String>)]
+    policy: Option<Option<String>>,
+    #[schema(nullable = false)]
+    allow: Option<Allow>,
+    #[schema(nullable = false)]
+    budgets: Option<Vec<Budget>>,
+    /// Counted from now.
+    #[serde(deserialize_with = "present")]
+    #[schema(value_type = Option<String>, example = "12h")]
+    expires_in: Option<Option<String>>,
+    #[schema(nullable = false)]
+    tags: Option<BTreeMap<String, String>>,
+    #[serde(deserialize_with = "present")]
+    #[schema(value_type = Option<BTreeMap<String, String>>)]
+    personal: Option<Option<BTreeMap<String, String>>>,
+    /// `active` lets a frozen key go on.
+    #[schema(nullable = false)]
+    status: Option<Thawed>,
+}
+
+/// The only status that can be written.
+#[derive(Serialize, Deserialize, ToSchema, Clone, Copy)]
+#[serde(rename_all = "lowercase")]
+enum Thawed {
+    Active,
+}
+
+/// Tells `null` from absent.
+fn present<'de, T: Deserialize<'de>, D: Deserializer<'de>>(from: D) -> Result<Option<Option<T>>, D::Error> {
+    Option::deserialize(from).map(Some)
+}
+
+/// A key without its token.
+#[derive(Serialize, ToSchema)]
+pub struct Key {
+    id: String,
+    label: String,
+    #[schema(value_type = KeyStatus)]
+    status: Status,
+    team: Option<String>,
+    policy: Option<String>,
+    allow: Allow,
+    tags: BTreeMap<String, String>,
+    personal: Option<BTreeMap<String, String>>,
+    budget_usd: Option<String>,
+    spent_usd: String,
+    reserved_usd: String,
+    /// The same three as integers, in nanodollars.
+    budget_nanodollars: Option<i64>,
+    spent_nanodollars: i64,
+    reserved_nanodollars: i64,
+    /// Requests that are admitted and not settled.
+    in_flight: u64,
+    /// Unix milliseconds.
+    created_ms: u64,
+    expires_ms: Option<u64>,
+    /// Counts changes; the number in the ETag.
+    version: u64,
+}
+
+#[allow(dead_code, reason = "stands for the core's type in the OpenAPI document")]
+#[derive(ToSchema)]
+#[schema(rename_all = "lowercase")]
+enum KeyStatus {
+    Active,
+    Frozen,
+    Revoked,
+}
+
+impl From<KeyRow> for Key {
+    fn from(row: KeyRow) -> Self {
+        Key {
+            id: row.id,
+            label: row.label,
+            status: row.status,
+            team: row.team,
+            policy: row.policy,
+            allow: Allow::from(&row.allow),
+            tags: row.tags,
+            personal: row.personal,
+            budget_usd: row.cap.map(Nanodollars::to_usd),
+            spent_usd: row.spent.to_usd(),
+            reserved_usd: row.reserved.to_usd(),
+            budget_nanodollars: row.cap.map(|cap| cap.0),
+            spent_nanodollars: row.spent.0,
+            reserved_nanodollars: row.reserved.0,
+            in_flight: row.in_flight,
+            created_ms: row.created_ms,
+            expires_ms: row.expires_ms,
+            version: row.version,
+        }
+    }
+}
+
+/// A key with its token, which is shown this once.
+#[derive(Serialize, ToSchema)]
+pub struct KeyWithToken {
+    #[serde(flatten)]
+    key: Key,
+    #[schema(example = "vk_...")]
+    token: String,
+}
+
+#[derive(Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub struct KeyQuery {
+    /// `next_cursor` of the page before.
+    cursor: Option<String>,
+    /// Most items, 1 to 1000.
+    #[param(minimum = 1, maximum = 1000)]
+    limit: Option<u32>,
+    /// Only keys of this team.
+    team: Option<String>,
+}
+
+/// List keys
+///
+/// In the order of their ids. A developer sees the keys of their own team.
+#[utoipa::path(get, path = "/v1/keys", tag = "keys", params(KeyQuery), responses((status = 200, body = List<Key>)))]
+async fn list_keys(State(admin): State<Admin>, who: Principal, Params(query): Params<KeyQuery>) -> Result<Response, Problem> {
+    let (after, limit) = page(query.cursor.as_deref(), query.limit)?;
+    let rows = admin.service.keys(&who, query.team.as_deref(), &after, limit).await?;
+    let list = List::of(rows.into_iter().map(Key::from).collect(), limit, |key: &Key| &key.id);
+    Ok(axum::Json(list).into_response())
+}
+
+/// Make a key
+///
+/// The token is in this answer and nowhere else.
+#[utoipa::path(post, path = "/v1/keys", tag = "keys", request_body = CreateKey,
+    params(("Idempotency-Key" = Option<String>, Header, description = "The same request again gets the same answer, for 24 hours")),
+    responses((status = 201, body = KeyWithToken, headers(("ETag" = String)))))]
+async fn create_key(State(admin): State<Admin>, who: Principal, Json(body): Json<CreateKey>) -> Result<Response, Problem> {
+    let spec = KeySpec {
+        label: body.label,
+        team: body.team,
+        policy: body.policy,
+        allow: admission::Allow::from(&body.allow),
+        budgets: body.budgets,
+        expires_in: body.expires_in,
+        tags: body.tags,
+        personal: body.personal,
+    };
+    let (row, token) = admin.service.create_key(&who, spec).await?;
+    Ok((StatusCode::CREATED, with_token(row, token.reveal())).into_response())
+}
+
+fn with_token(row: KeyRow, token: &str) -> Response {
+    let tag = etag(row.version);
+    let created = KeyWithToken { key: row.into(), token: token.to_owned() };
+    ([(header::CACHE_CONTROL, "no-store")], tag, axum::Json(created)).into_response()
+}
+
+fn shown(row: KeyRow) -> Response {
+    (etag(row.version), axum::Json(Key::from(row))).into_response()
+}
+
+/// Show a key
+#[utoipa::path(get, path = "/v1/keys/{id}", tag = "keys", params(("id" = String, Path)), responses((status = 200, body = Key, headers(("ETag" = String)))))]
+async fn show_key(State(admin): State<Admin>, who: Principal, Path(id): Path<String>) -> Result<Response, Problem> {
+    Ok(shown(admin.service.key(&who, &id).await?))
+}
+
+/// Change a key
+///
+/// JSON merge patch: what is absent stays as it is.
+#[utoipa::path(patch, path = "/v1/keys/{id}", tag = "keys", request_body = ChangeKey,
+    params(("id" = String, Path), ("If-Match" = Option<String>, Header, description = "ETag of the version that was read")),
+    responses((status = 200, body = Key, headers(("ETag" = String)))))]
+async fn change_key(
+    State(admin): State<Admin>,
+    who: Principal,
+    Path(id): Path<String>,
+    expected: Precondition,
+    Json(body): Json<ChangeKey>,
+) -> Result<Response, Problem> {
+    let patch = KeyPatch {
+        label: body.label,
+        team: body.team,
+        policy: body.policy,
+        allow: body.allow.as_ref().map(admission::Allow::from),
+        budgets: body.budgets,
+        expires_in: body.expires_in,
+        tags: body.tags,
+        personal: body.personal,
+        active: body.status.is_some(),
+    };
+    Ok(shown(admin.service.update_key(&who, &id, expected.version(), &patch).await?))
+}
+
+/// Revoke a key for good
+///
+/// It is refused from the next admission on. Twice is no error.
+#[utoipa::path(delete, path = "/v1/keys/{id}", tag = "keys",
+    params(("id" = String, Path), ("If-Match" = Option<String>, Header, description = "ETag of the version that was read")),
+    responses((status = 204)))]
+async fn revoke_key(
+    State(admin): State<Admin>,
+    who: Principal,
+    Path(id): Path<String>,
+    expected: Precondition,
+) -> Result<StatusCode, Problem> {
+    admin.service.revoke_key(&who, &id, expected.version()).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+#[derive(Deserialize, ToSchema, Default)]
+#[serde(default, deny_unknown_fields)]
+pub struct RotateKey {
+    /// How long the old token works on; default: not at all.
+    #[schema(example = "1h")]
+    overlap: Option<String>,
+}
+
+/// Give a key a new token
+///
+/// The key stays the same: id, budget, chain. Its old token works until the overlap ends.
+#[utoipa::path(post, path = "/v1/keys/{id}/rotate", tag = "keys", request_body = RotateKey,
+    params(("id" = String, Path), ("If-Match" = Option<String>, Header, description = "ETag of the version that was read"),
+        ("Idempotency-Key" = Option<String>, Header, description = "The same request again gets the same answer, for 24 hours")),
+    responses((status = 200, body = KeyWithToken, headers(("ETag" = String)))))]
+async fn rotate_key(
+    State(admin): State<Admin>,
+    who: Principal,
+    Path(id): Path<String>,
+    expected: Precondition,
+    Json(body): Json<RotateKey>,
+) -> Result<Response, Problem> {
+    let overlap = body.overlap.as_deref().unwrap_or("0s");
+    let (row, token) = admin.service.rotate_key(&who, &id, expected.version(), overlap).await?;
+    Ok(with_token(row, token.reveal()))
+}
+
+/// Erase a key's personal fields and tags
+///
+/// The audit chain keeps only a salted hash of them, and the salt goes as well.
+#[utoipa::path(delete, path = "/v1/keys/{id}/personal", tag = "keys", params(("id" = String, Path)), responses((status = 204)))]
+async fn erase_personal(State(admin): State<Admin>, who: Principal, Path(id): Path<String>) -> Result<StatusCode, Problem> {
+    let patch = KeyPatch { personal: Some(None), tags: Some(BTreeMap::new()), ..KeyPatch::default() };
+    admin.service.update_key(&who, &id, None, &patch).await?;
+    Ok(StatusCode::NO_CONTENT)
+}

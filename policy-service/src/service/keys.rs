@@ -1,0 +1,255 @@
+//! Virtual keys: made, shown, changed, rotated, revoked, within the limits of their team.
+
+use super::access::{Permission, Principal};
+use super::{Service, ServiceError, millis, now_ms};
+use crate::config::{self, Budget};
+use crate::store::{KeyOutcome, KeyRow, KeyUpdate, NewKey, Rotation};
+use crate::vault::random;
+use keyward_core::admission::{Allow, Status};
+use keyward_core::hex;
+use keyward_core::money::Nanodollars;
+use keyward_core::token::VirtualKey;
+use std::collections::BTreeMap;
+
+/// Most tags or personal fields of a key, and the longest of their names and values.
+const MAX_FIELDS: usize = 32;
+const MAX_FIELD: usize = 256;
+/// How often a change is tried again that somebody else's came between.
+const TRIES: usize = 5;
+
+/// What a new key may do.
+#[derive(Debug, Clone, Default)]
+pub struct KeySpec {
+    pub label: String,
+    pub team: Option<String>,
+    pub policy: Option<String>,
+    pub allow: Allow,
+    pub budgets: Vec<Budget>,
+    pub expires_in: Option<String>,
+    pub tags: BTreeMap<String, String>,
+    pub personal: Option<BTreeMap<String, String>>,
+}
+
+/// What changes on a key; `None` stays as it is.
+#[derive(Debug, Clone, Default)]
+pub struct KeyPatch {
+    pub label: Option<String>,
+    pub team: Option<Option<String>>,
+    pub policy: Option<Option<String>>,
+    pub allow: Option<Allow>,
+    pub budgets: Option<Vec<Budget>>,
+    /// From now; `Some(None)`: never.
+    pub expires_in: Option<Option<String>>,
+    pub tags: Option<BTreeMap<String, String>>,
+    pub personal: Option<Option<BTreeMap<String, String>>>,
+    /// `active` lets a frozen key go on; nothing else can be written.
+    pub active: bool,
+}
+
+impl Service {
+    /// Makes a key. The token is in the answer and nowhere else.
+    pub async fn create_key(&self, who: &Principal, mut spec: KeySpec) -> Result<(KeyRow, VirtualKey), ServiceError> {
+        who.needs(Permission::WriteKeys)?;
+        if who.team.is_some() && spec.team.is_none() {
+            spec.team.clone_from(&who.team);
+        }
+        self.template(&who.organisation, &mut spec)?;
+        let now = now_ms();
+        let row = KeyRow {
+            id: format!("key_{}", hex::encode(&random::<10>()?)),
+            organisation: who.organisation.clone(),
+            team: spec.team,
+            policy: spec.policy,
+            label: spec.label,
+            allow: spec.allow,
+            tags: spec.tags,
+            personal: spec.personal,
+            status: Status::Active,
+            version: 1,
+            created_ms: now,
+            expires_ms: expiry(spec.expires_in.as_deref(), now)?,
+            cap: cap(&spec.budgets)?,
+            spent: Nanodollars::ZERO,
+            reserved: Nanodollars::ZERO,
+            in_flight: 0,
+        };
+        let max_keys = self.within_limits(who, &row, now)?;
+        let token = VirtualKey::generate(random()?);
+        let key = NewKey { row, token_hash: self.pepper(&token.hash().0), salt: random()?, actor: who.actor(), max_keys };
+        Ok((outcome(self.store.create_key(key).await?)?, token))
+    }
+
+    /// Budget and expiry that the key does not bring come from its policy.
+    fn template(&self, organisation: &str, spec: &mut KeySpec) -> Result<(), ServiceError> {
+        let Some(name) = &spec.policy else { return Ok(()) };
+        let organisation = self.organisation(organisation)?;
+        let Some(policy) = organisation.document.policies.get(name) else {
+            return Err(ServiceError::Invalid("policy".to_owned(), format!("there is no policy {name:?}")));
+        };
+        if spec.budgets.is_empty() {
+            spec.budgets.clone_from(&policy.budgets);
+        }
+        if spec.expires_in.is_none() {
+            spec.expires_in.clone_from(&policy.expires_in);
+        }
+        Ok(())
+    }
+
+    /// Whether the key, as it is to be, keeps to its team's limits. Gives how many live keys the team may have.
+    fn within_limits(&self, who: &Principal, row: &KeyRow, now: u64) -> Result<Option<u32>, ServiceError> {
+        let invalid = |field: &str, message: String| Err(ServiceError::Invalid(field.to_owned(), message));
+        if who.team.is_some() && who.team != row.team {
+            return Err(ServiceError::Forbidden("a developer's keys are those of their own team".to_owned()));
+        }
+        if row.label.len() > 200 {
+            return invalid("label", "must be at most 200 bytes".to_owned());
+        }
+        for (list, patterns) in [("allow.models", &row.allow.models), ("allow.endpoints", &row.allow.endpoints)] {
+            if patterns.len() > 1_000 || patterns.iter().any(|p| p.is_empty() || p.len() > 256) {
+                return invalid(list, "must be at most 1000 entries of 1 to 256 bytes".to_owned());
+            }
+        }
+        for (field, map) in [("tags", Some(&row.tags)), ("personal", row.personal.as_ref())] {
+            let Some(map) = map else { continue };
+            if map.len() > MAX_FIELDS || map.iter().any(|(k, v)| k.is_empty() || k.len() > MAX_FIELD || v.len() > MAX_FIELD) {
+                return invalid(field, format!("must be at most {MAX_FIELDS} pairs of at most {MAX_FIELD} bytes each"));
+            }
+        }
+        let organisation = self.organisation(&row.organisation)?;
+        if let Some(policy) = row.policy.as_ref().filter(|name| !organisation.document.policies.contains_key(*name)) {
+            return invalid("policy", format!("there is no policy {policy:?}"));
+        }
+        let Some(name) = &row.team else { return Ok(None) };
+        let Some(team) = organisation.document.teams.get(name) else { return invalid("team", format!("there is no team {name:?}")) };
+        if let Some(most) = team.max_key_usd.as_deref().and_then(|usd| config::parse_usd(usd).ok())
+            && row.cap.is_none_or(|cap| cap > most)
+        {
+            return invalid("budgets", format!("a key of the team {name} has a budget of at most ${}", most.to_usd()));
+        }
+        if let Some(longest) = &team.max_expires_in
+            && let Ok(ttl) = config::parse_duration(longest)
+            && row.expires_ms.is_none_or(|at| at > now.saturating_add(millis(ttl)))
+        {
+            return invalid("expires_in", format!("a key of the team {name} lives at most {longest}"));
+        }
+        Ok(team.max_keys)
+    }
+
+    pub async fn key(&self, who: &Principal, id: &str) -> Result<KeyRow, ServiceError> {
+        who.needs(Permission::ReadKeys)?;
+        let row = self.store.key(&who.organisation, id).await?;
+        // A key of another team is as good as none.
+        row.filter(|row| who.team.is_none() || who.team == row.team).ok_or(ServiceError::NotFound("key"))
+    }
+
+    pub async fn keys(&self, who: &Principal, team: Option<&str>, after: &str, limit: u32) -> Result<Vec<KeyRow>, ServiceError> {
+        who.needs(Permission::ReadKeys)?;
+        if team.is_some() && who.team.is_some() && who.team.as_deref() != team {
+            return Ok(Vec::new());
+        }
+        Ok(self.store.keys(&who.organisation, who.team.as_deref().or(team), after, limit).await?)
+    }
+
+    /// Changes a key; `expect`: only if it is still at this version.
+    pub async fn update_key(&self, who: &Principal, id: &str, expect: Option<u64>, patch: &KeyPatch) -> Result<KeyRow, ServiceError> {
+        who.needs(Permission::WriteKeys)?;
+        for _ in 0..TRIES {
+            let now = now_ms();
+            let before = self.key(who, id).await?;
+            if expect.is_some_and(|version| version != before.version) {
+                return Err(ServiceError::Stale(before.version));
+            }
+            if before.status == Status::Revoked {
+                return Err(ServiceError::Conflict("the key is revoked; that is for good".to_owned()));
+            }
+            let row = patched(before, patch, now)?;
+            self.within_limits(who, &row, now)?;
+            match self.store.update_key(KeyUpdate { row, salt: random()?, actor: who.actor(), now_ms: now }).await? {
+                KeyOutcome::Stale(_) if expect.is_none() => {}
+                other => return outcome(other),
+            }
+        }
+        Err(ServiceError::Conflict("the key is being changed by others; try again".to_owned()))
+    }
+
+    /// Gives a key a new token. The old ones work for the time of the overlap.
+    pub async fn rotate_key(
+        &self,
+        who: &Principal,
+        id: &str,
+        expect: Option<u64>,
+        overlap: &str,
+    ) -> Result<(KeyRow, VirtualKey), ServiceError> {
+        who.needs(Permission::WriteKeys)?;
+        self.key(who, id).await?;
+        let overlap = config::parse_duration(overlap).map_err(|message| ServiceError::Invalid("overlap".to_owned(), message))?;
+        let (now, token) = (now_ms(), VirtualKey::generate(random()?));
+        let rotation = Rotation {
+            organisation: who.organisation.clone(),
+            id: id.to_owned(),
+            expect,
+            token_hash: self.pepper(&token.hash().0),
+            overlap_until_ms: now.saturating_add(millis(overlap)),
+            actor: who.actor(),
+            now_ms: now,
+        };
+        Ok((outcome(self.store.rotate_key(rotation).await?)?, token))
+    }
+
+    pub async fn revoke_key(&self, who: &Principal, id: &str, expect: Option<u64>) -> Result<KeyRow, ServiceError> {
+        who.needs(Permission::WriteKeys)?;
+        self.key(who, id).await?;
+        outcome(self.store.revoke_key(&who.organisation, id, expect, &who.actor(), now_ms()).await?)
+    }
+}
+
+fn patched(mut row: KeyRow, patch: &KeyPatch, now: u64) -> Result<KeyRow, ServiceError> {
+    if let Some(label) = &patch.label {
+        row.label.clone_from(label);
+    }
+    if let Some(team) = &patch.team {
+        row.team.clone_from(team);
+    }
+    if let Some(policy) = &patch.policy {
+        row.policy.clone_from(policy);
+    }
+    if let Some(allow) = &patch.allow {
+        row.allow.clone_from(allow);
+    }
+    if let Some(budgets) = &patch.budgets {
+        row.cap = cap(budgets)?;
+    }
+    if let Some(expires_in) = &patch.expires_in {
+        row.expires_ms = expiry(expires_in.as_deref(), now)?;
+    }
+    if let Some(tags) = &patch.tags {
+        row.tags.clone_from(tags);
+    }
+    if let Some(personal) = &patch.personal {
+        row.personal.clone_from(personal);
+    }
+    if patch.active {
+        row.status = Status::Active;
+    }
+    Ok(row)
+}
+
+fn cap(budgets: &[Budget]) -> Result<Option<Nanodollars>, ServiceError> {
+    config::parse_budgets(budgets).map_err(|fault| ServiceError::Invalid(fault.field, fault.message))
+}
+
+fn expiry(expires_in: Option<&str>, now: u64) -> Result<Option<u64>, ServiceError> {
+    let ttl = expires_in.map(config::parse_duration).transpose();
+    let ttl = ttl.map_err(|message| ServiceError::Invalid("expires_in".to_owned(), message))?;
+    Ok(ttl.map(|ttl| now.saturating_add(millis(ttl))))
+}
+
+fn outcome(outcome: KeyOutcome) -> Result<KeyRow, ServiceError> {
+    match outcome {
+        KeyOutcome::Done(row) => Ok(*row),
+        KeyOutcome::Missing => Err(ServiceError::NotFound("key")),
+        KeyOutcome::Stale(version) => Err(ServiceError::Stale(version)),
+        KeyOutcome::Refused(fault) if fault.field == "status" || fault.field == "id" => Err(ServiceError::Conflict(fault.message)),
+        KeyOutcome::Refused(fault) => Err(ServiceError::Invalid(fault.field, fault.message)),
+    }
+}
