@@ -1,5 +1,9 @@
 //! What the policy service does, whatever the protocol: admit, settle, keys, credentials, audit.
 
+mod lent;
+
+pub use lent::{Lent, Loan};
+
 use crate::store::{Admission, Admit, AuditRow, CredentialRow, KeyRow, NewKey, Settle, Settled, Store, StoreError};
 use crate::vault::{Vault, VaultError, credential_aad, random};
 use hkdf::Hkdf;
@@ -32,6 +36,8 @@ pub enum ServiceError {
     Invalid(&'static str, String),
     #[error("there is no {0} with this id")]
     NotFound(&'static str),
+    #[error("{0}")]
+    Conflict(String),
 }
 
 /// Keys derived from the installation's root secret, each for one purpose.
@@ -78,6 +84,7 @@ pub struct Service {
     origin: String,
     hold_ttl: Duration,
     loaded: RwLock<Arc<Vec<Loaded>>>,
+    lent: RwLock<Vec<Lent>>,
 }
 
 /// What a new key may do.
@@ -104,7 +111,7 @@ impl Service {
         origin: String,
         hold_ttl: Duration,
     ) -> Result<Self, ServiceError> {
-        let service = Service { store, vault, roots, origin, hold_ttl, loaded: RwLock::default() };
+        let service = Service { store, vault, roots, origin, hold_ttl, loaded: RwLock::default(), lent: RwLock::default() };
         service.reload().await?;
         Ok(service)
     }
@@ -119,7 +126,8 @@ impl Service {
             let secret = String::from_utf8(secret.to_vec()).map_err(|_| StoreError::Damaged("a secret that is not text"))?;
             Ok::<_, ServiceError>(Loaded { id: row.id, provider: row.provider, secret: Zeroizing::new(secret) })
         };
-        let loaded = self.store.credentials().await?.into_iter().map(open).collect::<Result<Vec<_>, _>>()?;
+        let mut loaded = self.store.credentials().await?.into_iter().map(open).collect::<Result<Vec<_>, _>>()?;
+        loaded.extend(self.lent_loaded());
         if let Ok(mut slot) = self.loaded.write() {
             *slot = Arc::new(loaded);
         }
@@ -273,16 +281,7 @@ impl Service {
         account: Option<&str>,
         secret: &str,
     ) -> Result<CredentialRow, ServiceError> {
-        if Provider::by_name(provider).is_none() {
-            return Err(ServiceError::Invalid("provider", format!("there is no provider {provider:?}")));
-        }
-        // What can't stand in a header would break every request that uses it.
-        if secret.is_empty() || secret.len() > 4_096 || !secret.bytes().all(|b| b.is_ascii_graphic()) {
-            return Err(ServiceError::Invalid("secret", "must be 1 to 4096 visible ASCII characters".to_owned()));
-        }
-        if secret.starts_with(keyward_core::token::PREFIX) {
-            return Err(ServiceError::Invalid("secret", "is a virtual key: a credential is the provider's own key".to_owned()));
-        }
+        check_credential(provider, secret)?;
         let id = format!("cred_{}", hex::encode(&random::<8>()?));
         let sealed = self.vault.seal(secret.as_bytes(), &credential_aad(ORGANISATION, &id, 1))?;
         let row = CredentialRow {
@@ -300,6 +299,7 @@ impl Service {
     }
 
     pub async fn remove_credential(&self, id: &str) -> Result<(), ServiceError> {
+        self.not_lent(id)?;
         let removed = self.store.remove_credential(id).await?;
         self.reload().await?;
         if removed { Ok(()) } else { Err(ServiceError::NotFound("credential")) }
@@ -341,6 +341,21 @@ impl Service {
         mac.update(hash);
         mac.finalize().into_bytes().into()
     }
+}
+
+/// What every credential must be, stored or lent.
+fn check_credential(provider: &str, secret: &str) -> Result<(), ServiceError> {
+    if Provider::by_name(provider).is_none() {
+        return Err(ServiceError::Invalid("provider", format!("there is no provider {provider:?}")));
+    }
+    // What can't stand in a header would break every request that uses it.
+    if secret.is_empty() || secret.len() > 4_096 || !secret.bytes().all(|b| b.is_ascii_graphic()) {
+        return Err(ServiceError::Invalid("secret", "must be 1 to 4096 visible ASCII characters".to_owned()));
+    }
+    if secret.starts_with(keyward_core::token::PREFIX) {
+        return Err(ServiceError::Invalid("secret", "is a virtual key: a credential is the provider's own key".to_owned()));
+    }
+    Ok(())
 }
 
 /// `KB1 vm need_key refusals-json`.

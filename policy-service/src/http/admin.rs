@@ -1,7 +1,7 @@
 //! Admin API: keys, credentials, audit; and what operators watch.
 
 use super::error::Problem;
-use crate::service::{KeySpec, Service};
+use crate::service::{KeySpec, Lent, Service};
 use crate::store::{AuditRow, CredentialRow, KeyRow};
 use axum::extract::rejection::JsonRejection;
 use axum::extract::{DefaultBodyLimit, Path, Query, Request, State};
@@ -176,11 +176,21 @@ struct CredentialView {
     label: String,
     account: String,
     created_ms: u64,
+    /// `stored`, or `vault_string`: in memory until the service stops.
+    source: &'static str,
 }
 
 impl From<CredentialRow> for CredentialView {
     fn from(row: CredentialRow) -> Self {
-        CredentialView { id: row.id, provider: row.provider, label: row.label, account: row.account, created_ms: row.created_ms }
+        let CredentialRow { id, provider, label, account, created_ms, .. } = row;
+        CredentialView { id, provider, label, account, created_ms, source: "stored" }
+    }
+}
+
+impl From<Lent> for CredentialView {
+    fn from(lent: Lent) -> Self {
+        let Lent { id, provider, label, account, since_ms, .. } = lent;
+        CredentialView { id, provider, label, account, created_ms: since_ms, source: "vault_string" }
     }
 }
 
@@ -275,7 +285,8 @@ async fn add_credential(State(admin): State<Admin>, body: Result<Json<AddCredent
 }
 
 async fn list_credentials(State(admin): State<Admin>) -> Result<Response, Problem> {
-    let data = admin.service.credentials().await?.into_iter().map(CredentialView::from).collect();
+    let stored = admin.service.credentials().await?.into_iter().map(CredentialView::from);
+    let data = stored.chain(admin.service.lent().into_iter().map(CredentialView::from)).collect();
     Ok(Json(List { data, next_cursor: None }).into_response())
 }
 

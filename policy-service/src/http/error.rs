@@ -28,6 +28,7 @@ impl From<ServiceError> for Problem {
         match error {
             ServiceError::Invalid(field, detail) => Problem::field(field, detail),
             ServiceError::NotFound(what) => Problem::new(StatusCode::NOT_FOUND, "not found", format!("there is no {what} with this id")),
+            ServiceError::Conflict(detail) => Problem::new(StatusCode::CONFLICT, "conflict", detail),
             ServiceError::Store(error) => {
                 tracing::error!(%error, "an admin request failed in the store");
                 Problem::new(StatusCode::SERVICE_UNAVAILABLE, "store unavailable", "the change could not be stored; it did not happen")
