@@ -26,6 +26,9 @@ enum Command {
     /// Provider credentials in the vault
     #[command(subcommand)]
     Credentials(Credentials),
+    /// Vault strings: many providers' keys, encrypted, in one line of text
+    #[command(subcommand)]
+    Vault(crate::vault::Vault),
     /// Audit chains
     #[command(subcommand)]
     Audit(Audit),
@@ -64,7 +67,7 @@ pub enum Output {
 }
 
 impl Access {
-    fn client(&self) -> Result<Client, String> {
+    pub fn client(&self) -> Result<Client, String> {
         let token = match &self.admin_token {
             Some(token) => token.clone(),
             None => {
@@ -76,7 +79,7 @@ impl Access {
         Ok(Client::new(&self.admin, token.trim()))
     }
 
-    fn print(&self, value: &serde_json::Value, columns: &[&str]) -> Result<(), String> {
+    pub fn print(&self, value: &serde_json::Value, columns: &[&str]) -> Result<(), String> {
         match self.output {
             Output::Json => out(&format!("{value:#}\n")),
             Output::Table => out(&table(value, columns)),
@@ -242,6 +245,7 @@ pub fn run(options: Options) -> Result<(), String> {
         Command::Demo(options) => crate::demo::run(&options),
         Command::Keys(keys) => run_keys(keys),
         Command::Credentials(credentials) => run_credentials(credentials),
+        Command::Vault(vault) => crate::vault::run(vault),
         Command::Audit(command) => run_audit(command),
         Command::Settle(Settle::Import { access, file }) => import_settlements(&access, &file),
         Command::Envoy(command) => run_envoy(command),
@@ -287,7 +291,9 @@ fn run_credentials(command: Credentials) -> Result<(), String> {
             let body = serde_json::json!({ "provider": provider, "label": label, "account": account, "secret": secret.trim() });
             access.print(&access.client()?.post("/v1/credentials", &body)?, &["id", "provider", "label", "account"])
         }
-        Credentials::List { access } => access.print(&access.client()?.list("/v1/credentials")?, &["id", "provider", "label", "account"]),
+        Credentials::List { access } => {
+            access.print(&access.client()?.list("/v1/credentials")?, &["id", "provider", "label", "account", "source"])
+        }
         Credentials::Remove { access, id } => access.client()?.delete(&format!("/v1/credentials/{}", segment(&id)?)),
     }
 }
@@ -386,7 +392,7 @@ fn text(value: &serde_json::Value, field: &str) -> String {
     }
 }
 
-fn table(value: &serde_json::Value, columns: &[&str]) -> String {
+pub fn table(value: &serde_json::Value, columns: &[&str]) -> String {
     let one = std::slice::from_ref(value);
     let rows = value.as_array().map_or(one, Vec::as_slice);
     let cells: Vec<Vec<String>> = rows.iter().map(|row| columns.iter().map(|c| text(row, c)).collect()).collect();

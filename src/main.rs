@@ -6,6 +6,8 @@ mod client;
 mod demo;
 mod envoy;
 mod up;
+mod vault;
+mod vault_string;
 
 use clap::Parser;
 use std::process::ExitCode;

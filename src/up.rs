@@ -3,6 +3,7 @@
 use crate::envoy::{self, Endpoint, FILTER, Rendering};
 use clap::Args;
 use keyward_policy_service::config::{Budget, Credential};
+use keyward_policy_service::service::Loan;
 use keyward_policy_service::service::access::{Principal, Role, TokenSpec};
 use keyward_policy_service::service::keys::KeySpec;
 use keyward_policy_service::store::Expect;
@@ -46,6 +47,8 @@ pub struct UpOptions {
     /// Budget of the first key, in dollars
     #[arg(long, default_value = "5.00")]
     first_key_budget: String,
+    #[command(flatten)]
+    lending: crate::vault::Lending,
 }
 
 /// Starts everything, waits for a signal, stops everything.
@@ -55,10 +58,11 @@ pub fn run(options: UpOptions) -> Result<(), String> {
         .with_writer(std::io::stderr)
         .init();
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().map_err(|error| error.to_string())?;
-    runtime.block_on(gateway(options))
+    let loans = options.lending.open()?;
+    runtime.block_on(gateway(options, loans))
 }
 
-async fn gateway(options: UpOptions) -> Result<(), String> {
+async fn gateway(options: UpOptions, loans: Vec<Loan>) -> Result<(), String> {
     let envoy_bin = envoy::binary();
     let minor = envoy::minor_version(&envoy_bin)?;
     if !envoy::VERSIONS.contains(&minor) {
@@ -85,7 +89,12 @@ async fn gateway(options: UpOptions) -> Result<(), String> {
         0 => free_port()?,
         port => port,
     };
-    let started = match keep_admin_token(&options, &service).await {
+    let lent = service.service.lend_credentials(loans).await.map_err(|error| format!("the vault string can't be used: {error}"));
+    let ready = match lent {
+        Ok(()) => keep_admin_token(&options, &service).await,
+        Err(error) => Err(error),
+    };
+    let started = match ready {
         Ok(()) => start_envoy(&options, &service, &envoy_bin, minor, envoy_admin).await,
         Err(error) => Err(error),
     };
@@ -154,7 +163,13 @@ async fn start_envoy(options: &UpOptions, service: &Running, envoy_bin: &Path, m
 
     let log = std::fs::File::create(data.join("envoy.log")).map_err(|error| error.to_string())?;
     let errors = log.try_clone().map_err(|error| error.to_string())?;
-    let mut envoy = Command::new(envoy_bin)
+    let mut command = Command::new(envoy_bin);
+    // Envoy needs no secret of ours, and an environment is easily shown.
+    let names = FROM_ENVIRONMENT.iter().map(|(name, _)| *name).chain(["KEYWARD_KEK", "KEYWARD_ADMIN_TOKEN"]);
+    names.chain(options.lending.secret_names()).for_each(|name| {
+        command.env_remove(name);
+    });
+    let mut envoy = command
         .arg("-c")
         .arg(&file)
         // The access log is flushed often: what is in it can be recovered should Envoy die. Draining is immediate: every answer
@@ -223,6 +238,9 @@ async fn greet(options: &UpOptions, service: &Running) -> Result<(), String> {
             .await
             .map_err(|error| format!("{name}: {error}"))?;
         println!("stored {name} in the vault");
+    }
+    for lent in service.service.lent() {
+        println!("{} {:?} comes from the vault string and stays in memory", lent.provider, lent.label);
     }
     let first = service.service.keys(&who, None, "", 1).await.map_err(say)?.is_empty();
     if first {

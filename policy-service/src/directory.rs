@@ -22,6 +22,8 @@ pub struct Organisation {
     pub meta: BTreeMap<(Kind, String), Meta>,
     /// Names of credentials in the order in which they were stored.
     pub order: Vec<String>,
+    /// Ids and providers of credentials that are in memory only, after the stored ones.
+    pub lent: Vec<(String, String)>,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -80,7 +82,9 @@ impl Organisation {
             None => {
                 let of_provider =
                     |name: &&String| self.document.credentials.get(name.as_str()).is_some_and(|credential| credential.provider == provider);
-                self.order.iter().filter(of_provider).filter_map(|name| self.credential_id(name)).collect()
+                let stored = self.order.iter().filter(of_provider).filter_map(|name| self.credential_id(name));
+                let lent = self.lent.iter().filter(|(_, of)| of == provider).map(|(id, _)| id.clone());
+                stored.chain(lent).collect()
             }
         };
         if ids.is_empty() { Err(NoCredential::None) } else { Ok(ids) }

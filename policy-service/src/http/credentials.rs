@@ -4,8 +4,8 @@ use super::api::{Admin, Json, List, Page, Params, Precondition, etag, page};
 use super::error::Problem;
 use crate::config::{Credential, Kind};
 use crate::directory::{Meta, Organisation};
-use crate::service::ServiceError;
 use crate::service::access::{Permission, Principal};
+use crate::service::{Lent, ORGANISATION, ServiceError};
 use crate::store::Expect;
 use axum::extract::{Path, State};
 use axum::http::StatusCode;
@@ -62,6 +62,8 @@ pub struct CredentialView {
     account: String,
     /// Where the configuration says that the secret is.
     from: Option<String>,
+    /// `stored`, or `vault_string`: in memory until the service stops.
+    source: &'static str,
     managed_by: &'static str,
     version: u64,
     created_ms: u64,
@@ -76,11 +78,30 @@ fn view(name: &str, credential: &Credential, meta: &Meta) -> CredentialView {
         label: credential.label.clone(),
         account: credential.account.clone().unwrap_or_else(|| meta.id.clone()),
         from: credential.from.clone(),
+        source: "stored",
         managed_by: if meta.managed { "configuration" } else { "api" },
         version: meta.version,
         created_ms: meta.created_ms,
         updated_ms: meta.updated_ms,
     }
+}
+
+/// What a vault string lends, for whoever belongs to the installation itself.
+fn lent(admin: &Admin, who: &Principal) -> Vec<CredentialView> {
+    let view = |lent: Lent| CredentialView {
+        name: lent.id.clone(),
+        id: lent.id,
+        provider: lent.provider,
+        label: lent.label,
+        account: lent.account,
+        from: None,
+        source: "vault_string",
+        managed_by: "vault_string",
+        version: 1,
+        created_ms: lent.since_ms,
+        updated_ms: lent.since_ms,
+    };
+    if who.organisation == ORGANISATION { admin.service.lent().into_iter().map(view).collect() } else { Vec::new() }
 }
 
 fn find(organisation: &Organisation, name: &str) -> Result<(CredentialView, Meta), Problem> {
@@ -97,8 +118,10 @@ async fn list_credentials(State(admin): State<Admin>, who: Principal, Params(que
     who.needs(Permission::ReadSupply)?;
     let (after, limit) = page(query.cursor.as_deref(), query.limit)?;
     let organisation = admin.service.organisation(&who.organisation)?;
-    let names = organisation.document.credentials.keys().filter(|name| **name > after).take(limit as usize);
-    let data: Vec<CredentialView> = names.filter_map(|name| find(&organisation, name).ok()).map(|(view, _)| view).collect();
+    let stored = organisation.document.credentials.keys().filter_map(|name| find(&organisation, name).ok()).map(|(view, _)| view);
+    let mut data: Vec<CredentialView> = stored.chain(lent(&admin, &who)).filter(|credential| credential.name > after).collect();
+    data.sort_by(|a, b| a.name.cmp(&b.name));
+    data.truncate(limit as usize);
     Ok(axum::Json(List::of(data, limit, |credential| &credential.name)).into_response())
 }
 
@@ -120,6 +143,9 @@ async fn add_credential(State(admin): State<Admin>, who: Principal, Json(body): 
     responses((status = 200, body = CredentialView, headers(("ETag" = String)))))]
 async fn show_credential(State(admin): State<Admin>, who: Principal, Path(name): Path<String>) -> Result<Response, Problem> {
     who.needs(Permission::ReadSupply)?;
+    if let Some(lent) = lent(&admin, &who).into_iter().find(|lent| lent.id == name) {
+        return Ok((etag(lent.version), axum::Json(lent)).into_response());
+    }
     let name = admin.service.credential_name(&who, &name)?;
     let (view, meta) = find(&admin.service.organisation(&who.organisation)?, &name)?;
     Ok((etag(meta.version), axum::Json(view)).into_response())
@@ -137,6 +163,7 @@ async fn change_credential(
     Json(body): Json<ChangeCredential>,
 ) -> Result<Response, Problem> {
     who.needs(Permission::WriteConfiguration)?;
+    admin.service.not_lent(&name)?;
     let name = admin.service.credential_name(&who, &name)?;
     let organisation = admin.service.organisation(&who.organisation)?;
     let (_, meta) = find(&organisation, &name)?;
@@ -163,6 +190,7 @@ async fn remove_credential(
     expected: Precondition,
 ) -> Result<StatusCode, Problem> {
     who.needs(Permission::WriteConfiguration)?;
+    admin.service.not_lent(&name)?;
     let name = admin.service.credential_name(&who, &name)?;
     admin.service.delete_object(&who, Kind::Credential, &name, expected.0).await?;
     Ok(StatusCode::NO_CONTENT)

@@ -3,6 +3,9 @@
 pub mod access;
 mod configuration;
 pub mod keys;
+mod lent;
+
+pub use self::lent::{Lent, Loan};
 
 use self::access::{Permission, Principal};
 use crate::config::Fault;
@@ -99,6 +102,7 @@ pub struct Service {
     origin: String,
     hold_ttl: Duration,
     memory: RwLock<Arc<InMemory>>,
+    lent: RwLock<Vec<Lent>>,
     /// Changes are taken into memory in the order in which they happened.
     reloading: tokio::sync::Mutex<()>,
 }
@@ -118,8 +122,16 @@ impl Service {
         origin: String,
         hold_ttl: Duration,
     ) -> Result<Self, ServiceError> {
-        let service =
-            Service { store, vault, roots, origin, hold_ttl, memory: RwLock::default(), reloading: tokio::sync::Mutex::default() };
+        let service = Service {
+            store,
+            vault,
+            roots,
+            origin,
+            hold_ttl,
+            memory: RwLock::default(),
+            lent: RwLock::default(),
+            reloading: tokio::sync::Mutex::default(),
+        };
         service.store.create_organisation(ORGANISATION, "", "keyward start", now_ms()).await?;
         service.reload().await?;
         Ok(service)
@@ -134,7 +146,10 @@ impl Service {
         let _one_at_a_time = self.reloading.lock().await;
         let open = |row: CredentialRow| Ok::<_, ServiceError>((row.id.clone(), Loaded { secret: self.open(&row)? }));
         let secrets = self.store.credentials().await?.into_iter().map(open).collect::<Result<HashMap<_, _>, _>>()?;
-        let memory = InMemory { directory: Arc::new(self.store.directory().await?), secrets };
+        let mut memory = InMemory { directory: Arc::default(), secrets };
+        let mut directory = self.store.directory().await?;
+        self.add_lent(&mut directory, &mut memory.secrets);
+        memory.directory = Arc::new(directory);
         if let Ok(mut slot) = self.memory.write() {
             *slot = Arc::new(memory);
         }
