@@ -97,7 +97,7 @@ fn wrong_keys_states_and_models_are_refused_in_shape() -> Outcome {
     assert_eq!((foreign.status, &foreign.json()?["error"]["type"]), (401, &json!("authentication_error")));
     let unknown = json!({"model": "gpt-nope", "messages": [{"role": "user", "content": "hi"}]});
     assert_eq!(sim.chat(OPENAI, &unknown)?.status, 404);
-    assert_eq!(sim.send("GET", "/v1/files", OPENAI, "")?.status, 404);
+    assert_eq!(sim.send("GET", "/v1/batches", OPENAI, "")?.status, 404);
     for (state, status) in [("insufficient_quota", 429), ("overloaded", 503), ("invalid", 401), ("ok", 200)] {
         sim.control("PATCH", "/control/credentials/o", Some(&json!({"state": state})))?;
         assert_eq!(sim.chat(OPENAI, &chat("hi"))?.status, status, "{state}");
