@@ -195,8 +195,8 @@ fn keep(call: &Call, rendered: &Rendered, context: Context) {
     let response = StoredResponse {
         pending: (background && !rendered.request.stream).then(|| (due, rendered.begun("queued"))),
         background,
-        // Hidden tokens are not shown to the model again.
-        context_tokens: rendered.usage.prompt + rendered.usage.completion - rendered.usage.reasoning,
+        // Neither hidden tokens nor instructions are shown to the model again.
+        context_tokens: context.tokens + rendered.request.item_tokens + rendered.usage.completion - rendered.usage.reasoning,
         input: context.input,
         output: output.clone(),
         document,

@@ -105,8 +105,9 @@ pub struct Request {
     pub forced_tool: Option<String>,
     pub last_user: String,
     pub after_tools: bool,
-    /// Tokens of what the body itself says, never more than it has bytes.
+    /// Tokens of what the body itself says, and those of its items alone; never more than it has bytes.
     pub own_tokens: u64,
+    pub item_tokens: u64,
 }
 
 pub fn parse(body: &[u8]) -> Result<Request, ApiError> {
@@ -128,7 +129,8 @@ pub fn parse(body: &[u8]) -> Result<Request, ApiError> {
     }
     let input = input(&fields)?;
     let tools = tools(&fields)?;
-    let own_tokens = own_tokens(&fields, &input).min(body.len() as u64);
+    let item_tokens = input.iter().map(item_tokens).sum::<u64>().min(body.len() as u64);
+    let own_tokens = (item_tokens + other_tokens(&fields)).min(body.len() as u64);
     Ok(Request {
         model,
         stream,
@@ -142,6 +144,7 @@ pub fn parse(body: &[u8]) -> Result<Request, ApiError> {
         after_tools: input.last().is_some_and(|item| kind(item).ends_with("call_output")),
         input,
         own_tokens,
+        item_tokens,
         fields,
     })
 }
@@ -286,9 +289,10 @@ fn forced_tool(fields: &Fields, tools: &[String]) -> Result<Option<String>, ApiE
     Err(ApiError::invalid(message).param("tool_choice"))
 }
 
-fn own_tokens(fields: &Fields, input: &[Value]) -> u64 {
+/// Tokens of what the next response in a chain does not see again.
+fn other_tokens(fields: &Fields) -> u64 {
     let said = ["instructions", "tools", "text"].iter().filter_map(|name| fields.get(*name)).map(tokens::count_json);
-    said.sum::<u64>() + input.iter().map(item_tokens).sum::<u64>() + ITEM_OVERHEAD
+    said.sum::<u64>() + ITEM_OVERHEAD
 }
 
 /// Tokens of one item; uploaded files and items referred to are counted where they are found.
