@@ -8,6 +8,7 @@ mod demo;
 mod envoy;
 mod failure;
 mod manifest;
+mod reference;
 mod up;
 mod vault;
 mod vault_string;

@@ -4,6 +4,7 @@ use super::segment;
 use crate::cli::{Access, Output, out};
 use crate::failure::{Exit, Failure};
 use crate::manifest::{Manifest, schema, tell};
+use crate::reference;
 use clap::{Args, Subcommand};
 use keyward_policy_service::config::{Action, Difference, Kind};
 use serde_json::{Value, json};
@@ -38,6 +39,11 @@ pub enum Config {
     },
     /// Print the JSON Schema of keyward.yaml
     Schema,
+    /// Print the reference of keyward.yaml, or of the API, in Markdown
+    Reference {
+        #[arg(long)]
+        api: bool,
+    },
     /// Check a file, without a service and without its secrets
     Check {
         #[arg(default_value = "keyward.yaml")]
@@ -49,6 +55,7 @@ pub fn run(command: Config) -> Result<(), Failure> {
     match command {
         Config::Show { access } => Ok(out(&format!("{:#}\n", access.client()?.get("/v1/config")?))?),
         Config::Schema => Ok(out(&format!("{:#}\n", schema()))?),
+        Config::Reference { api } => Ok(out(&if api { reference::api() } else { reference::configuration() })?),
         Config::Check { file } => {
             read(&file)?;
             Ok(out(&format!("{} is fine\n", file.display()))?)
