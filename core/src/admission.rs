@@ -2,7 +2,8 @@
 
 use crate::edge::Ask;
 use crate::money::Nanodollars;
-use crate::price::Price;
+use crate::operation::{Costs, OTHER, Operation, Provider};
+use crate::price::{Price, Unit, image_price};
 use crate::refusal::{Code, Refusal};
 use crate::usage::Usage;
 use serde::{Deserialize, Serialize};
@@ -13,6 +14,8 @@ const TOKENS_PER_IMAGE: u64 = 50_000;
 pub const MIN_OUTPUT_TOKENS: u64 = 16;
 /// Output that a provider may have made, unseen, by the time it notices that a stream was cut: per choice.
 pub const IN_FLIGHT_TOKENS: u64 = 256;
+/// Output tokens of a picture that is shown before it is finished (API reference, `partial_images`).
+const TOKENS_PER_PARTIAL_IMAGE: u64 = 100;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -29,8 +32,17 @@ pub enum Status {
 pub struct Allow {
     /// Globs over model names.
     pub models: Vec<String>,
-    /// Globs over `METHOD /path`, or `provider:METHOD /path`.
+    /// Globs over `METHOD /path`, or `provider:METHOD /path`. What is not in the table of operations must be spelled out
+    /// in its first two segments.
     pub endpoints: Vec<String>,
+    /// The key may let providers keep its answers and conversations, and refer to them.
+    #[serde(skip_serializing_if = "is_false")]
+    pub state: bool,
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde calls it with a reference")]
+fn is_false(flag: &bool) -> bool {
+    !flag
 }
 
 /// A key as the ledger has it at the moment of the decision.
@@ -55,11 +67,20 @@ pub struct Hold {
     pub clamp: Option<u64>,
 }
 
-/// Decides one request. `price` is `None` when the operation or model has no price.
+/// Decides one request. `price` is `None` when the operation or model has no price. Whether what the request refers to is
+/// the key's own is for the ledger to say.
 pub fn decide(key: &KeyState, ask: &Ask, price: Option<&Price>, now_ms: u64) -> Result<Hold, Refusal> {
+    let operation = operation(ask);
     check_standing(key, now_ms)?;
-    check_allowed(&key.allow, ask)?;
-    reserve(key, ask, price)
+    check_allowed(&key.allow, ask, operation)?;
+    check_state(&key.allow, ask, operation)?;
+    reserve(key, ask, operation, price)
+}
+
+/// The operation asked for: of the table, or any other.
+pub fn operation(ask: &Ask) -> &'static Operation {
+    let dialect = Provider::by_name(&ask.provider).map(|provider| provider.dialect);
+    dialect.and_then(|dialect| Operation::by_endpoint(dialect, &ask.endpoint)).unwrap_or(&OTHER)
 }
 
 fn check_standing(key: &KeyState, now_ms: u64) -> Result<(), Refusal> {
@@ -76,20 +97,64 @@ fn check_standing(key: &KeyState, now_ms: u64) -> Result<(), Refusal> {
     }
 }
 
-fn check_allowed(allow: &Allow, ask: &Ask) -> Result<(), Refusal> {
-    let endpoint_fits = |pattern: &String| match pattern.split_once(':') {
-        Some((provider, rest)) if !provider.contains(' ') => provider == ask.provider && glob(rest, &ask.endpoint),
-        _ => glob(pattern, &ask.endpoint),
-    };
-    if !allow.endpoints.is_empty() && !allow.endpoints.iter().any(endpoint_fits) {
+fn check_allowed(allow: &Allow, ask: &Ask, operation: &'static Operation) -> Result<(), Refusal> {
+    let in_table = operation != &OTHER;
+    let free_for_all = in_table && allow.endpoints.is_empty();
+    let fits = |pattern: &String| endpoint_fits(pattern, &ask.provider, &ask.endpoint, in_table);
+    if !free_for_all && !allow.endpoints.iter().any(fits) {
         return Err(Refusal::new(Code::EndpointNotAllowed, format!("this virtual key may not call {}", ask.endpoint)));
     }
     match &ask.model {
-        Some(model) if !allow.models.is_empty() && !allow.models.iter().any(|pattern| glob(pattern, model)) => {
+        Some(model) if !model_fits(allow, model) => {
             Err(Refusal::new(Code::ModelNotAllowed, format!("this virtual key may not use the model {model}")))
         }
         _ => Ok(()),
     }
+}
+
+/// Whether a key may use a model.
+pub fn model_fits(allow: &Allow, model: &str) -> bool {
+    allow.models.is_empty() || allow.models.iter().any(|pattern| glob(pattern, model))
+}
+
+/// Whether a key may call an operation of the table.
+pub fn operation_fits(allow: &Allow, provider: &str, operation: &Operation) -> bool {
+    let endpoint = format!("{} {}", operation.method, operation.path);
+    allow.endpoints.is_empty() || allow.endpoints.iter().any(|pattern| endpoint_fits(pattern, provider, &endpoint, true))
+}
+
+fn endpoint_fits(pattern: &str, provider: &str, endpoint: &str, in_table: bool) -> bool {
+    let pattern = match pattern.split_once(':') {
+        Some((of, rest)) if !of.contains([' ', '/']) => {
+            if of != provider {
+                return false;
+            }
+            rest
+        }
+        _ => pattern,
+    };
+    glob(pattern, endpoint) && (in_table || spells_out(pattern, endpoint))
+}
+
+/// Whether the first two segments of the endpoint's path stand in the pattern literally: what nobody has looked at is not
+/// opened by a `*`.
+fn spells_out(pattern: &str, endpoint: &str) -> bool {
+    let path = |text: &'_ str| text.split_once(' ').map(|(_, path)| path.to_owned()).unwrap_or_default();
+    let (pattern, path) = (path(pattern), path(endpoint));
+    let literal = pattern.split('*').next().unwrap_or_default();
+    let second_ends = path.match_indices('/').nth(2).map_or(path.len(), |(at, _)| at);
+    path.matches('/').count() >= 2 && path.get(..second_ends).is_some_and(|start| literal.starts_with(start))
+}
+
+fn check_state(allow: &Allow, ask: &Ask, operation: &'static Operation) -> Result<(), Refusal> {
+    if ask.keeps && !allow.state {
+        return Err(Refusal::new(Code::StateNotOwned, "this virtual key may not keep state at the provider"));
+    }
+    // Without an object of its own, such a request shows or changes what others made with the same account.
+    if operation == &OTHER && ask.refs.is_empty() && !ask.endpoint.starts_with("POST ") {
+        return Err(Refusal::new(Code::StateNotOwned, format!("{} does not name an object of this virtual key", ask.endpoint)));
+    }
+    Ok(())
 }
 
 /// `*` stands for any run of characters; everything else for itself.
@@ -104,23 +169,31 @@ fn glob(pattern: &str, text: &str) -> bool {
     rest.ends_with(last)
 }
 
-fn reserve(key: &KeyState, ask: &Ask, price: Option<&Price>) -> Result<Hold, Refusal> {
-    if ask.model.is_none() {
+fn reserve(key: &KeyState, ask: &Ask, operation: &'static Operation, price: Option<&Price>) -> Result<Hold, Refusal> {
+    if operation.costs == Costs::Free {
         return Ok(Hold::default());
     }
-    let (Some(cap), price) = (key.cap, price) else {
+    // A model that is not made for this operation has no price in it.
+    let price = price.filter(|price| operation.models.contains(&price.mode));
+    let Some(cap) = key.cap else {
         // Without a budget nothing is clamped: the hold only tells what may come.
-        return Ok(price.map_or(Hold::default(), |price| Hold { clamp: None, ..bound(ask, price, None) }));
+        let hold = price.and_then(|price| bound(ask, operation, price, None).or_else(|| guess(ask, operation, price)));
+        return Ok(hold.map_or(Hold::default(), |hold| Hold { clamp: None, ..hold }));
     };
-    if let Some(what) = &ask.unbounded {
-        return Err(Refusal::new(Code::UnboundedInput, format!("a key with a budget can't use {what}: its cost has no bound")));
+    let unbounded = |message: String| Refusal::new(Code::UnboundedInput, message);
+    if operation.costs == Costs::Unknown {
+        return Err(unbounded(format!("no price is known for {}, and this key has a budget", ask.endpoint)));
     }
-    let Some(price) = price else {
-        let model = ask.model.as_deref().unwrap_or_default();
-        return Err(Refusal::new(Code::UnboundedInput, format!("no price is known for the model {model}, and this key has a budget")));
-    };
+    if let Some(what) = &ask.unbounded {
+        return Err(unbounded(format!("a key with a budget can't use {what}: its cost has no bound")));
+    }
+    let model = ask.model.as_deref().unwrap_or_default();
+    let price = price.ok_or_else(|| unbounded(format!("no price is known for the model {model} here, and this key has a budget")))?;
+    let no_bound = || unbounded(format!("the cost of this request to {model} has no bound, and this key has a budget"));
+    let full = bound(ask, operation, price, None).ok_or_else(no_bound)?;
+    let clamps = !operation.limits().is_empty();
     let least = MIN_OUTPUT_TOKENS.max(ask.thinking_budget.saturating_add(1)).min(asked_output(ask, price));
-    let needed = bound(ask, price, Some(least)).total;
+    let needed = if clamps { bound(ask, operation, price, Some(least)).ok_or_else(no_bound)?.total } else { full.total };
     let left = cap.minus(key.spent);
     if needed > left {
         return Err(Refusal::new(
@@ -132,32 +205,73 @@ fn reserve(key: &KeyState, ask: &Ask, price: Option<&Price>) -> Result<Hold, Ref
     if needed > unheld {
         return Err(Refusal::new(Code::CapReserved, "what is left of this key's budget is reserved by requests in flight").retry_after(1));
     }
-    let full = bound(ask, price, None);
     let share = Nanodollars(unheld.0 / i64::try_from(key.in_flight.saturating_add(1)).unwrap_or(i64::MAX)).max(needed);
-    if full.total <= share {
+    if full.total <= share || !clamps {
         return Ok(full);
     }
     let per_token = Nanodollars(price.dearest_output().0.saturating_mul(i64::try_from(ask.choices.max(1)).unwrap_or(i64::MAX)));
     let clamp = share.minus(full.input).buys(per_token).unwrap_or(u64::MAX).max(least);
-    Ok(bound(ask, price, Some(clamp)))
+    bound(ask, operation, price, Some(clamp)).ok_or_else(no_bound)
 }
 
 fn asked_output(ask: &Ask, price: &Price) -> u64 {
-    ask.max_tokens.unwrap_or(price.max_output).min(price.max_output.max(1))
+    let most = price.max_output.unwrap_or(u64::MAX);
+    ask.max_tokens.unwrap_or(most).min(most.max(1))
 }
 
-/// The most the request can cost when its output is limited to `clamp` tokens a choice. The hold rests on a limit that
-/// stands in the body: one that the caller did not set, or set higher than the model's own, is written into it.
-fn bound(ask: &Ask, price: &Price, clamp: Option<u64>) -> Hold {
-    let input_tokens = ask.bytes.saturating_add(ask.images.saturating_mul(TOKENS_PER_IMAGE)).min(price.context.unwrap_or(u64::MAX));
-    let limit = clamp.unwrap_or(u64::MAX).min(asked_output(ask, price));
+/// The most the request can cost; `None` when nothing bounds it. Where output has a limit that stands in the body, it is
+/// limited to `clamp` tokens a choice: a limit that the caller did not set, or set higher than the model's own, is written.
+fn bound(ask: &Ask, operation: &'static Operation, price: &Price, clamp: Option<u64>) -> Option<Hold> {
+    let whole = |total| Some(Hold { total, input: total, clamp: None });
+    match (operation.costs, &price.unit) {
+        (Costs::Tokens, Unit::Tokens) => tokens_bound(ask, operation, price, clamp),
+        (Costs::Speech, Unit::Characters(each)) => whole(Nanodollars::of_tokens(&[(ask.characters, *each)])),
+        (Costs::Images, Unit::Images(prices)) => {
+            let each = image_price(prices, ask.size.as_deref(), ask.quality.as_deref())?;
+            whole(Nanodollars(each.0.saturating_mul(i64::try_from(ask.choices.max(1)).unwrap_or(i64::MAX))))
+        }
+        (Costs::Images, Unit::Tokens) => {
+            let each = price.max_output?.saturating_add(ask.partial_images.saturating_mul(TOKENS_PER_PARTIAL_IMAGE));
+            let pictures = (each.saturating_mul(ask.choices.max(1)), price.dearest_output());
+            whole(Nanodollars::of_tokens(&[(ask.bytes, price.dearest_input()), pictures]))
+        }
+        (Costs::Recording, Unit::Seconds(each)) => whole(Nanodollars::of_tokens(&[(ask.seconds?, *each)])),
+        // Whatever its length, the model takes and gives no more than that.
+        (Costs::Recording, Unit::Tokens) => {
+            whole(Nanodollars::of_tokens(&[(price.context?, price.dearest_input()), (price.max_output?, price.dearest_output())]))
+        }
+        _ => None,
+    }
+}
+
+fn tokens_bound(ask: &Ask, operation: &'static Operation, price: &Price, clamp: Option<u64>) -> Option<Hold> {
+    let seen = ask.bytes.saturating_add(ask.images.saturating_mul(TOKENS_PER_IMAGE));
+    let context = price.context.map(|context| context.saturating_mul(ask.texts.max(1)));
+    // What the provider remembers is not in the body.
+    let input_tokens = if ask.history { context? } else { seen.min(context.unwrap_or(u64::MAX)) };
+    let limit = clamp.unwrap_or(u64::MAX).min(asked_output(ask, price)).min(price.max_output?.max(1));
+    let limit = if operation.limits().is_empty() { price.max_output? } else { limit };
     let input = (input_tokens, price.dearest_input());
     let output = (limit.saturating_mul(ask.choices.max(1)), price.dearest_output());
-    Hold {
+    let written = ask.max_tokens.is_none_or(|asked| asked > limit) && !operation.limits().is_empty();
+    Some(Hold {
         total: Nanodollars::of_tokens(&[input, output]),
         input: Nanodollars::of_tokens(&[input]),
-        clamp: Some(limit).filter(|limit| ask.max_tokens.is_none_or(|asked| asked > *limit)),
-    }
+        clamp: Some(limit).filter(|_| written),
+    })
+}
+
+/// What a request may cost that has no bound: an estimate, for keys without a budget. Recordings at 8 kbit/s; of speech that
+/// is paid by tokens, four to a character.
+fn guess(ask: &Ask, operation: &'static Operation, price: &Price) -> Option<Hold> {
+    let total = match (operation.costs, &price.unit) {
+        (Costs::Recording, Unit::Seconds(each)) => Nanodollars::of_tokens(&[(ask.bytes.div_ceil(1_000), *each)]),
+        (Costs::Speech, Unit::Tokens) => {
+            Nanodollars::of_tokens(&[(ask.bytes, price.dearest_input()), (ask.characters.saturating_mul(4), price.dearest_output())])
+        }
+        _ => return None,
+    };
+    Some(Hold { total, input: total, clamp: None })
 }
 
 /// How a request ended, as far as its price goes.
@@ -189,12 +303,17 @@ pub fn charge(hold: &Hold, price: Option<&Price>, ended: &Ended<'_>) -> Charge {
     let exactly = |amount| Charge { amount, estimated: false };
     let about = |amount| Charge { amount, estimated: true };
     let Some(price) = price else { return exactly(Nanodollars::ZERO) };
-    match (ended.sent, ended.status, ended.usage) {
+    let told = ended.usage.and_then(|usage| price.cost(usage));
+    match (ended.sent, ended.status, told) {
         (false, _, _) => exactly(Nanodollars::ZERO),
-        (true, _, Some(usage)) => exactly(price.cost(usage)),
+        (true, _, Some(cost)) => exactly(cost),
         // Sent, and nobody knows what became of it.
         (true, None, None) => about(hold.total),
         (true, Some(status), None) if status >= 300 => exactly(Nanodollars::ZERO),
+        // Free, or paid by what was known beforehand.
+        (true, Some(_), None) if hold.total == Nanodollars::ZERO || matches!(price.unit, Unit::Characters(_) | Unit::Images(_)) => {
+            exactly(hold.total)
+        }
         (true, Some(_), None) => about(cut(hold, price, ended)),
     }
 }
@@ -202,7 +321,7 @@ pub fn charge(hold: &Hold, price: Option<&Price>, ended: &Ended<'_>) -> Charge {
 /// The charge of an answer that stopped without telling usage.
 fn cut(hold: &Hold, price: &Price, ended: &Ended<'_>) -> Nanodollars {
     let Some(bytes) = ended.visible_bytes.filter(|_| ended.stream && !price.reasoning) else { return hold.total };
-    let input = ended.input.map_or(hold.input, |usage| price.cost(usage));
+    let input = ended.input.and_then(|usage| price.cost(usage)).unwrap_or(hold.input);
     let output = bytes.saturating_add(IN_FLIGHT_TOKENS.saturating_mul(ended.choices.max(1)));
     hold.total.min(input.plus(Nanodollars::of_tokens(&[(output, price.dearest_output())])))
 }
@@ -240,7 +359,7 @@ mod tests {
     }
 
     fn price() -> Price {
-        *PriceTable::built_in().unwrap().find("openai", "gpt-4o").unwrap()
+        PriceTable::built_in().unwrap().find("openai", "gpt-4o").unwrap().clone()
     }
 
     #[test]
@@ -277,6 +396,7 @@ mod tests {
             allow: Allow {
                 models: models.iter().map(|s| (*s).into()).collect(),
                 endpoints: endpoints.iter().map(|s| (*s).into()).collect(),
+                state: false,
             },
             ..key(None)
         };
@@ -321,7 +441,8 @@ mod tests {
     #[test]
     fn every_ending_has_its_charge() {
         let price = price();
-        let hold = bound(&ask("gpt-4o", 100, Some(1_000)), &price, None);
+        let asked = ask("gpt-4o", 100, Some(1_000));
+        let hold = bound(&asked, operation(&asked), &price, None).unwrap();
         let usage = Usage { input: 10, output: 20, ..Usage::default() };
         let base = Ended { sent: true, status: Some(200), stream: true, usage: None, input: None, visible_bytes: Some(40), choices: 1 };
         let of = |ended: Ended<'_>| charge(&hold, Some(&price), &ended);
@@ -332,7 +453,7 @@ mod tests {
         assert_eq!(of(base), Charge { amount: Nanodollars(250_000 + (40 + 256) * 10_000), estimated: true });
         assert_eq!(of(Ended { visible_bytes: None, ..base }).amount, hold.total, "an unreadable answer");
         assert_eq!(of(Ended { stream: false, ..base }).amount, hold.total, "a buffered answer cut short was made in full");
-        let thinker = Price { reasoning: true, ..price };
+        let thinker = Price { reasoning: true, ..price.clone() };
         assert_eq!(charge(&hold, Some(&thinker), &base).amount, hold.total, "hidden output can't be estimated");
     }
 
@@ -346,9 +467,9 @@ mod tests {
             let price = price();
             if let Ok(hold) = decide(&state, &asked, Some(&price), 0) {
                 prop_assert!(spent + reserved + hold.total.0 <= cap);
-                let output = hold.clamp.or(max).unwrap_or(price.max_output).min(price.max_output);
+                let output = hold.clamp.or(max).unwrap_or(u64::MAX).min(price.max_output.unwrap());
                 let input = bytes.min(price.context.unwrap());
-                let worst = price.cost(&Usage { input, output: output * choices, ..Usage::default() });
+                let worst = price.cost(&Usage { input, output: output * choices, ..Usage::default() }).unwrap();
                 prop_assert!(worst <= hold.total);
                 if let (Some(clamp), Some(max)) = (hold.clamp, max) { prop_assert!(clamp < max); }
             }

@@ -138,19 +138,20 @@ impl Service {
             credentials: usable.iter().map(|c| c.id.clone()).collect(),
             now_ms,
             expires_ms: now_ms.saturating_add(millis(self.hold_ttl)),
+            patient: true,
             request,
         };
-        match self.store.admit(admit).await {
-            Ok(Admission::Admitted { key_id, hold }) => {
+        match self.admit_patiently(admit).await {
+            Ok(Admission::Admitted { key_id, hold, grant }) => {
                 metrics::counter!("keyward_admissions_total").increment(1);
-                let credentials =
-                    usable.iter().map(|c| PlanCredential { id: c.id.clone(), secret: Secret(c.secret.to_string()) }).collect();
+                let usable = usable.iter().filter(|c| grant.answer.is_none() && grant.pinned.as_ref().is_none_or(|pinned| *pinned == c.id));
+                let credentials = usable.map(|c| PlanCredential { id: c.id.clone(), secret: Secret(c.secret.to_string()) }).collect();
                 let targets = vec![PlanTarget { provider, model, credentials }];
-                let plan = Plan { key: key_id, rev: 0, clamp: hold.clamp, targets };
+                let plan = Plan { key: key_id, rev: 0, clamp: hold.clamp, state: grant.state, answer: grant.answer, targets };
                 Admitted::Answer(Box::new(AdmitAnswer { plan: Some(plan), refusal: None, edge_key }))
             }
             Ok(Admission::Refused(refusal)) => Admitted::Answer(Box::new(refused(refusal, edge_key))),
-            Ok(Admission::Conflict) => Admitted::Conflict,
+            Ok(Admission::Conflict | Admission::NotYet) => Admitted::Conflict,
             Err(error) => {
                 tracing::error!(%error, "an admission could not be recorded");
                 let refusal =
@@ -158,6 +159,20 @@ impl Service {
                 Admitted::Answer(Box::new(refused(refusal, edge_key)))
             }
         }
+    }
+
+    /// A caller may refer to an object before the gate's record of it is here (it is sent within 50 ms of the answer's end): while
+    /// the key has requests in flight, an unknown reference is looked up again for a while before it is refused.
+    async fn admit_patiently(&self, mut admit: Admit) -> Result<Admission, StoreError> {
+        const WAITS_MS: [u64; 5] = [30, 60, 90, 120, 150];
+        for wait in WAITS_MS.iter().filter(|_| !admit.request.ask.refs.is_empty()) {
+            match self.store.admit(admit.clone()).await? {
+                Admission::NotYet => tokio::time::sleep(Duration::from_millis(*wait)).await,
+                decided => return Ok(decided),
+            }
+        }
+        admit.patient = false;
+        self.store.admit(admit).await
     }
 
     /// Takes a batch of records: the first line names the VM, each further line is one sealed record.

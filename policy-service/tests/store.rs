@@ -2,12 +2,12 @@
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
-use keyward_core::admission::{Allow, Status};
+use keyward_core::admission::{Allow, Hold, Status};
 use keyward_core::audit::{Entry, Event, Verifier};
-use keyward_core::edge::{AdmitRequest, Ask, EdgeChain, EdgeKey, Outcome, RequestId, Settlement, VmId};
+use keyward_core::edge::{AdmitRequest, Ask, EdgeChain, EdgeKey, Outcome, RequestId, Settlement, Try, VmId};
 use keyward_core::money::Nanodollars;
 use keyward_core::price::PriceTable;
-use keyward_core::refusal::Code;
+use keyward_core::refusal::{Code, Refusal};
 use keyward_core::usage::Usage;
 use keyward_policy_service::store::sqlite::SqliteStore;
 use keyward_policy_service::store::{Admission, Admit, KeyRow, LedgerKeys, NewKey, Settle, Store};
@@ -42,11 +42,23 @@ impl Bed {
     }
 
     async fn key(&self, n: u8, cap: Option<i64>) -> KeyRow {
+        self.key_with(n, cap, Allow::default()).await
+    }
+
+    /// What a request holds, by the only thing that a replay shows.
+    async fn held(&self, key: u8, req: u8) -> Hold {
+        match self.store.admit(referring(key, req, &["resp_1", "msg_1"])).await.unwrap() {
+            Admission::Admitted { hold, .. } => hold,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    async fn key_with(&self, n: u8, cap: Option<i64>, allow: Allow) -> KeyRow {
         let row = KeyRow {
             id: format!("key_{n}"),
             organisation: "org_default".to_owned(),
             label: String::new(),
-            allow: Allow::default(),
+            allow,
             status: Status::Active,
             created_ms: 1,
             expires_ms: None,
@@ -94,7 +106,7 @@ fn admit(key: u8, req: u8, max: u64, now: u64) -> Admit {
         ..Ask::default()
     };
     let request = AdmitRequest { req: RequestId([req; 16]), vm: VM, node: "n".to_owned(), token: [0; 32], need_key: false, ask };
-    Admit { token_hash: [key; 32], request, credentials: vec!["cred_a".to_owned()], now_ms: now, expires_ms: now + TTL }
+    Admit { token_hash: [key; 32], request, credentials: vec!["cred_a".to_owned()], now_ms: now, expires_ms: now + TTL, patient: false }
 }
 
 fn settlement(req: u8, outcome: Outcome, usage: Option<(u64, u64)>) -> Settlement {
@@ -107,6 +119,8 @@ fn settlement(req: u8, outcome: Outcome, usage: Option<(u64, u64)>) -> Settlemen
         input: None,
         visible: None,
         tries: Vec::new(),
+        created: Vec::new(),
+        deleted: None,
         ms: 1,
         at: 1,
     }
@@ -248,6 +262,133 @@ async fn the_cap_holds_among_concurrent_admissions() {
     bed.events(1).await;
 }
 
+/// A settlement that names what the provider made.
+fn created(req: u8, ids: &[&str], credential: &str) -> Settlement {
+    Settlement {
+        created: ids.iter().map(|id| (*id).to_owned()).collect(),
+        tries: vec![Try { credential: credential.to_owned(), status: Some(200), ms: 1 }],
+        ..settlement(req, Outcome::Complete, Some((1, 1)))
+    }
+}
+
+/// An admission that refers to objects, on a service with two credentials.
+fn referring(key: u8, req: u8, refs: &[&str]) -> Admit {
+    let mut admit = admit(key, req, 50, 100);
+    admit.request.ask.refs = refs.iter().map(|id| (*id).to_owned()).collect();
+    admit.credentials = vec!["cred_a".to_owned(), "cred_b".to_owned()];
+    admit
+}
+
+fn refused(admission: Admission) -> Refusal {
+    match admission {
+        Admission::Refused(refusal) => refusal,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[tokio::test]
+async fn an_object_is_its_makers_own_and_pins_the_credential() {
+    let mut bed = Bed::new();
+    bed.key(1, None).await;
+    bed.key(2, None).await;
+    bed.admit(1, 1, 50, 10).await;
+    bed.settle(created(1, &["resp_1", "msg_1"], "cred_b"), 11).await;
+
+    let Admission::Admitted { grant, .. } = bed.store.admit(referring(1, 2, &["resp_1", "msg_1"])).await.unwrap() else { panic!() };
+    assert_eq!(grant.pinned.as_deref(), Some("cred_b"));
+    assert_eq!(
+        bed.store.admit(referring(1, 2, &["resp_1", "msg_1"])).await.unwrap(),
+        Admission::Admitted { key_id: "key_1".to_owned(), hold: bed.held(1, 2).await, grant }
+    );
+    let last = bed.events(1).await.pop().unwrap();
+    assert!(matches!(last.event, Event::Admitted(a) if a.credentials == ["cred_b"]), "the chain names what was handed out");
+
+    let anothers = refused(bed.store.admit(referring(2, 3, &["resp_1"])).await.unwrap());
+    let nobodys = refused(bed.store.admit(referring(2, 4, &["resp_9"])).await.unwrap());
+    assert_eq!(anothers, nobodys, "nothing tells whether it exists");
+    assert_eq!(anothers.code, Code::StateNotOwned);
+    assert_eq!(refused(bed.store.admit(referring(1, 5, &["resp_1", "resp_9"])).await.unwrap()).code, Code::StateNotOwned);
+    assert_eq!(bed.names(2).await, ["KEY_CREATED", "REFUSED", "REFUSED"]);
+    assert_eq!(bed.state(2).await.in_flight, 0);
+}
+
+#[tokio::test]
+async fn an_object_outlives_a_restart_and_not_its_deletion() {
+    let mut bed = Bed::new();
+    bed.key(1, None).await;
+    bed.key(2, None).await;
+    bed.admit(1, 1, 50, 10).await;
+    bed.settle(created(1, &["resp_1"], "cred_a"), 11).await;
+    bed.restart();
+    // Another key can neither take it over nor delete it.
+    bed.admit(2, 2, 50, 12).await;
+    let theft = Settlement { deleted: Some("resp_1".to_owned()), ..created(2, &["resp_1"], "cred_a") };
+    bed.settle(theft, 13).await;
+    assert!(matches!(bed.store.admit(referring(1, 3, &["resp_1"])).await.unwrap(), Admission::Admitted { .. }));
+    assert_eq!(refused(bed.store.admit(referring(2, 4, &["resp_1"])).await.unwrap()).code, Code::StateNotOwned);
+    let deleted = Settlement { deleted: Some("resp_1".to_owned()), ..settlement(3, Outcome::Complete, None) };
+    bed.settle(deleted, 14).await;
+    assert_eq!(refused(bed.store.admit(referring(1, 5, &["resp_1"])).await.unwrap()).code, Code::StateNotOwned);
+}
+
+#[tokio::test]
+async fn objects_that_no_single_credential_reaches_are_refused() {
+    let mut bed = Bed::new();
+    bed.key(1, None).await;
+    for (req, id, credential) in [(1, "resp_a", "cred_a"), (2, "resp_b", "cred_b"), (3, "resp_gone", "cred_gone")] {
+        bed.admit(1, req, 50, 10).await;
+        bed.settle(created(req, &[id], credential), 11).await;
+    }
+    assert_eq!(refused(bed.store.admit(referring(1, 4, &["resp_a", "resp_b"])).await.unwrap()).code, Code::StateNotOwned);
+    assert_eq!(refused(bed.store.admit(referring(1, 5, &["resp_gone"])).await.unwrap()).code, Code::PoolExhausted);
+}
+
+/// The record of an answer may come after its caller's next request.
+#[tokio::test]
+async fn what_is_in_flight_may_have_made_it() {
+    let mut bed = Bed::new();
+    bed.key(1, None).await;
+    let patient = |req| Admit { patient: true, ..referring(1, req, &["resp_1"]) };
+    assert_eq!(refused(bed.store.admit(patient(9)).await.unwrap()).code, Code::StateNotOwned, "nothing is in flight");
+    bed.admit(1, 1, 50, 10).await;
+    assert_eq!(bed.store.admit(patient(2)).await.unwrap(), Admission::NotYet);
+    assert_eq!(bed.names(1).await, ["KEY_CREATED", "REFUSED", "ADMITTED"], "nothing is written while it waits");
+    bed.settle(created(1, &["resp_1"], "cred_a"), 11).await;
+    assert!(matches!(bed.store.admit(patient(2)).await.unwrap(), Admission::Admitted { .. }));
+}
+
+#[tokio::test]
+async fn state_at_a_provider_needs_the_policys_word() {
+    let bed = Bed::new();
+    bed.key(1, None).await;
+    let allow = Allow { state: true, ..Allow::default() };
+    bed.key_with(2, None, allow).await;
+    let keeps = |key, req| {
+        let mut admit = admit(key, req, 50, 100);
+        admit.request.ask.keeps = true;
+        admit
+    };
+    assert_eq!(refused(bed.store.admit(keeps(1, 1)).await.unwrap()).code, Code::StateNotOwned);
+    let Admission::Admitted { grant, .. } = bed.store.admit(keeps(2, 2)).await.unwrap() else { panic!() };
+    assert!(grant.state);
+}
+
+#[tokio::test]
+async fn models_are_answered_without_a_provider() {
+    let bed = Bed::new();
+    let allow = Allow { models: vec!["gpt-4o".to_owned()], ..Allow::default() };
+    bed.key_with(1, Some(0), allow).await;
+    let mut asked = admit(1, 1, 50, 10);
+    asked.request.ask = Ask { provider: "openai".to_owned(), endpoint: "GET /v1/models".to_owned(), ..Ask::default() };
+    let Admission::Admitted { grant, hold, .. } = bed.store.admit(asked.clone()).await.unwrap() else { panic!() };
+    assert_eq!(hold.total, Nanodollars::ZERO);
+    assert_eq!(grant.answer.unwrap(), r#"{"data":[{"created":0,"id":"gpt-4o","object":"model","owned_by":"openai"}],"object":"list"}"#);
+    asked.request.req = RequestId([2; 16]);
+    asked.credentials.clear();
+    let Admission::Admitted { grant, .. } = bed.store.admit(asked).await.unwrap() else { panic!() };
+    assert_eq!(grant.answer.unwrap(), r#"{"data":[],"object":"list"}"#, "what can't be reached is not listed");
+}
+
 #[derive(Debug, Clone)]
 enum Step {
     Admit { key: u8, req: u8, max: u64 },
@@ -306,7 +447,7 @@ async fn play(steps: Vec<Step>) {
                     Admission::Admitted { hold, .. } => {
                         assert_eq!(model.requests.get(&req).map(|r| (r.0, r.1, r.2)), Some((key, hold.total.0, None)))
                     }
-                    Admission::Refused(_) | Admission::Conflict => {}
+                    Admission::Refused(_) | Admission::Conflict | Admission::NotYet => {}
                 }
             }
             Step::Settle { req, input, output } => {

@@ -1,11 +1,14 @@
 //! The ledger's operations inside one SQLite transaction. Each first reads and decides, then writes: one that refuses
 //! leaves nothing behind.
 
-use super::{Admission, Admit, KeyRow, LedgerKeys, NewKey, Settle, Settled, StoreError};
+use super::objects::{self, References};
+use super::{Admission, Admit, Grant, KeyRow, LedgerKeys, NewKey, Settle, Settled, StoreError};
 use keyward_core::admission::{self, Charge, Ended, Hold, KeyState, Status};
 use keyward_core::audit::{self, Entry, Event, TryEntry};
 use keyward_core::edge::{Outcome, RequestId, Settlement};
+use keyward_core::models;
 use keyward_core::money::Nanodollars;
+use keyward_core::operation::Provider;
 use keyward_core::refusal::{Code, Refusal};
 use rusqlite::{Connection, OptionalExtension, Row, params};
 use sha2::{Digest, Sha256};
@@ -74,18 +77,28 @@ impl Ledger<'_> {
                 let refusal = Refusal::new(Code::PolicyUnavailable, "this request was given up before it was admitted");
                 return self.refuse(&key_id, &chain, admit, refusal);
             }
-            Some((state::HELD, seen, hold)) if seen == fingerprint => return Ok(Admission::Admitted { key_id, hold }),
+            Some((state::HELD, seen, hold)) if seen == fingerprint => {
+                let grant = self.grant(&key_id, &key, &chain, admit)?;
+                return Ok(grant.map_or(Admission::Conflict, |grant| Admission::Admitted { key_id, hold, grant }));
+            }
             Some(_) => return Ok(Admission::Conflict),
             None => {}
         }
         let price = ask.model.as_deref().and_then(|model| self.keys.prices.find(&ask.provider, model));
-        let decided = admission::decide(&key, ask, price, admit.now_ms).and_then(|hold| match admit.credentials.is_empty() {
-            true => Err(Refusal::new(Code::PoolExhausted, format!("no credential for {} is stored", ask.provider)).retry_after(30)),
-            false => Ok(hold),
-        });
-        let hold = match decided {
-            Ok(hold) => hold,
+        let decided = match admission::decide(&key, ask, price, admit.now_ms) {
+            Ok(hold) => self.grant(&key_id, &key, &chain, admit)?.map(|grant| (hold, grant)),
+            Err(refusal) => Err(refusal),
+        };
+        let (hold, grant) = match decided {
+            Ok(decided) => decided,
+            Err(refusal) if admit.patient && key.in_flight > 0 && refusal == objects::not_owned() => {
+                return Ok(Admission::NotYet);
+            }
             Err(refusal) => return self.refuse(&key_id, &chain, admit, refusal),
+        };
+        let credentials = match &grant.pinned {
+            Some(pinned) => vec![pinned.clone()],
+            None => admit.credentials.clone(),
         };
         let event = Event::Admitted(audit::Admitted {
             req: admit.request.req.0,
@@ -100,7 +113,7 @@ impl Ledger<'_> {
             choices: ask.choices,
             hold: hold.total.0,
             rev: 0,
-            credentials: admit.credentials.clone(),
+            credentials,
         });
         let (seq, mac) = self.append(&key_id, &chain, admit.now_ms, event)?;
         self.db
@@ -127,7 +140,36 @@ impl Ledger<'_> {
                 hold.clamp.map(signed),
                 signed(admit.expires_ms),
             ])?;
-        Ok(Admission::Admitted { key_id, hold })
+        Ok(Admission::Admitted { key_id, hold, grant })
+    }
+
+    /// With what a request that may be made is made: which credential, which state, or the answer itself.
+    fn grant(&self, key_id: &str, key: &KeyState, chain: &Chain, admit: &Admit) -> Result<Result<Grant, Refusal>, StoreError> {
+        let (ask, credentials) = (&admit.request.ask, &admit.credentials);
+        if admission::operation(ask).lists_models() {
+            return Ok(self.models(key, admit).map(|answer| Grant { answer: Some(answer), ..Grant::default() }));
+        }
+        let pinned = match objects::references(self.db, &chain.organisation, key_id, ask)? {
+            References::None if credentials.is_empty() => {
+                return Ok(Err(Refusal::new(Code::PoolExhausted, format!("no credential for {} is stored", ask.provider)).retry_after(30)));
+            }
+            References::None => None,
+            References::Own(credential) if credentials.contains(&credential) => Some(credential),
+            References::Own(credential) => return Ok(Err(objects::unreachable(&credential))),
+            References::Unknown => return Ok(Err(objects::not_owned())),
+            References::Refused(refusal) => return Ok(Err(refusal)),
+        };
+        Ok(Ok(Grant { pinned, state: key.allow.state, answer: None }))
+    }
+
+    /// The models that a key may use, of a provider that can be reached.
+    fn models(&self, key: &KeyState, admit: &Admit) -> Result<String, Refusal> {
+        let ask = &admit.request.ask;
+        let provider = Provider::by_name(&ask.provider)
+            .ok_or_else(|| Refusal::new(Code::UnknownProvider, format!("there is no provider {}", ask.provider)))?;
+        let reachable = !admit.credentials.is_empty();
+        let models = if reachable { models::usable(&self.keys.prices, provider, &key.allow) } else { Vec::new() };
+        models::answer(provider, &models, ask.model.as_deref())
     }
 
     fn refuse(&self, key_id: &str, chain: &Chain, admit: &Admit, refusal: Refusal) -> Result<Admission, StoreError> {
@@ -148,7 +190,7 @@ impl Ledger<'_> {
         let mut done = Settled::default();
         for settle in batch {
             done.gaps += self.follow_vm(settle, now_ms)?;
-            self.settle_one(&settle.settlement, now_ms, &mut done)?;
+            self.settle_one(settle, now_ms, &mut done)?;
         }
         Ok(done)
     }
@@ -172,7 +214,8 @@ impl Ledger<'_> {
         Ok(if missing == 0 && record.prev != mac { 1 } else { missing })
     }
 
-    fn settle_one(&self, settlement: &Settlement, now_ms: u64, done: &mut Settled) -> Result<(), StoreError> {
+    fn settle_one(&self, settle: &Settle, now_ms: u64, done: &mut Settled) -> Result<(), StoreError> {
+        let settlement = &settle.settlement;
         let void = settlement.outcome == Outcome::Void;
         let Some(request) = self.request(settlement.req)? else {
             done.unknown += u64::from(!void);
@@ -184,7 +227,10 @@ impl Ledger<'_> {
                 done.voided += 1;
                 self.finish(settlement.req, &request, state::VOIDED, Nanodollars::ZERO, now_ms, Event::Voided { req: settlement.req.0 })
             }
-            (state::HELD | state::EXPIRED, false) => self.charge(settlement, &request, now_ms, done),
+            (state::HELD | state::EXPIRED, false) => {
+                objects::settle(self.db, settle, &request.key_id, &request.provider, now_ms)?;
+                self.charge(settlement, &request, now_ms, done)
+            }
             _ => {
                 done.repeated += 1;
                 Ok(())

@@ -1,6 +1,7 @@
 //! Where decisions become durable. One trait; SQLite implements it for a single machine.
 
 pub mod ledger;
+pub mod objects;
 pub mod sqlite;
 
 use async_trait::async_trait;
@@ -67,6 +68,19 @@ pub struct Admit {
     pub credentials: Vec<String>,
     pub now_ms: u64,
     pub expires_ms: u64,
+    /// What the request refers to may be in a settlement that has not come yet: say so instead of refusing.
+    pub patient: bool,
+}
+
+/// What an admission gives besides its hold.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Grant {
+    /// The only credential with which the objects that the request refers to can be reached.
+    pub pinned: Option<String>,
+    /// The provider may keep what it answers.
+    pub state: bool,
+    /// The answer, where the service itself gives it.
+    pub answer: Option<String>,
 }
 
 /// What became of an admission.
@@ -75,7 +89,11 @@ pub enum Admission {
     Admitted {
         key_id: String,
         hold: Hold,
+        grant: Grant,
     },
+    /// Nothing has been decided or written: an object that the request refers to is not known, but the key has requests in
+    /// flight, one of which may have made it.
+    NotYet,
     Refused(Refusal),
     /// The request id was used before, for something else or something that is over.
     Conflict,
