@@ -1,7 +1,11 @@
 //! What the model says: decided completely before the first byte is sent, so that every figure is known exactly.
 
+use serde::Serialize;
+use serde_json::Value;
+
 use crate::directive::Directive;
 use crate::models::{Model, Usage};
+use crate::text::identifier;
 use crate::tokens::Text;
 
 /// A validated request, whatever its dialect.
@@ -23,6 +27,45 @@ pub struct Asked {
     pub last_user: String,
     /// The conversation ends with results of tools: a scripted call has been made already.
     pub after_tools: bool,
+    pub extras: Extras,
+}
+
+/// What reaches beyond the one exchange.
+#[derive(Debug, Default)]
+pub struct Extras {
+    /// None where there is no such member.
+    pub store: Option<Sent>,
+    /// What is kept with the answer, if it is to be stored.
+    pub kept: Option<Kept>,
+    /// Ids of uploaded files in the prompt.
+    pub files: Vec<String>,
+}
+
+#[derive(Debug)]
+pub struct Kept {
+    pub metadata: Option<Value>,
+    pub messages: Vec<Value>,
+}
+
+/// How a request carried an optional flag.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Sent {
+    Absent,
+    Null,
+    True,
+    False,
+}
+
+impl Sent {
+    pub fn of(member: Option<&Value>, flag: Option<bool>) -> Self {
+        match (member, flag) {
+            (_, Some(true)) => Sent::True,
+            (_, Some(false)) => Sent::False,
+            (Some(_), None) => Sent::Null,
+            (None, None) => Sent::Absent,
+        }
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -36,6 +79,8 @@ pub enum Finish {
 
 #[derive(Debug)]
 pub struct Call {
+    /// Without the prefix, which is the dialect's.
+    pub id: String,
     pub name: String,
     pub args: Text,
 }
@@ -81,6 +126,7 @@ pub fn compose(asked: &Asked, directive: &Directive, said: &str, bench: bool) ->
         cache_write: cache_write.min(asked.prompt_tokens - cache_read),
         reasoning,
         completion: reasoning + visible,
+        ..Usage::default()
     };
     Answer { choices, usage }
 }
@@ -113,9 +159,10 @@ fn choice(asked: &Asked, directive: &Directive, said: &str, budget: u64, index: 
 
 fn scripted_calls(asked: &Asked, directive: &Directive) -> Vec<Call> {
     let scripted = directive.tools.iter().filter(|tool| !asked.after_tools && asked.tools.contains(&tool.name));
-    let mut calls: Vec<Call> = scripted.map(|tool| Call { name: tool.name.clone(), args: Text::of(tool.args.as_str()) }).collect();
+    let call = |name: &String, args: &str| Call { id: identifier("", 24), name: name.clone(), args: Text::of(args) };
+    let mut calls: Vec<Call> = scripted.map(|tool| call(&tool.name, &tool.args)).collect();
     if let Some(name) = asked.forced_tool.as_ref().filter(|_| calls.is_empty()) {
-        calls.push(Call { name: name.clone(), args: Text::of("{}") });
+        calls.push(call(name, "{}"));
     }
     calls
 }
@@ -166,6 +213,7 @@ pub mod tests {
             prompt_tokens: 30,
             last_user: String::new(),
             after_tools: false,
+            extras: Extras::default(),
         })
     }
 

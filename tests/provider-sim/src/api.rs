@@ -2,21 +2,21 @@
 
 use std::convert::Infallible;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytes::Bytes;
 use http_body_util::{BodyExt, Limited};
 use hyper::body::Incoming;
 use hyper::http::request::Parts;
-use hyper::{Method, Request, Response, Version};
+use hyper::{Request, Response, Version};
 
-use crate::answer::{self, Answer, Asked};
+use crate::answer::{self, Asked};
 use crate::anthropic;
 use crate::body::SimBody;
+use crate::call::{Call, Ready, Shape};
 use crate::connection::Connection;
-use crate::credentials::{Credential, Quota, State};
-use crate::directive::{Directive, Found};
-use crate::frames::{self, Frame};
+use crate::credentials::{Credential, State};
+use crate::endpoint::Endpoint;
 use crate::ledger::{Ended, Entry};
 use crate::listing;
 use crate::openai;
@@ -28,14 +28,14 @@ use crate::ticket::{Bill, Ticket};
 use crate::violations;
 
 const LARGEST_REQUEST: usize = 64 * 1024 * 1024;
-const DEFAULT_PER_DELTA: u64 = 3;
 
 /// Answers one request. Never fails: what goes wrong is the provider's answer.
 pub async fn answer(shared: Arc<Shared>, connection: Arc<Connection>, request: Request<Incoming>) -> Result<Response<SimBody>, Infallible> {
     let (parts, body) = request.into_parts();
     let provider = addressed(&parts);
-    let seq = shared.ledger.begin(opening_entry(&shared, &parts, provider));
-    let mut ticket = Ticket::new(Arc::clone(&shared), connection, seq);
+    let endpoint = Endpoint::find(provider, &parts.method, parts.uri.path());
+    let seq = shared.ledger.begin(opening_entry(&shared, &parts, provider, endpoint));
+    let mut ticket = Ticket::new(Arc::clone(&shared), connection, seq, endpoint.map(Endpoint::name));
     let lines = if shared.bench { Vec::new() } else { header_lines(&parts, ticket.connection()) };
     let mut reply = Reply::new(provider);
 
@@ -47,28 +47,22 @@ pub async fn answer(shared: Arc<Shared>, connection: Arc<Connection>, request: R
         }
     };
     inspect(&parts, provider, lines, &body, &ticket);
-    let served = serve(&parts, &body, &mut reply, &mut ticket);
+    let served = serve(&parts, &body, endpoint, &mut reply, &mut ticket);
     if let Some(wait) = reply.wait_ms {
         tokio::time::sleep(Duration::from_millis(wait)).await;
     }
     Ok(match served {
         Ok(Served::Document(text)) => reply.document(ticket, text),
-        Ok(Served::Generation(generation)) => generate(&mut reply, ticket, &generation),
+        Ok(Served::Answer(ready)) => reply.answer(ticket, *ready),
         Err(error) => reply.refuse(ticket, &error),
     })
 }
 
-enum Served {
-    /// A list of models or one of them.
+/// What comes of a request that isn't refused.
+pub enum Served {
+    /// A list or an object, at no charge.
     Document(String),
-    Generation(Box<Generation>),
-}
-
-struct Generation {
-    asked: Asked,
-    answer: Answer,
-    script: Directive,
-    response_id: String,
+    Answer(Box<Ready>),
 }
 
 /// Which provider a request is meant for: the path tells, else the headers only Anthropic's clients send.
@@ -78,32 +72,15 @@ fn addressed(parts: &Parts) -> Provider {
     if path.starts_with("/v1/messages") || (claude && !path.starts_with("/v1/chat/")) { Provider::Anthropic } else { Provider::Openai }
 }
 
-fn opening_entry(shared: &Shared, parts: &Parts, provider: Provider) -> Entry {
+fn opening_entry(shared: &Shared, parts: &Parts, provider: Provider, endpoint: Option<Endpoint>) -> Entry {
     let header_names = if shared.bench { Vec::new() } else { parts.headers.keys().map(|name| name.as_str().to_owned()).collect() };
     Entry {
-        seq: 0,
-        provider,
-        credential: None,
-        method: parts.method.as_str().to_owned(),
-        path: parts.uri.path().to_owned(),
-        model: None,
-        stream: false,
-        status: None,
-        started_unix_us: unix_us(),
-        ended_unix_us: None,
-        prompt_tokens: 0,
-        completion_tokens: 0,
-        reasoning_tokens: 0,
-        cache_read_tokens: 0,
-        cache_write_tokens: 0,
-        cost_nanodollars: 0,
-        ended: None,
+        query: parts.uri.query().map(str::to_owned),
+        endpoint: endpoint.map(Endpoint::name),
         http_version: if parts.version == Version::HTTP_2 { "HTTP/2" } else { "HTTP/1.1" },
         client_request_id: header(&parts.headers, "x-client-request-id").map(str::to_owned),
         header_names,
-        body_sha256: None,
-        response_id: None,
-        body_bytes: 0,
+        ..Entry::new(provider, parts.method.as_str(), parts.uri.path())
     }
 }
 
@@ -173,33 +150,33 @@ fn digest(body: &[u8]) -> String {
     })
 }
 
-fn serve(parts: &Parts, body: &Bytes, reply: &mut Reply, ticket: &mut Ticket) -> Result<Served, ApiError> {
-    let path = parts.uri.path();
+fn serve(parts: &Parts, body: &Bytes, endpoint: Option<Endpoint>, reply: &mut Reply, ticket: &mut Ticket) -> Result<Served, ApiError> {
     let provider = reply.provider;
-    let generates = match (&parts.method, path) {
-        (&Method::POST, "/v1/chat/completions" | "/v1/messages") => true,
-        (&Method::GET, "/v1/models") => false,
-        (&Method::GET, path) if path.starts_with("/v1/models/") => false,
-        _ => return Err(unknown_url(provider, parts)),
-    };
+    let endpoint = endpoint.ok_or_else(|| unknown_url(provider, parts))?;
     let credential = authenticate(parts, provider, ticket)?;
     let version = header(&parts.headers, "anthropic-version");
     if provider == Provider::Anthropic {
         anthropic::request::check_version(version)?;
     }
-    if !generates {
-        let name = path.strip_prefix("/v1/models/");
-        return listing::models(provider, name).map(Served::Document);
-    }
     if header(&parts.headers, "content-encoding").is_some_and(|coding| coding != "identity") {
         return Err(ApiError::invalid("Compressed request bodies are not supported"));
     }
-    let asked = match provider {
-        Provider::Openai => openai::request::parse(body),
-        Provider::Anthropic => anthropic::request::parse(body, version.unwrap_or_default()),
-    };
-    let asked = asked?;
-    generation(asked, &credential, reply, ticket).map(|generation| Served::Generation(Box::new(generation)))
+    let version = version.unwrap_or_default();
+    let mut call = Call { parts, body, endpoint, credential, reply, ticket };
+    match endpoint {
+        Endpoint::Models => listing::models(provider, None).map(Served::Document),
+        Endpoint::Model => listing::models(provider, Some(call.segment(1))).map(Served::Document),
+        Endpoint::Messages => converse(anthropic::request::parse(body, version)?, &mut call).map(Served::from),
+        Endpoint::CountTokens => count_tokens(&mut call, version).map(Served::Document),
+        Endpoint::Chat => converse(openai::request::parse(body)?, &mut call).map(Served::from),
+        _ => openai::serve(&mut call),
+    }
+}
+
+impl From<Ready> for Served {
+    fn from(ready: Ready) -> Self {
+        Served::Answer(Box::new(ready))
+    }
 }
 
 fn authenticate(parts: &Parts, provider: Provider, ticket: &mut Ticket) -> Result<Arc<Credential>, ApiError> {
@@ -221,7 +198,10 @@ fn authenticate(parts: &Parts, provider: Provider, ticket: &mut Ticket) -> Resul
     let known = credentials.by_secret(secret).filter(|credential| credential.provider == provider);
     let credential = Arc::clone(known.ok_or_else(refused)?);
     ticket.credential = Some(Arc::clone(&credential));
-    ticket.shared().ledger.update(ticket.seq, |entry| entry.credential = Some(Arc::clone(&credential.id)));
+    ticket.shared().ledger.update(ticket.seq, |entry| {
+        entry.credential = Some(Arc::clone(&credential.id));
+        entry.account = Some(Arc::clone(&credential.account));
+    });
     let error = match (credential.state(), provider) {
         (State::Ok, _) => return Ok(credential),
         (State::Invalid, _) => refused(),
@@ -233,104 +213,59 @@ fn authenticate(parts: &Parts, provider: Provider, ticket: &mut Ticket) -> Resul
     Err(error)
 }
 
-/// Decides the whole answer, and charges the credential's window for it.
-fn generation(asked: Asked, credential: &Credential, reply: &mut Reply, ticket: &mut Ticket) -> Result<Generation, ApiError> {
-    let shared = Arc::clone(ticket.shared());
-    shared.ledger.update(ticket.seq, |entry| {
-        entry.model = Some(asked.model.name.into());
-        entry.stream = asked.stream;
-    });
-    let complain = |error| ApiError::invalid(format!("provider-sim directive: {error}"));
-    let found = Directive::find(&asked.last_user).map_err(complain)?;
-    let (mut script, said) = match found {
-        None => (Directive::default(), asked.last_user.clone()),
-        Some(found) => {
-            let said = around(&asked.last_user, &found);
-            (found.directive, said)
-        }
-    };
-    if let Some(fault) = shared.faults.take(&credential.id, asked.model) {
-        script = fault.or(script);
+/// A chat completion or message: decides the whole answer.
+fn converse(mut asked: Asked, call: &mut Call) -> Result<Ready, ApiError> {
+    if let Some(store) = asked.extras.store {
+        call.note_store(store);
     }
-    reply.wait_ms = script.first_ms;
-    let answer = answer::compose(&asked, &script, &said, shared.bench);
-    let (quota, exceeded) = credential.take(answer.usage.prompt + answer.usage.completion, Instant::now());
-    reply.quota = Some(quota);
-    if let Some(exceeded) = exceeded {
-        let error = match credential.provider {
-            Provider::Openai => openai::error::rate_limited(asked.model.snapshot, exceeded.what, exceeded.limit, exceeded.wait_ms),
-            Provider::Anthropic => anthropic::error::rate_limited(exceeded.what, exceeded.limit, exceeded.wait_ms),
-        };
-        return Err(error);
+    for id in &asked.extras.files {
+        asked.prompt_tokens += openai::files::tokens(call, id, "messages")?;
     }
-    let scripted = match credential.provider {
-        Provider::Openai => openai::error::scripted(&script, &credential.secret, asked.model),
-        Provider::Anthropic => anthropic::error::scripted(&script, asked.model),
-    };
-    if let Some(error) = scripted {
-        reply.quota = match (error.status, error.code.as_deref()) {
-            (_, Some("insufficient_quota")) | (401 | 403, _) => None,
-            (429, _) => {
-                let reset_ms = error.retry_after.unwrap_or(1) * 1000;
-                Some(Quota { remaining_requests: 0, remaining_tokens: 0, reset_ms, ..quota })
-            }
-            _ => Some(quota),
-        };
-        return Err(error);
-    }
-    ticket.bill = Some(Bill { model: asked.model, usage: answer.usage, stream: asked.stream, produced: 0 });
-    let response_id = match credential.provider {
+    let (script, said) = call.steer(Some(asked.model), asked.stream, &asked.last_user)?;
+    let answer = answer::compose(&asked, &script, &said, call.shared().bench);
+    call.admit(asked.model, answer.usage.prompt + answer.usage.completion, &script)?;
+    let id = match call.credential.provider {
         Provider::Openai => identifier("chatcmpl-", 29),
         Provider::Anthropic => identifier("msg_01", 22),
     };
-    shared.ledger.update(ticket.seq, |entry| entry.response_id = Some(response_id.clone()));
-    Ok(Generation { asked, answer, script, response_id })
-}
-
-/// The text around a directive.
-fn around(text: &str, found: &Found) -> String {
-    let before = text.get(..found.start).unwrap_or_default().trim_end();
-    let after = text.get(found.end..).unwrap_or_default().trim_start();
-    [before, after].join(" ").trim().to_owned()
-}
-
-fn generate(reply: &mut Reply, ticket: Ticket, generation: &Generation) -> Response<SimBody> {
-    let Generation { asked, script, .. } = generation;
-    let mut frames = rendered(generation);
-    let mut outcome = Ended::Complete;
-    if asked.stream && script.error_midstream {
-        outcome = Ended::Fault;
-        let event = match reply.provider {
-            Provider::Openai => openai::error::event(&openai::error::server_error()),
-            Provider::Anthropic => anthropic::error::event(&anthropic::error::overloaded(), &reply.request_id),
-        };
-        frames::fail_midstream(&mut frames, event);
-    }
-    if asked.stream && script.crlf {
-        frames::with_crlf(&mut frames);
-    }
-    if script.gzip && frames::with_gzip(&mut frames).is_ok() {
-        reply.gzip = true;
-    }
-    reply.generation(ticket, frames, outcome, asked.stream, script)
-}
-
-fn rendered(generation: &Generation) -> Vec<Frame> {
-    let Generation { asked, answer, script, response_id } = generation;
-    let per_delta = usize::try_from(script.per_delta.unwrap_or(DEFAULT_PER_DELTA)).unwrap_or(usize::MAX);
-    let (id, model) = (response_id.as_str(), asked.model.snapshot);
-    match (asked.model.provider, asked.stream) {
+    call.charge(Bill::new(asked.model, answer.usage, asked.stream), Some(&id));
+    let per_delta = script.deltas_of();
+    let frames = match (asked.model.provider, asked.stream) {
         (Provider::Openai, stream) => {
-            let head = openai::response::Head { id, created: unix_us() / 1_000_000, model };
+            let head = openai::response::Head { id: &id, created: unix_us() / 1_000_000, model: asked.model.snapshot };
+            if let Some(kept) = &asked.extras.kept {
+                openai::stored_chats::keep(call, &head, &answer, kept);
+            }
             if stream {
-                openai::response::stream(&head, answer, script, asked.include_usage, per_delta)
+                openai::response::stream(&head, &answer, &script, asked.include_usage, per_delta)
             } else {
-                openai::response::buffered(&head, answer, script)
+                openai::response::buffered(&head, &answer, &script)
             }
         }
-        (Provider::Anthropic, true) => anthropic::response::stream(&anthropic::response::Head { id, model }, answer, script, per_delta),
-        (Provider::Anthropic, false) => anthropic::response::buffered(&anthropic::response::Head { id, model }, answer, script),
+        (Provider::Anthropic, stream) => {
+            let head = anthropic::response::Head { id: &id, model: asked.model.snapshot };
+            if stream {
+                anthropic::response::stream(&head, &answer, &script, per_delta)
+            } else {
+                anthropic::response::buffered(&head, &answer, &script)
+            }
+        }
+    };
+    if !asked.stream {
+        return Ok(Ready::new(frames, Shape::Json, script));
     }
+    Ok(Ready::events(frames, script, |_| match call.credential.provider {
+        Provider::Openai => openai::error::event(&openai::error::server_error()),
+        Provider::Anthropic => anthropic::error::event(&anthropic::error::overloaded(), &call.reply.request_id),
+    }))
+}
+
+/// How many tokens a prompt has, free of charge.
+fn count_tokens(call: &mut Call, version: &str) -> Result<String, ApiError> {
+    let (model, tokens, last_user) = anthropic::request::count(call.body, version)?;
+    let (script, _) = call.steer(Some(model), false, &last_user)?;
+    call.refuse_if_scripted(&script, Some(model), None)?;
+    Ok(format!(r#"{{"input_tokens":{tokens}}}"#))
 }
 
 fn unknown_url(provider: Provider, parts: &Parts) -> ApiError {

@@ -21,6 +21,7 @@ pub fn router(shared: Arc<Shared>) -> Router {
         .route("/control/faults", post(add_faults).get(list_faults).delete(clear_faults))
         .route("/control/ledger", get(ledger))
         .route("/control/totals", get(totals))
+        .route("/control/objects", get(objects))
         .route("/control/bodies", get(body))
         .route("/control/headers", get(headers))
         .route("/control/reset", post(reset))
@@ -96,6 +97,10 @@ async fn totals(State(shared): State<Arc<Shared>>) -> impl IntoResponse {
     Json(shared.ledger.summary())
 }
 
+async fn objects(State(shared): State<Arc<Shared>>) -> impl IntoResponse {
+    Json(json!({ "accounts": shared.objects.shown() }))
+}
+
 async fn body(State(shared): State<Arc<Shared>>, Query(query): Query<Seq>) -> Result<impl IntoResponse, Problem> {
     let kept = shared.ledger.captured(query.seq).and_then(|capture| capture.body);
     let missing = || Problem(StatusCode::NOT_FOUND, format!("the body of request {} is not kept", query.seq));
@@ -111,5 +116,6 @@ async fn headers(State(shared): State<Arc<Shared>>, Query(query): Query<Seq>) ->
 async fn reset(State(shared): State<Arc<Shared>>) -> StatusCode {
     shared.ledger.reset();
     shared.faults.clear();
+    shared.objects.clear();
     StatusCode::NO_CONTENT
 }

@@ -26,6 +26,9 @@ pub struct Given {
     pub id: Arc<str>,
     pub provider: Provider,
     pub secret: String,
+    /// Whose objects it sees; without it an account of its own.
+    #[serde(default)]
+    pub account: Option<Arc<str>>,
     #[serde(default)]
     pub rpm: Option<u64>,
     #[serde(default)]
@@ -38,6 +41,7 @@ pub struct Given {
 #[derive(Debug, Serialize)]
 pub struct Shown {
     id: Arc<str>,
+    account: Arc<str>,
     provider: Provider,
     rpm: Option<u64>,
     tpm: Option<u64>,
@@ -47,13 +51,15 @@ pub struct Shown {
 #[derive(Debug)]
 pub struct Credential {
     pub id: Arc<str>,
+    /// Objects belong to accounts.
+    pub account: Arc<str>,
     pub provider: Provider,
     pub secret: String,
-    account: Mutex<Account>,
+    standing: Mutex<Standing>,
 }
 
 #[derive(Debug)]
-struct Account {
+struct Standing {
     rpm: Option<u64>,
     tpm: Option<u64>,
     state: State,
@@ -89,37 +95,38 @@ const SHOWN_TOKENS: u64 = 2_000_000;
 impl Credential {
     fn new(given: Given) -> Self {
         let (rpm, tpm, state) = (given.rpm, given.tpm, given.state);
-        let account = Account { rpm, tpm, state, since: Instant::now(), requests: 0, tokens: 0 };
-        Credential { id: given.id, provider: given.provider, secret: given.secret, account: Mutex::new(account) }
+        let standing = Standing { rpm, tpm, state, since: Instant::now(), requests: 0, tokens: 0 };
+        let account = given.account.unwrap_or_else(|| Arc::clone(&given.id));
+        Credential { id: given.id, account, provider: given.provider, secret: given.secret, standing: Mutex::new(standing) }
     }
 
     pub fn state(&self) -> State {
-        self.account().state
+        self.standing().state
     }
 
     /// Takes one request of `tokens` out of the window that holds at `now`.
     pub fn take(&self, tokens: u64, now: Instant) -> (Quota, Option<Exceeded>) {
-        let mut account = self.account();
-        if now.saturating_duration_since(account.since) >= WINDOW || account.requests == 0 {
-            account.since = now;
-            account.requests = 0;
-            account.tokens = 0;
+        let mut standing = self.standing();
+        if now.saturating_duration_since(standing.since) >= WINDOW || standing.requests == 0 {
+            standing.since = now;
+            standing.requests = 0;
+            standing.tokens = 0;
         }
-        let left = WINDOW.saturating_sub(now.saturating_duration_since(account.since));
+        let left = WINDOW.saturating_sub(now.saturating_duration_since(standing.since));
         let wait_ms = u64::try_from(left.as_millis()).unwrap_or(u64::MAX);
         let over = |limit: Option<u64>, used: u64, what| limit.filter(|limit| used > *limit).map(|limit| Exceeded { what, limit, wait_ms });
-        let exceeded = over(account.rpm, account.requests + 1, "requests")
-            .or_else(|| over(account.tpm, account.tokens.saturating_add(tokens), "tokens"));
+        let exceeded = over(standing.rpm, standing.requests + 1, "requests")
+            .or_else(|| over(standing.tpm, standing.tokens.saturating_add(tokens), "tokens"));
         if exceeded.is_none() {
-            account.requests += 1;
-            account.tokens += tokens;
+            standing.requests += 1;
+            standing.tokens += tokens;
         }
-        let (limit_requests, limit_tokens) = (account.rpm.unwrap_or(SHOWN_REQUESTS), account.tpm.unwrap_or(SHOWN_TOKENS));
+        let (limit_requests, limit_tokens) = (standing.rpm.unwrap_or(SHOWN_REQUESTS), standing.tpm.unwrap_or(SHOWN_TOKENS));
         let quota = Quota {
             limit_requests,
-            remaining_requests: limit_requests.saturating_sub(account.requests),
+            remaining_requests: limit_requests.saturating_sub(standing.requests),
             limit_tokens,
-            remaining_tokens: limit_tokens.saturating_sub(account.tokens),
+            remaining_tokens: limit_tokens.saturating_sub(standing.tokens),
             reset_ms: wait_ms,
         };
         (quota, exceeded)
@@ -131,13 +138,13 @@ impl Credential {
             Value::Null => Ok(None),
             other => other.as_u64().map(Some).ok_or_else(|| format!("{other} is not a limit")),
         };
-        let mut account = self.account();
+        let mut standing = self.standing();
         for (key, value) in changes {
             match key.as_str() {
-                "rpm" => (account.rpm, account.requests) = (number(value)?, 0),
-                "tpm" => (account.tpm, account.requests) = (number(value)?, 0),
+                "rpm" => (standing.rpm, standing.requests) = (number(value)?, 0),
+                "tpm" => (standing.tpm, standing.requests) = (number(value)?, 0),
                 "state" => {
-                    account.state = State::deserialize(value).map_err(|_| format!("{value} is not a state"))?;
+                    standing.state = State::deserialize(value).map_err(|_| format!("{value} is not a state"))?;
                 }
                 _ => return Err(format!("`{key}` can't be changed")),
             }
@@ -146,12 +153,13 @@ impl Credential {
     }
 
     pub fn shown(&self) -> Shown {
-        let account = self.account();
-        Shown { id: Arc::clone(&self.id), provider: self.provider, rpm: account.rpm, tpm: account.tpm, state: account.state }
+        let standing = self.standing();
+        let (id, account) = (Arc::clone(&self.id), Arc::clone(&self.account));
+        Shown { id, account, provider: self.provider, rpm: standing.rpm, tpm: standing.tpm, state: standing.state }
     }
 
-    fn account(&self) -> std::sync::MutexGuard<'_, Account> {
-        self.account.lock().unwrap_or_else(PoisonError::into_inner)
+    fn standing(&self) -> std::sync::MutexGuard<'_, Standing> {
+        self.standing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -202,7 +210,7 @@ mod tests {
 
     fn limited(rpm: Option<u64>, tpm: Option<u64>) -> Credential {
         let state = State::Ok;
-        Credential::new(Given { id: "a".into(), provider: Provider::Openai, secret: "sk-a".into(), rpm, tpm, state })
+        Credential::new(Given { id: "a".into(), provider: Provider::Openai, secret: "sk-a".into(), account: None, rpm, tpm, state })
     }
 
     #[test]

@@ -44,9 +44,13 @@ pub struct Directive {
     pub crlf: bool,
     pub no_usage: bool,
     pub error_midstream: bool,
+    /// A response that ends as failed.
+    pub failed: bool,
     pub echo: bool,
     pub unicode: bool,
 }
+
+const DEFAULT_PER_DELTA: u64 = 3;
 
 /// A directive found in a text, with the bytes it occupies.
 #[derive(Debug, PartialEq)]
@@ -64,6 +68,11 @@ impl Directive {
         let rest = text.get(start + OPEN.len()..).unwrap_or_default();
         let (directive, left) = Directive::words(rest, true)?;
         Ok(Some(Found { directive, start, end: text.len() - left.len() }))
+    }
+
+    /// Tokens in each delta.
+    pub fn deltas_of(&self) -> usize {
+        usize::try_from(self.per_delta.unwrap_or(DEFAULT_PER_DELTA)).unwrap_or(usize::MAX)
     }
 
     /// Words alone, as a queued fault has them.
@@ -95,6 +104,7 @@ impl Directive {
             crlf: self.crlf || other.crlf,
             no_usage: self.no_usage || other.no_usage,
             error_midstream: self.error_midstream || other.error_midstream,
+            failed: self.failed || other.failed,
             echo: self.echo || other.echo,
             unicode: self.unicode || other.unicode,
         }
@@ -153,6 +163,7 @@ impl Directive {
             "crlf" => self.crlf = flag()?,
             "no_usage" => self.no_usage = flag()?,
             "error_midstream" => self.error_midstream = flag()?,
+            "failed" => self.failed = flag()?,
             "echo" => self.echo = flag()?,
             "unicode" => self.unicode = flag()?,
             _ => return Err(format!("unknown word `{}`", head(key))),
@@ -189,7 +200,7 @@ mod tests {
     fn every_word_is_understood() -> Result<(), String> {
         let words = "tokens=200 pace_ms=10 per_delta=3 reasoning=50 tool=get_weather args={\"city\":\"Paris\"} status=429 \
                      error=insufficient_quota retry_after=2 first_ms=500 silent_ms=60000 cut_after_bytes=100 \
-                     reset_after_bytes=101 split=1 gzip=1 trailers=1 crlf=1 no_usage=1 error_midstream=1 cache_read=10 \
+                     reset_after_bytes=101 split=1 gzip=1 trailers=1 crlf=1 no_usage=1 error_midstream=1 failed=1 cache_read=10 \
                      cache_write=11 echo=1 pad_bytes=100000 unicode=1";
         let expected = Directive {
             tokens: Some(200),
@@ -213,6 +224,7 @@ mod tests {
             crlf: true,
             no_usage: true,
             error_midstream: true,
+            failed: true,
             echo: true,
             unicode: true,
         };

@@ -1,9 +1,10 @@
-//! Faults queued through the control API, each for the next so many generation requests that it fits.
+//! Faults queued through the control API, each for the next so many requests that it fits.
 
 use std::sync::{Mutex, PoisonError};
 
 use serde::{Deserialize, Serialize};
 
+use crate::credentials::Credential;
 use crate::directive::Directive;
 use crate::models::Model;
 use crate::provider::Provider;
@@ -21,6 +22,9 @@ pub struct Fault {
     pub credential: Option<String>,
     #[serde(default)]
     pub model: Option<String>,
+    /// `POST /v1/files` or `/v1/files`. Without it the fault meets requests that name a model, and no others.
+    #[serde(default)]
+    pub endpoint: Option<String>,
 }
 
 fn once() -> u64 {
@@ -48,12 +52,14 @@ impl Faults {
     }
 
     /// The oldest fault that fits, used up by one.
-    pub fn take(&self, credential: &str, model: &Model) -> Option<Directive> {
+    pub fn take(&self, credential: &Credential, model: Option<&Model>, endpoint: &str) -> Option<Directive> {
         let mut queue = self.queue();
         let at = queue.iter().position(|(fault, _)| {
-            fault.provider.is_none_or(|provider| provider == model.provider)
-                && fault.credential.as_ref().is_none_or(|id| id == credential)
-                && fault.model.as_ref().is_none_or(|name| name == model.name || name == model.snapshot)
+            let path = |name: &str| endpoint == name || endpoint.split_once(' ').is_some_and(|(_, path)| path == name);
+            fault.provider.is_none_or(|provider| provider == credential.provider)
+                && fault.credential.as_ref().is_none_or(|id| **id == *credential.id)
+                && fault.model.as_ref().is_none_or(|name| model.is_some_and(|model| name == model.name || name == model.snapshot))
+                && fault.endpoint.as_ref().map_or(model.is_some(), |name| path(name))
                 && fault.count > 0
         })?;
         let (fault, directive) = queue.get_mut(at)?;
@@ -73,21 +79,29 @@ impl Faults {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::credentials::Credentials;
 
     #[test]
     fn a_fault_meets_only_what_it_names_and_only_so_often() -> Result<(), String> {
+        let given = r#"[{"id":"a","provider":"openai","secret":"sk-a"},{"id":"b","provider":"openai","secret":"sk-b"}]"#;
+        let credentials = Credentials::new(serde_json::from_str(given).map_err(|error| error.to_string())?)?;
+        let (a, b) = (credentials.find("a").ok_or("a")?, credentials.find("b").ok_or("b")?);
         let faults = Faults::default();
-        let queued = r#"[{"sim":"status=429","count":2,"credential":"a"},{"sim":"status=500","model":"gpt-4o"}]"#;
+        let queued = r#"[{"sim":"status=429","count":2,"credential":"a"},{"sim":"status=500","model":"gpt-4o"},
+                         {"sim":"status=503","endpoint":"/v1/files/{id}"}]"#;
         faults.add(serde_json::from_str(queued).map_err(|error| error.to_string())?)?;
-        let model = Model::find(Provider::Openai, "gpt-4o").ok_or("model")?;
-        let other = Model::find(Provider::Openai, "gpt-4.1").ok_or("model")?;
-        let status = |id, model| faults.take(id, model).and_then(|directive| directive.status);
-        assert_eq!(status("b", other), None);
-        assert_eq!(status("a", model), Some(429));
-        assert_eq!(status("b", model), Some(500));
-        assert_eq!(status("a", other), Some(429));
-        assert_eq!(status("a", model), None);
-        let typo = Fault { sim: "stats=1".into(), count: 1, provider: None, credential: None, model: None };
+        let model = Model::find(Provider::Openai, "gpt-4o");
+        let other = Model::find(Provider::Openai, "gpt-4.1");
+        let status = |credential, model| faults.take(credential, model, "POST /v1/chat/completions").and_then(|fault| fault.status);
+        assert_eq!(status(b, other), None);
+        assert_eq!(status(a, model), Some(429));
+        assert_eq!(status(b, model), Some(500));
+        assert_eq!(status(a, None), None);
+        assert_eq!(status(a, other), Some(429));
+        assert_eq!(status(a, model), None);
+        let file = |endpoint| faults.take(b, None, endpoint).and_then(|fault| fault.status);
+        assert_eq!((file("POST /v1/files"), file("GET /v1/files/{id}")), (None, Some(503)));
+        let typo = Fault { sim: "stats=1".into(), count: 1, provider: None, credential: None, model: None, endpoint: None };
         assert!(faults.add(vec![typo]).is_err());
         Ok(())
     }

@@ -34,12 +34,13 @@ impl Frames {
     }
 }
 
-/// Keeps the first half of the deltas and ends with `event`.
-pub fn fail_midstream(frames: &mut Vec<Frame>, event: String) {
+/// Keeps the first half of the deltas and ends with an event, made from the number of those before it.
+pub fn fail_midstream(frames: &mut Vec<Frame>, event: impl FnOnce(usize) -> String) {
     let deltas: Vec<usize> = frames.iter().enumerate().filter(|(_, frame)| frame.delta).map(|(at, _)| at).collect();
     let keep = deltas.get(deltas.len() / 2).copied().unwrap_or(1);
     frames.truncate(keep);
     let produced = frames.last().map_or(0, |frame| frame.produced);
+    let event = event(frames.len());
     frames.push(Frame { bytes: event.into(), produced, delta: false });
 }
 
@@ -97,8 +98,8 @@ mod tests {
     #[test]
     fn a_failing_stream_keeps_half_its_deltas() {
         let mut failing = frames();
-        fail_midstream(&mut failing, "oops\n".into());
-        assert_eq!(joined(&failing), b"start\n0\n1\noops\n");
+        fail_midstream(&mut failing, |before| format!("oops {before}\n"));
+        assert_eq!(joined(&failing), b"start\n0\n1\noops 3\n");
         assert_eq!(failing.last().map(|frame| frame.produced), Some(6));
     }
 

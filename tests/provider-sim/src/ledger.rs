@@ -6,7 +6,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use bytes::Bytes;
 use serde::Serialize;
 
+use crate::answer::Sent;
 use crate::models::Usage;
+use crate::objects::{Kind, Object};
 use crate::provider::Provider;
 use crate::text::unix_us;
 
@@ -19,13 +21,53 @@ pub enum Ended {
     Error,
 }
 
+/// An object that a request made the provider keep.
+#[derive(Clone, Debug, Serialize)]
+pub struct Made {
+    pub kind: Kind,
+    pub id: String,
+}
+
+/// What a request did with an object it named, or got to see in a list.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum How {
+    Read,
+    Listed,
+    Used,
+    Changed,
+    Deleted,
+}
+
+#[derive(Clone, Debug, Serialize)]
+pub struct Reference {
+    /// `response`, `file` and so on; also kinds that the simulator keeps none of.
+    pub kind: &'static str,
+    pub id: String,
+    pub how: How,
+    /// The request that made it and its credential; null if the account has no such object.
+    pub created_seq: Option<u64>,
+    pub created_by: Option<Arc<str>>,
+}
+
+impl Reference {
+    pub fn new(kind: &'static str, id: &str, how: How, found: Option<&Object>) -> Self {
+        let created_by = found.map(|object| Arc::clone(&object.credential));
+        Reference { kind, id: id.to_owned(), how, created_seq: found.map(|object| object.seq), created_by }
+    }
+}
+
 #[derive(Clone, Debug, Serialize)]
 pub struct Entry {
     pub seq: u64,
     pub provider: Provider,
     pub credential: Option<Arc<str>>,
+    pub account: Option<Arc<str>>,
     pub method: String,
     pub path: String,
+    pub query: Option<String>,
+    /// Null if there is no such operation.
+    pub endpoint: Option<&'static str>,
     pub model: Option<Arc<str>>,
     pub stream: bool,
     pub status: Option<u16>,
@@ -39,7 +81,18 @@ pub struct Entry {
     pub reasoning_tokens: u64,
     pub cache_read_tokens: u64,
     pub cache_write_tokens: u64,
+    /// Of the prompt.
+    pub audio_tokens: u64,
+    /// Of the completion.
+    pub image_tokens: u64,
+    pub characters: u64,
+    pub images: u64,
+    pub seconds: u64,
     pub cost_nanodollars: u64,
+    /// How `store` was sent; null where there is no such member.
+    pub store: Option<Sent>,
+    pub created: Vec<Made>,
+    pub referenced: Vec<Reference>,
     pub ended: Option<Ended>,
     pub http_version: &'static str,
     pub client_request_id: Option<String>,
@@ -47,6 +100,48 @@ pub struct Entry {
     pub body_sha256: Option<String>,
     pub response_id: Option<String>,
     pub body_bytes: u64,
+}
+
+impl Entry {
+    /// An entry for a request that has just been seen.
+    pub fn new(provider: Provider, method: &str, path: &str) -> Self {
+        Entry {
+            seq: 0,
+            provider,
+            credential: None,
+            account: None,
+            method: method.to_owned(),
+            path: path.to_owned(),
+            query: None,
+            endpoint: None,
+            model: None,
+            stream: false,
+            status: None,
+            started_unix_us: unix_us(),
+            ended_unix_us: None,
+            prompt_tokens: 0,
+            completion_tokens: 0,
+            reasoning_tokens: 0,
+            cache_read_tokens: 0,
+            cache_write_tokens: 0,
+            audio_tokens: 0,
+            image_tokens: 0,
+            characters: 0,
+            images: 0,
+            seconds: 0,
+            cost_nanodollars: 0,
+            store: None,
+            created: Vec::new(),
+            referenced: Vec::new(),
+            ended: None,
+            http_version: "HTTP/1.1",
+            client_request_id: None,
+            header_names: Vec::new(),
+            body_sha256: None,
+            response_id: None,
+            body_bytes: 0,
+        }
+    }
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
@@ -58,9 +153,22 @@ pub struct Totals {
     pub reasoning_tokens: u64,
     pub cache_read_tokens: u64,
     pub cache_write_tokens: u64,
+    pub audio_tokens: u64,
+    pub image_tokens: u64,
+    pub characters: u64,
+    pub images: u64,
+    pub seconds: u64,
     pub cost_nanodollars: u64,
     /// By HTTP status, `none` where no answer was given.
     pub by_status: BTreeMap<String, u64>,
+    /// What operations there are; others are not among them.
+    pub by_endpoint: BTreeMap<&'static str, Share>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Share {
+    pub calls: u64,
+    pub cost_nanodollars: u64,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -83,6 +191,7 @@ pub struct End {
     pub ended: Ended,
     pub usage: Usage,
     pub cost_nanodollars: u64,
+    pub endpoint: Option<&'static str>,
 }
 
 const CAPTURES: usize = 1000;
@@ -160,6 +269,11 @@ impl Ledger {
             entry.reasoning_tokens = end.usage.reasoning;
             entry.cache_read_tokens = end.usage.cache_read;
             entry.cache_write_tokens = end.usage.cache_write;
+            entry.audio_tokens = end.usage.audio;
+            entry.image_tokens = end.usage.image;
+            entry.characters = end.usage.characters;
+            entry.images = end.usage.images;
+            entry.seconds = end.usage.seconds;
             entry.cost_nanodollars = end.cost_nanodollars;
         }
         inner.totals.add(end, status);
@@ -241,47 +355,33 @@ impl Totals {
         self.reasoning_tokens += end.usage.reasoning;
         self.cache_read_tokens += end.usage.cache_read;
         self.cache_write_tokens += end.usage.cache_write;
+        self.audio_tokens += end.usage.audio;
+        self.image_tokens += end.usage.image;
+        self.characters += end.usage.characters;
+        self.images += end.usage.images;
+        self.seconds += end.usage.seconds;
         self.cost_nanodollars += end.cost_nanodollars;
         let status = status.map_or_else(|| "none".to_owned(), |status| status.to_string());
         *self.by_status.entry(status).or_default() += 1;
+        if let Some(endpoint) = end.endpoint {
+            let share = self.by_endpoint.entry(endpoint).or_default();
+            share.calls += 1;
+            share.cost_nanodollars += end.cost_nanodollars;
+        }
     }
 }
 
 #[cfg(test)]
-pub mod tests {
+mod tests {
     use super::*;
 
-    pub fn entry() -> Entry {
-        Entry {
-            seq: 0,
-            provider: Provider::Openai,
-            credential: None,
-            method: "POST".into(),
-            path: "/".into(),
-            model: None,
-            stream: false,
-            status: None,
-            started_unix_us: 1,
-            ended_unix_us: None,
-            prompt_tokens: 0,
-            completion_tokens: 0,
-            reasoning_tokens: 0,
-            cache_read_tokens: 0,
-            cache_write_tokens: 0,
-            cost_nanodollars: 0,
-            ended: None,
-            http_version: "HTTP/1.1",
-            client_request_id: None,
-            header_names: Vec::new(),
-            body_sha256: None,
-            response_id: None,
-            body_bytes: 0,
-        }
+    fn entry() -> Entry {
+        Entry::new(Provider::Openai, "POST", "/")
     }
 
     fn end(cost_nanodollars: u64) -> End {
         let usage = Usage { prompt: 2, completion: 3, ..Usage::default() };
-        End { ended: Ended::Complete, usage, cost_nanodollars }
+        End { ended: Ended::Complete, usage, cost_nanodollars, endpoint: Some("POST /v1/files") }
     }
 
     #[test]
@@ -295,6 +395,7 @@ pub mod tests {
         assert_eq!(ledger.since(2).0.len(), 1);
         let summary = ledger.summary();
         assert_eq!((summary.overall.calls, summary.overall.cost_nanodollars, summary.running), (3, 30, 0));
+        assert_eq!(summary.overall.by_endpoint.get("POST /v1/files"), Some(&Share { calls: 3, cost_nanodollars: 30 }));
         assert_eq!(summary.credentials.get("a").map(|totals| totals.completion_tokens), Some(9));
     }
 

@@ -5,15 +5,19 @@ mod answer;
 mod anthropic;
 mod api;
 mod body;
+mod call;
 mod connection;
 mod control;
 mod credentials;
 mod directive;
+mod endpoint;
 mod faults;
 mod frames;
 mod ledger;
 mod listing;
 mod models;
+mod multipart;
+mod objects;
 mod openai;
 mod provider;
 mod reply;
@@ -62,7 +66,7 @@ struct Args {
     /// Output tokens that a stream still generates, and bills, after its client has gone.
     #[arg(long, default_value_t = 16)]
     abort_overrun: u64,
-    /// Least work per request: no violation scans, no kept bodies, headers or digests, 8-token answers.
+    /// Least work per request: no violation scans, no kept bodies, headers, digests or `store`, 8-token answers.
     #[arg(long)]
     bench: bool,
 }

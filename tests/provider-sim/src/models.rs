@@ -2,10 +2,39 @@
 
 use crate::provider::Provider;
 
+/// What a model is for, with what its price depends on besides tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    Chat,
+    /// The completions of before chat.
+    Completion,
+    Embedding {
+        dimensions: u64,
+    },
+    Moderation,
+    /// Pictures paid by the piece; see `openai::images` for what each costs.
+    Picture,
+    /// Pictures paid by the token.
+    PictureTokens,
+    /// Speech; nanodollars per million characters.
+    Speech {
+        characters: u64,
+    },
+    /// Transcription by time; nanodollars per million seconds.
+    Listening {
+        seconds: u64,
+    },
+    /// Transcription by tokens; nanodollars per million tokens of sound.
+    ListeningTokens {
+        audio: u64,
+    },
+}
+
 /// One model as the provider sells it.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Model {
     pub provider: Provider,
+    pub kind: Kind,
     /// The alias callers use.
     pub name: &'static str,
     /// What responses call it: an alias resolves to a dated snapshot.
@@ -24,7 +53,8 @@ pub struct Model {
     pub reasons: bool,
 }
 
-/// What one request consumed. `cache_read` and `cache_write` are parts of `prompt`, `reasoning` is part of `completion`.
+/// What one request consumed. `cache_read`, `cache_write` and `audio` are parts of `prompt`; `reasoning` and `image` are parts
+/// of `completion`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Usage {
     pub prompt: u64,
@@ -32,12 +62,20 @@ pub struct Usage {
     pub cache_write: u64,
     pub reasoning: u64,
     pub completion: u64,
+    /// Tokens of sound.
+    pub audio: u64,
+    /// Tokens of pictures made.
+    pub image: u64,
+    pub characters: u64,
+    pub images: u64,
+    /// Of sound, as billed: begun seconds count.
+    pub seconds: u64,
 }
 
 impl Usage {
     /// Prompt tokens charged at the full input price.
     pub fn fresh(&self) -> u64 {
-        self.prompt.saturating_sub(self.cache_read).saturating_sub(self.cache_write)
+        self.prompt.saturating_sub(self.cache_read).saturating_sub(self.cache_write).saturating_sub(self.audio)
     }
 }
 
@@ -50,10 +88,19 @@ impl Model {
         MODELS.iter().filter(move |model| model.provider == provider)
     }
 
-    /// Nanodollars for one request, rounded up once at the end.
+    /// Nanodollars for one request, rounded up once at the end; without pictures paid by the piece.
     pub fn cost(&self, usage: &Usage) -> u64 {
         let product = |tokens: u64, price: u64| u128::from(tokens) * u128::from(price);
+        let (audio, characters, seconds) = match self.kind {
+            Kind::ListeningTokens { audio } => (audio, 0, 0),
+            Kind::Speech { characters } => (self.input, characters, 0),
+            Kind::Listening { seconds } => (self.input, 0, seconds),
+            _ => (self.input, 0, 0),
+        };
         let total = product(usage.fresh(), self.input)
+            + product(usage.audio, audio)
+            + product(usage.characters, characters)
+            + product(usage.seconds, seconds)
             + product(usage.cache_read, self.cached_input)
             + product(usage.cache_write, self.cache_write)
             + product(usage.completion, self.output);
@@ -71,6 +118,7 @@ const fn openai(
 ) -> Model {
     Model {
         provider: Provider::Openai,
+        kind: Kind::Chat,
         name,
         snapshot,
         display: name,
@@ -85,6 +133,17 @@ const fn openai(
     }
 }
 
+/// A model that isn't for chat: price of a million tokens in and out, largest input and output in tokens.
+const fn special(
+    kind: Kind,
+    (name, snapshot): (&'static str, &'static str),
+    created: u64,
+    (input, output): (u64, u64),
+    limits: (u64, u64),
+) -> Model {
+    Model { kind, ..openai(name, snapshot, created, (input, input, output), limits, false) }
+}
+
 const fn claude(
     (name, snapshot, display): (&'static str, &'static str, &'static str),
     created: u64,
@@ -93,6 +152,7 @@ const fn claude(
 ) -> Model {
     Model {
         provider: Provider::Anthropic,
+        kind: Kind::Chat,
         name,
         snapshot,
         display,
@@ -114,7 +174,7 @@ const CENT: u64 = USD / 100;
 const MILL: u64 = CENT / 10;
 
 #[rustfmt::skip]
-static MODELS: [Model; 11] = [
+static MODELS: [Model; 22] = [
     openai("gpt-4o", "gpt-4o-2024-08-06", 1_715_367_049, (250 * CENT, 125 * CENT, 10 * USD), (128_000, 16_384), false),
     openai("gpt-4o-mini", "gpt-4o-mini-2024-07-18", 1_721_172_741, (15 * CENT, 75 * MILL, 60 * CENT), (128_000, 16_384), false),
     openai("gpt-4.1", "gpt-4.1-2025-04-14", 1_744_316_542, (2 * USD, 50 * CENT, 8 * USD), (1_047_576, 32_768), false),
@@ -126,6 +186,18 @@ static MODELS: [Model; 11] = [
     claude(("claude-sonnet-4-5", "claude-sonnet-4-5-20250929", "Claude Sonnet 4.5"), 1_759_104_000, (3 * USD, 30 * CENT, 375 * CENT, 15 * USD), (200_000, 64_000)),
     claude(("claude-haiku-4-5", "claude-haiku-4-5-20251001", "Claude Haiku 4.5"), 1_760_486_400, (USD, 10 * CENT, 125 * CENT, 5 * USD), (200_000, 64_000)),
     claude(("claude-opus-4-6", "claude-opus-4-6", "Claude Opus 4.6"), 1_770_163_200, (5 * USD, 50 * CENT, 625 * CENT, 25 * USD), (1_000_000, 128_000)),
+    special(Kind::Completion, ("gpt-3.5-turbo-instruct", "gpt-3.5-turbo-instruct-0914"), 1_692_901_427, (150 * CENT, 2 * USD), (4_096, 4_096)),
+    special(Kind::Embedding { dimensions: 1536 }, ("text-embedding-3-small", "text-embedding-3-small"), 1_705_948_997, (2 * CENT, 0), (8_192, 0)),
+    special(Kind::Embedding { dimensions: 3072 }, ("text-embedding-3-large", "text-embedding-3-large"), 1_705_953_180, (13 * CENT, 0), (8_192, 0)),
+    special(Kind::Moderation, ("omni-moderation-latest", "omni-moderation-2024-09-26"), 1_731_689_265, (0, 0), (32_768, 0)),
+    special(Kind::Picture, ("dall-e-2", "dall-e-2"), 1_698_798_177, (0, 0), (1_000, 0)),
+    special(Kind::Picture, ("dall-e-3", "dall-e-3"), 1_698_785_189, (0, 0), (4_000, 0)),
+    special(Kind::PictureTokens, ("gpt-image-1", "gpt-image-1"), 1_745_517_030, (5 * USD, 40 * USD), (32_000, 62_400)),
+    special(Kind::Speech { characters: 15 * USD }, ("tts-1", "tts-1"), 1_681_940_951, (0, 0), (4_096, 0)),
+    special(Kind::Speech { characters: 30 * USD }, ("tts-1-hd", "tts-1-hd"), 1_699_046_015, (0, 0), (4_096, 0)),
+    // $0.006 a minute.
+    special(Kind::Listening { seconds: 100 * USD }, ("whisper-1", "whisper-1"), 1_677_532_384, (0, 0), (0, 0)),
+    special(Kind::ListeningTokens { audio: 6 * USD }, ("gpt-4o-transcribe", "gpt-4o-transcribe"), 1_742_068_463, (250 * CENT, 10 * USD), (16_000, 2_000)),
 ];
 
 #[cfg(test)]
@@ -158,6 +230,25 @@ mod tests {
     }
 
     #[test]
+    fn what_is_not_paid_by_the_token_is_paid_by_its_own_unit() {
+        let of = |model, usage| cost(Provider::Openai, model, usage);
+        // 1000 x $0.02/M
+        assert_eq!(of("text-embedding-3-small", Usage { prompt: 1000, ..Usage::default() }), Some(20_000));
+        // 100 characters x $15/M, and twice that
+        let said = Usage { characters: 100, ..Usage::default() };
+        assert_eq!((of("tts-1", said), of("tts-1-hd", said)), (Some(1_500_000), Some(3_000_000)));
+        // a minute at $0.006
+        assert_eq!(of("whisper-1", Usage { seconds: 60, ..Usage::default() }), Some(6_000_000));
+        // 600 tokens of sound x $6/M + 5 of text x $2.50/M + 20 out x $10/M
+        let heard = Usage { prompt: 605, audio: 600, completion: 20, seconds: 60, ..Usage::default() };
+        assert_eq!(of("gpt-4o-transcribe", heard), Some(3_600_000 + 12_500 + 200_000));
+        // 10 x $5/M + 1056 x $40/M
+        let painted = Usage { prompt: 10, completion: 1056, image: 1056, images: 1, ..Usage::default() };
+        assert_eq!(of("gpt-image-1", painted), Some(50_000 + 42_240_000));
+        assert_eq!(of("omni-moderation-latest", Usage { prompt: 500, ..Usage::default() }), Some(0));
+    }
+
+    #[test]
     fn the_table_agrees_with_the_published_per_token_prices() {
         let rows = [
             ("gpt-4o", 2500, 1250, 10_000),
@@ -171,6 +262,9 @@ mod tests {
             ("claude-sonnet-4-5", 3000, 300, 15_000),
             ("claude-haiku-4-5", 1000, 100, 5000),
             ("claude-opus-4-6", 5000, 500, 25_000),
+            ("gpt-3.5-turbo-instruct", 1500, 1500, 2000),
+            ("text-embedding-3-small", 20, 20, 0),
+            ("text-embedding-3-large", 130, 130, 0),
         ];
         for (model, (name, input, cached, output)) in MODELS.iter().zip(rows) {
             assert_eq!(

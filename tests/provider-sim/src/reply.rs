@@ -5,9 +5,9 @@ use hyper::{Response, StatusCode};
 
 use crate::anthropic;
 use crate::body::SimBody;
+use crate::call::{Ready, Shape};
 use crate::credentials::Quota;
-use crate::directive::Directive;
-use crate::frames::Frame;
+use crate::frames;
 use crate::ledger::Ended;
 use crate::openai;
 use crate::provider::{ApiError, Provider};
@@ -24,7 +24,6 @@ pub struct Reply {
     pub request_id: String,
     /// Where the credential stands, once it has been asked.
     pub quota: Option<Quota>,
-    pub gzip: bool,
     /// Scripted milliseconds before the headers.
     pub wait_ms: Option<u64>,
 }
@@ -35,7 +34,7 @@ impl Reply {
             Provider::Openai => identifier("req_", 32),
             Provider::Anthropic => identifier("req_011", 21),
         };
-        Reply { provider, request_id, quota: None, gzip: false, wait_ms: None }
+        Reply { provider, request_id, quota: None, wait_ms: None }
     }
 
     pub fn document(&self, mut ticket: Ticket, text: String) -> Response<SimBody> {
@@ -60,23 +59,28 @@ impl Reply {
         response
     }
 
-    pub fn generation(
-        &self,
-        mut ticket: Ticket,
-        frames: Vec<Frame>,
-        outcome: Ended,
-        stream: bool,
-        script: &Directive,
-    ) -> Response<SimBody> {
+    pub fn answer(&self, mut ticket: Ticket, ready: Ready) -> Response<SimBody> {
+        let Ready { mut frames, shape, script, outcome } = ready;
+        let stream = shape == Shape::Events;
+        if stream && script.crlf {
+            frames::with_crlf(&mut frames);
+        }
+        let gzip = script.gzip && frames::with_gzip(&mut frames).is_ok();
         ticket.status = Some(200);
         ticket.shared().ledger.update(ticket.seq, |entry| entry.status = Some(200));
-        let body = SimBody::scripted(frames, ticket, outcome, script, !stream);
-        let mut response = self.with_headers(body, StatusCode::OK, if stream { EVENTS } else { JSON });
+        let (kind, announce) = match shape {
+            Shape::Json => (JSON, true),
+            Shape::Text => (HeaderValue::from_static("text/plain; charset=utf-8"), true),
+            Shape::Events => (EVENTS, false),
+            Shape::Bytes(kind) => (HeaderValue::from_static(kind), false),
+        };
+        let body = SimBody::scripted(frames, ticket, outcome, &script, announce);
+        let mut response = self.with_headers(body, StatusCode::OK, kind);
         let headers = response.headers_mut();
         if stream {
             headers.insert(names::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
         }
-        if self.gzip {
+        if gzip {
             headers.insert(names::CONTENT_ENCODING, HeaderValue::from_static("gzip"));
         }
         if script.trailers {

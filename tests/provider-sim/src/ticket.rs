@@ -16,6 +16,8 @@ pub struct Bill {
     pub stream: bool,
     /// Visible tokens generated so far.
     pub produced: u64,
+    /// Nanodollars for what has its own price by the piece.
+    pub pieces: u64,
 }
 
 #[derive(Debug)]
@@ -23,6 +25,7 @@ pub struct Ticket {
     shared: Arc<Shared>,
     connection: Arc<Connection>,
     pub seq: u64,
+    endpoint: Option<&'static str>,
     pub credential: Option<Arc<Credential>>,
     pub status: Option<u16>,
     pub bill: Option<Bill>,
@@ -30,8 +33,8 @@ pub struct Ticket {
 }
 
 impl Ticket {
-    pub fn new(shared: Arc<Shared>, connection: Arc<Connection>, seq: u64) -> Self {
-        Ticket { shared, connection, seq, credential: None, status: None, bill: None, closed: false }
+    pub fn new(shared: Arc<Shared>, connection: Arc<Connection>, seq: u64, endpoint: Option<&'static str>) -> Self {
+        Ticket { shared, connection, seq, endpoint, credential: None, status: None, bill: None, closed: false }
     }
 
     pub fn shared(&self) -> &Arc<Shared> {
@@ -53,7 +56,7 @@ impl Ticket {
         }
         let (usage, cost_nanodollars) = self.bill.as_ref().map_or_else(Default::default, |bill| bill.due(ended, self.shared.abort_overrun));
         let credential = self.credential.as_ref().map(|credential| &credential.id);
-        let end = End { ended, usage, cost_nanodollars };
+        let end = End { ended, usage, cost_nanodollars, endpoint: self.endpoint };
         self.shared.ledger.end(self.seq, &end, credential, self.status);
         self.connection.expect_head();
     }
@@ -67,6 +70,10 @@ impl Drop for Ticket {
 }
 
 impl Bill {
+    pub fn new(model: &'static Model, usage: Usage, stream: bool) -> Self {
+        Bill { model, usage, stream, produced: 0, pieces: 0 }
+    }
+
     /// A buffered answer is generated whole whoever waits for it. A stream stops soon after its reader has gone: what was
     /// generated is charged, hidden tokens (which come first) in full, and up to `overrun` more.
     fn due(&self, ended: Ended, overrun: u64) -> (Usage, u64) {
@@ -75,7 +82,7 @@ impl Bill {
             let visible = usage.completion - usage.reasoning;
             usage.completion = usage.reasoning + visible.min(self.produced.saturating_add(overrun));
         }
-        (usage, self.model.cost(&usage))
+        (usage, self.model.cost(&usage).saturating_add(self.pieces))
     }
 }
 
@@ -88,7 +95,7 @@ mod tests {
     fn a_stream_cut_short_pays_for_a_little_more_than_it_gave() -> Result<(), &'static str> {
         let model = Model::find(Provider::Openai, "o3").ok_or("model")?;
         let usage = Usage { prompt: 10, reasoning: 50, completion: 150, ..Usage::default() };
-        let mut bill = Bill { model, usage, stream: true, produced: 30 };
+        let mut bill = Bill { model, usage, stream: true, produced: 30, pieces: 0 };
         assert_eq!(bill.due(Ended::ClientGone, 16).0.completion, 96);
         assert_eq!(bill.due(Ended::ClientGone, 16).1, 10 * 2000 + 96 * 8000);
         assert_eq!(bill.due(Ended::Complete, 16).0.completion, 150);
@@ -96,6 +103,8 @@ mod tests {
         assert_eq!(bill.due(Ended::Fault, 16).0.completion, 150);
         bill.stream = false;
         bill.produced = 0;
+        bill.pieces = 7;
+        assert_eq!(bill.due(Ended::ClientGone, 16).1, 10 * 2000 + 150 * 8000 + 7);
         assert_eq!(bill.due(Ended::ClientGone, 16).0.completion, 150);
         Ok(())
     }

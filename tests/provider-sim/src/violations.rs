@@ -1,6 +1,7 @@
 //! What must never reach a provider. Findings name the place and never repeat the secret.
 
 use crate::credentials::Credentials;
+use crate::multipart;
 use crate::provider::Provider;
 
 /// A request as it was received: names in lower case, one pair for each line, nothing merged.
@@ -15,15 +16,34 @@ pub struct Received<'a> {
 const AUTH_HEADERS: [&str; 5] = ["authorization", "proxy-authorization", "x-api-key", "api-key", "x-goog-api-key"];
 /// How real secrets begin; anything of that look that isn't known has leaked from somewhere.
 const SECRET_PREFIXES: [&str; 5] = ["sk-", "sk_live_", "sk_test_", "AIza", "rk_live_"];
-/// Fields that decide what a request costs: two of them, and the gate and the provider may read different ones.
-const GOVERNED: [&str; 6] = ["model", "stream", "max_tokens", "max_completion_tokens", "n", "tools"];
+/// Fields that decide what a request costs or reaches: two of them, and the gate and the provider may read different ones.
+const GOVERNED: [&str; 16] = [
+    "model",
+    "stream",
+    "max_tokens",
+    "max_completion_tokens",
+    "max_output_tokens",
+    "n",
+    "tools",
+    "store",
+    "background",
+    "previous_response_id",
+    "conversation",
+    "best_of",
+    "size",
+    "quality",
+    "input",
+    "prompt",
+];
 
 pub fn of(request: &Received, credentials: &Credentials) -> Vec<String> {
     let mut found = Vec::new();
     virtual_keys(request, &mut found);
     secrets(request, credentials, &mut found);
     headers(request, &mut found);
-    for key in duplicate_keys(request.body) {
+    let kind = request.headers.iter().find(|(name, _)| name == "content-type").map_or("", |(_, kind)| kind);
+    let duplicates = multipart::boundary(kind).map_or_else(|| duplicate_keys(request.body), |bound| duplicate_fields(request.body, bound));
+    for key in duplicates {
         found.push(format!("duplicate_key: {key}"));
     }
     found
@@ -106,6 +126,13 @@ fn headers(request: &Received, found: &mut Vec<String>) {
             found.push(format!("internal_header: {name}"));
         }
     }
+}
+
+/// The governed fields of a form, and its file, that occur more than once.
+fn duplicate_fields(body: &[u8], boundary: &str) -> Vec<&'static str> {
+    let fields = multipart::parse(body, boundary).unwrap_or_default();
+    let times = |name: &&str| fields.iter().filter(|field| field.name == *name).count() > 1;
+    GOVERNED.into_iter().chain(["file", "purpose"]).filter(times).collect()
 }
 
 /// The governed top-level keys that occur more than once, after unescaping. Reads the raw text: a parsed document has
@@ -201,6 +228,17 @@ mod tests {
         for (target, headers, body, expected) in cases {
             assert_eq!(check(target, headers, body)?, [expected]);
         }
+        Ok(())
+    }
+
+    #[test]
+    fn a_form_is_read_by_its_fields_and_what_is_in_a_file_is_no_key() -> Result<(), String> {
+        let part = |head: &str, data: &str| format!("--b\r\nContent-Disposition: form-data; {head}\r\n\r\n{data}\r\n");
+        let file = part("name=\"file\"; filename=\"a.jsonl\"", "{\"model\":1}\n{\"model\":1}");
+        let kind = [("content-type", "multipart/form-data; boundary=b")];
+        assert_eq!(check("/", &kind, &format!("{file}--b--"))?, Vec::<String>::new());
+        let model = part("name=\"model\"", "whisper-1");
+        assert_eq!(check("/", &kind, &format!("{model}{file}{model}--b--"))?, ["duplicate_key: model"]);
         Ok(())
     }
 

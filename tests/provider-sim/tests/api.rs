@@ -97,7 +97,7 @@ fn wrong_keys_states_and_models_are_refused_in_shape() -> Outcome {
     assert_eq!((foreign.status, &foreign.json()?["error"]["type"]), (401, &json!("authentication_error")));
     let unknown = json!({"model": "gpt-nope", "messages": [{"role": "user", "content": "hi"}]});
     assert_eq!(sim.chat(OPENAI, &unknown)?.status, 404);
-    assert_eq!(sim.send("GET", "/v1/files", OPENAI, "")?.status, 404);
+    assert_eq!(sim.send("GET", "/v1/batches", OPENAI, "")?.status, 404);
     for (state, status) in [("insufficient_quota", 429), ("overloaded", 503), ("invalid", 401), ("ok", 200)] {
         sim.control("PATCH", "/control/credentials/o", Some(&json!({"state": state})))?;
         assert_eq!(sim.chat(OPENAI, &chat("hi"))?.status, status, "{state}");
@@ -235,5 +235,48 @@ fn what_must_not_arrive_is_seen_on_the_wire() -> Outcome {
     }
     sim.control("POST", "/control/reset", None)?;
     assert_eq!(sim.totals()?["violation_count"], 0);
+    Ok(())
+}
+
+#[test]
+fn one_account_has_its_objects_in_common_and_the_books_say_who_named_them() -> Outcome {
+    let sim = Sim::start()?;
+    sim.credentials(&json!([
+        {"id": "o", "provider": "openai", "secret": "sk-openai-test", "account": "both"},
+        {"id": "p", "provider": "openai", "secret": "sk-openai-more", "account": "both"},
+        {"id": "q", "provider": "openai", "secret": "sk-openai-else"},
+    ]))?;
+    let auth = |secret: &str| format!("authorization: Bearer {secret}\r\n");
+    let made = sim.send("POST", "/v1/responses", OPENAI, r#"{"model":"gpt-4o","input":"[[sim tokens=4]]"}"#)?.json()?;
+    let (id, seq) = (made["id"].as_str().ok_or("no id")?.to_owned(), sim.last_entry()?["seq"].clone());
+    let path = format!("/v1/responses/{id}");
+    assert_eq!(sim.send("GET", &path, &auth("sk-openai-more"), "")?.json()?, made);
+    let reference = json!({"kind": "response", "id": id, "how": "read", "created_seq": seq, "created_by": "o"});
+    assert_eq!(sim.last_entry()?["referenced"], json!([reference]));
+    assert_eq!(sim.send("GET", &path, &auth("sk-openai-else"), "")?.status, 404);
+    assert_eq!(sim.last_entry()?["referenced"][0]["created_seq"], Value::Null);
+    let objects = sim.control("GET", "/control/objects", None)?;
+    assert_eq!(objects["accounts"]["both"][0], json!({"kind": "response", "id": id, "created_seq": seq, "credential": "o"}));
+    sim.control("POST", "/control/reset", None)?;
+    assert_eq!(sim.send("GET", &path, OPENAI, "")?.status, 404);
+    Ok(())
+}
+
+#[test]
+fn a_client_that_leaves_a_streamed_response_pays_what_was_made() -> Outcome {
+    let sim = Sim::start()?;
+    let body = json!({"model": "gpt-4o", "stream": true, "input": "[[sim tokens=1000 per_delta=1 pace_ms=60000]]"}).to_string();
+    let mut stream = sim.connect()?;
+    stream.write_all(request("POST", "/v1/responses", OPENAI, &body).as_bytes())?;
+    let mut seen = Vec::new();
+    while !String::from_utf8_lossy(&seen).contains("output_text.delta") {
+        let mut buffer = [0; 4096];
+        let read = stream.read(&mut buffer)?;
+        seen.extend_from_slice(&buffer[..read]);
+    }
+    drop(stream);
+    sim.settle()?;
+    let entry = sim.last_entry()?;
+    assert_eq!((&entry["ended"], &entry["completion_tokens"]), (&json!("client_gone"), &json!(17)));
     Ok(())
 }

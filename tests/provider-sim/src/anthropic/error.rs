@@ -1,7 +1,6 @@
 //! Errors as Anthropic words them.
 
 use crate::directive::Directive;
-use crate::models::Model;
 use crate::provider::ApiError;
 use crate::text::quoted;
 
@@ -56,7 +55,7 @@ pub fn unknown_url() -> ApiError {
 }
 
 /// The error a script asks for.
-pub fn scripted(directive: &Directive, model: &Model) -> Option<ApiError> {
+pub fn scripted(directive: &Directive, model: &str) -> Option<ApiError> {
     let status = match (directive.status, directive.error.as_deref()) {
         (Some(status), _) => status,
         (None, Some("authentication_error")) => 401,
@@ -77,7 +76,7 @@ pub fn scripted(directive: &Directive, model: &Model) -> Option<ApiError> {
         (401, _) => bad_key(false),
         (402, _) => ApiError::new(402, "billing_error", "Your account has a billing issue."),
         (403, _) => ApiError::new(403, "permission_error", "Your API key does not have permission."),
-        (404, _) => model_not_found(model.name),
+        (404, _) => model_not_found(model),
         (413, _) => ApiError::new(413, "request_too_large", "Request exceeds the maximum size"),
         (429, _) => rate_limited("requests", 50, directive.retry_after.unwrap_or(1) * 1000),
         (504, _) => ApiError::new(504, "timeout_error", "Request timed out"),

@@ -3,7 +3,7 @@
 use serde_json::{Map, Value};
 
 use super::error;
-use crate::answer::Asked;
+use crate::answer::{Asked, Extras};
 use crate::models::Model;
 use crate::openai::request::text_of;
 use crate::provider::{ApiError, Provider};
@@ -56,20 +56,10 @@ pub fn check_version(version: Option<&str>) -> Result<(), ApiError> {
 }
 
 pub fn parse(body: &[u8], version: &str) -> Result<Asked, ApiError> {
-    let unreadable = || ApiError::invalid("The request body is not valid JSON");
-    let value: Value = serde_json::from_slice(body).map_err(|_| unreadable())?;
-    let Value::Object(fields) = value else { return Err(unreadable()) };
-    let name = match fields.get("model") {
-        Some(Value::String(name)) => name,
-        Some(_) => return Err(ApiError::invalid("model: Input should be a valid string")),
-        None => return Err(required("model")),
-    };
+    let fields = object(body)?;
+    let name = model_name(&fields)?;
     let limit = max_tokens(&fields)?;
-    let messages = match fields.get("messages") {
-        Some(Value::Array(messages)) => messages.as_slice(),
-        Some(_) => return Err(ApiError::invalid("messages: Input should be a valid list")),
-        None => return Err(required("messages")),
-    };
+    let messages = messages(&fields)?;
     if let Some(unknown) = fields.keys().find(|key| !KNOWN.contains(&key.as_str())) {
         return Err(ApiError::invalid(format!("{unknown}: Extra inputs are not permitted")));
     }
@@ -105,7 +95,50 @@ pub fn parse(body: &[u8], version: &str) -> Result<Asked, ApiError> {
         prompt_tokens,
         last_user: last_user(messages),
         after_tools: messages.last().is_some_and(|message| blocks(message, "tool_result").next().is_some()),
+        extras: Extras::default(),
     })
+}
+
+/// What counting tokens may say besides what both have.
+const NOT_COUNTED: &[&str] =
+    &["container", "inference_geo", "max_tokens", "metadata", "service_tier", "stop_sequences", "stream", "temperature", "top_k", "top_p"];
+
+/// The model, the tokens of the prompt and the last text of the user in a request that only counts.
+pub fn count(body: &[u8], version: &str) -> Result<(&'static Model, u64, String), ApiError> {
+    let fields = object(body)?;
+    let name = model_name(&fields)?;
+    let messages = messages(&fields)?;
+    let known = |key: &&String| KNOWN.contains(&key.as_str()) && !NOT_COUNTED.contains(&key.as_str());
+    if let Some(unknown) = fields.keys().find(|key| !known(key)) {
+        return Err(ApiError::invalid(format!("{unknown}: Extra inputs are not permitted")));
+    }
+    let model = Model::find(Provider::Anthropic, name).ok_or_else(|| error::model_not_found(name))?;
+    check_messages(messages, version)?;
+    tools(&fields)?;
+    Ok((model, prompt_tokens(&fields, messages).min(body.len() as u64), last_user(messages)))
+}
+
+fn object(body: &[u8]) -> Result<Fields, ApiError> {
+    match serde_json::from_slice(body) {
+        Ok(Value::Object(fields)) => Ok(fields),
+        _ => Err(ApiError::invalid("The request body is not valid JSON")),
+    }
+}
+
+fn model_name(fields: &Fields) -> Result<&str, ApiError> {
+    match fields.get("model") {
+        Some(Value::String(name)) => Ok(name),
+        Some(_) => Err(ApiError::invalid("model: Input should be a valid string")),
+        None => Err(required("model")),
+    }
+}
+
+fn messages(fields: &Fields) -> Result<&[Value], ApiError> {
+    match fields.get("messages") {
+        Some(Value::Array(messages)) => Ok(messages),
+        Some(_) => Err(ApiError::invalid("messages: Input should be a valid list")),
+        None => Err(required("messages")),
+    }
 }
 
 fn required(name: &str) -> ApiError {

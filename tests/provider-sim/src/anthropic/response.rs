@@ -7,7 +7,7 @@ use crate::directive::Directive;
 use crate::frames::{Frame, Frames};
 use crate::models::Usage;
 use crate::openai::response::padding;
-use crate::text::{identifier, quoted};
+use crate::text::quoted;
 
 /// What the parts of one response repeat.
 pub struct Head<'a> {
@@ -24,7 +24,7 @@ pub fn buffered(head: &Head, answer: &Answer, directive: &Directive) -> Vec<Fram
     for call in &choice.calls {
         // Arguments cut by the limit aren't JSON any more.
         let object = serde_json::from_str::<Value>(call.args.as_str()).is_ok_and(|value| value.is_object());
-        let (id, name) = (identifier("toolu_", 24), quoted(&call.name));
+        let (id, name) = (format!("toolu_{}", call.id), quoted(&call.name));
         let input = if object { call.args.as_str() } else { "{}" };
         blocks.push(format!(r#"{{"type":"tool_use","id":"{id}","name":{name},"input":{input}}}"#));
     }
@@ -87,7 +87,7 @@ fn content_events(frames: &mut Frames, choice: &Choice, mut extra: String, per_d
         index += 1;
     }
     for call in &choice.calls {
-        let (id, name) = (identifier("toolu_", 24), quoted(&call.name));
+        let (id, name) = (format!("toolu_{}", call.id), quoted(&call.name));
         frames.push_delta(start(index, &format!(r#"{{"type":"tool_use","id":"{id}","name":{name},"input":{{}}}}"#)), call_overhead());
         let json = |piece: &str| format!(r#"{{"type":"input_json_delta","partial_json":{}}}"#, quoted(piece));
         frames.push(delta(index, &json("")));

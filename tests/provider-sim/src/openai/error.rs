@@ -1,7 +1,7 @@
 //! Errors as OpenAI words them.
 
 use crate::directive::Directive;
-use crate::models::Model;
+use crate::models::{Kind, Model};
 use crate::provider::ApiError;
 use crate::text::quoted;
 
@@ -79,6 +79,55 @@ pub fn model_not_found(model: &str) -> ApiError {
     ApiError::new(404, "invalid_request_error", message).code("model_not_found")
 }
 
+/// A model that can't do what is asked of it.
+pub fn wrong_kind(model: &Model, fits: fn(Kind) -> bool) -> ApiError {
+    let refuse = |status, message: &str| ApiError::new(status, "invalid_request_error", message);
+    if fits(Kind::Chat) && model.kind == Kind::Completion {
+        let message =
+            "This is not a chat model and thus not supported in the v1/chat/completions endpoint. Did you mean to use v1/completions?";
+        return refuse(404, message).param("model");
+    }
+    if fits(Kind::Completion) {
+        let message = "This is a chat model and not supported in the v1/completions endpoint. Did you mean to use v1/chat/completions?";
+        return refuse(404, message).param("model");
+    }
+    if fits(Kind::Chat) {
+        return refuse(403, "You are not allowed to sample from this model");
+    }
+    if fits(Kind::Embedding { dimensions: 0 }) {
+        return refuse(403, "You are not allowed to generate embeddings from this model");
+    }
+    let message = format!("The model `{}` is not supported by this endpoint.", model.name);
+    refuse(400, &message).param("model").code("invalid_value")
+}
+
+/// `what` as OpenAI begins the sentence: `Response`, `Conversation`.
+pub fn object_not_found(what: &str, id: &str) -> ApiError {
+    ApiError::new(404, "invalid_request_error", format!("{what} with id '{id}' not found."))
+}
+
+pub fn previous_response_not_found(id: &str) -> ApiError {
+    let error = ApiError::invalid(format!("Previous response with id '{id}' not found."));
+    error.param("previous_response_id").code("previous_response_not_found")
+}
+
+pub fn item_not_found(id: &str) -> ApiError {
+    let message = format!(
+        "Item with id '{id}' not found. Items are not persisted when `store` is set to false. Try again with `store` set to true, \
+         or remove this item from your input."
+    );
+    ApiError::new(404, "invalid_request_error", message).param("input")
+}
+
+pub fn file_not_found(id: &str) -> ApiError {
+    ApiError::new(404, "invalid_request_error", format!("No such File object: {id}")).param("id")
+}
+
+/// A file that an input names.
+pub fn input_file_not_found(id: &str, param: &str) -> ApiError {
+    ApiError::new(404, "invalid_request_error", format!("Files ['{id}'] were not found.")).param(param)
+}
+
 pub fn unknown_url(method: &str, path: &str) -> ApiError {
     let message = format!(
         "Unknown request URL: {method} {path}. Please check the URL for typos, or see the docs at \
@@ -87,8 +136,8 @@ pub fn unknown_url(method: &str, path: &str) -> ApiError {
     ApiError::new(404, "invalid_request_error", message).code("unknown_url")
 }
 
-/// The error a script asks for.
-pub fn scripted(directive: &Directive, key: &str, model: &Model) -> Option<ApiError> {
+/// The error a script asks for. `model` is its name and that of its snapshot.
+pub fn scripted(directive: &Directive, key: &str, model: (&str, &str)) -> Option<ApiError> {
     let status = match (directive.status, directive.error.as_deref()) {
         (Some(status), _) => status,
         (None, Some("invalid_api_key")) => 401,
@@ -99,11 +148,11 @@ pub fn scripted(directive: &Directive, key: &str, model: &Model) -> Option<ApiEr
         (None, Some(_)) => 400,
         (None, None) => return None,
     };
-    let limit = || rate_limited(model.snapshot, "requests", 500, directive.retry_after.unwrap_or(1) * 1000);
+    let limit = || rate_limited(model.1, "requests", 500, directive.retry_after.unwrap_or(1) * 1000);
     let mut error = match (status, directive.error.as_deref()) {
         (_, Some("insufficient_quota")) => insufficient_quota(),
         (_, Some("invalid_api_key")) | (401, None) => bad_key(key),
-        (_, Some("model_not_found")) | (404, None) => model_not_found(model.name),
+        (_, Some("model_not_found")) | (404, None) => model_not_found(model.0),
         (_, Some("rate_limit_exceeded")) | (429, None) => limit(),
         (503, _) => overloaded(),
         (500.., _) => server_error(),

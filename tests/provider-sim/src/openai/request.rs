@@ -2,15 +2,13 @@
 
 use std::collections::HashSet;
 
-use serde_json::{Map, Value};
+use serde_json::Value;
 
-use super::error;
-use crate::answer::Asked;
-use crate::models::Model;
-use crate::provider::{ApiError, Provider};
+use super::fields::{self, Fields, flag, integer, missing, wrong_type};
+use crate::answer::{Asked, Extras, Kept, Sent};
+use crate::models::{Kind, Model};
+use crate::provider::ApiError;
 use crate::tokens;
-
-type Fields = Map<String, Value>;
 
 /// Arguments that exist; any other is refused by name.
 const KNOWN: &[&str] = &[
@@ -59,9 +57,8 @@ const MESSAGE_OVERHEAD: u64 = 3;
 const IMAGE_TOKENS: u64 = 85;
 
 pub fn parse(body: &[u8]) -> Result<Asked, ApiError> {
-    let value: Value = serde_json::from_slice(body).map_err(|_| unreadable())?;
-    let Value::Object(fields) = value else { return Err(unreadable()) };
-    let model = model(&fields)?;
+    let fields = fields::object(body)?;
+    let model = fields::model(&fields, None, |kind| kind == Kind::Chat)?;
     if let Some(unknown) = fields.keys().find(|key| !KNOWN.contains(&key.as_str())) {
         return Err(ApiError::invalid(format!("Unrecognized request argument supplied: {unknown}")));
     }
@@ -93,29 +90,23 @@ pub fn parse(body: &[u8]) -> Result<Asked, ApiError> {
         prompt_tokens,
         last_user: last_user(messages),
         after_tools: messages.last().and_then(|message| message.get("role")).is_some_and(|role| role == "tool"),
+        extras: extras(&fields, messages)?,
     })
 }
 
-fn unreadable() -> ApiError {
-    ApiError::invalid(
-        "We could not parse the JSON body of your request. (HINT: This likely means you aren't using your HTTP library \
-         correctly. The OpenAI API expects a JSON payload, but what was sent was not valid JSON.)",
-    )
-}
-
-fn model(fields: &Fields) -> Result<&'static Model, ApiError> {
-    match fields.get("model") {
-        Some(Value::String(name)) => Model::find(Provider::Openai, name).ok_or_else(|| error::model_not_found(name)),
-        Some(Value::Null) | None => Err(ApiError::invalid("you must provide a model parameter")),
-        Some(other) => Err(wrong_type("model", "a string", other)),
-    }
+/// What reaches beyond the one exchange: `store`, and files uploaded before.
+fn extras(fields: &Fields, messages: &[Value]) -> Result<Extras, ApiError> {
+    let store = Sent::of(fields.get("store"), flag(fields, "store")?);
+    let kept = || Kept { metadata: fields.get("metadata").cloned(), messages: messages.to_vec() };
+    let parts = messages.iter().filter_map(|message| message.get("content")?.as_array()).flatten();
+    let files = parts.filter_map(|part| part.pointer("/file/file_id")?.as_str().map(str::to_owned)).collect();
+    Ok(Extras { store: Some(store), kept: (store == Sent::True).then(kept), files })
 }
 
 fn messages(fields: &Fields) -> Result<&[Value], ApiError> {
     let messages = match fields.get("messages") {
         None | Some(Value::Null) => {
-            let error = ApiError::invalid("Missing required parameter: 'messages'.");
-            return Err(error.param("messages").code("missing_required_parameter"));
+            return Err(missing("messages"));
         }
         Some(Value::Array(messages)) => messages,
         Some(other) => return Err(wrong_type("messages", "an array of objects", other)),
@@ -139,8 +130,7 @@ fn one_message<'a>(index: usize, message: &'a Value, open_calls: &mut HashSet<&'
         Some(Value::String(role)) => role.as_str(),
         Some(other) => return Err(wrong_type(&format!("{at}.role"), "a string", other)),
         None => {
-            let error = ApiError::invalid(format!("Missing required parameter: '{at}.role'."));
-            return Err(error.param(format!("{at}.role")).code("missing_required_parameter"));
+            return Err(missing(&format!("{at}.role")));
         }
     };
     if !["system", "assistant", "user", "function", "tool", "developer"].contains(&role) {
@@ -246,7 +236,8 @@ fn limit(fields: &Fields, model: &Model) -> Result<u64, ApiError> {
     Ok(asked)
 }
 
-fn sampling(fields: &Fields, model: &Model) -> Result<(), ApiError> {
+/// Temperature and the like, within their bounds and the model's.
+pub fn sampling(fields: &Fields, model: &Model) -> Result<(), ApiError> {
     for (name, low, high) in
         [("temperature", 0.0, 2.0), ("top_p", 0.0, 1.0), ("presence_penalty", -2.0, 2.0), ("frequency_penalty", -2.0, 2.0)]
     {
@@ -279,7 +270,8 @@ fn choices(fields: &Fields) -> Result<usize, ApiError> {
     Ok(usize::try_from(wanted).unwrap_or(1))
 }
 
-fn include_usage(fields: &Fields, stream: bool) -> Result<bool, ApiError> {
+/// Whether a stream ends with its usage.
+pub fn include_usage(fields: &Fields, stream: bool) -> Result<bool, ApiError> {
     match fields.get("stream_options") {
         None | Some(Value::Null) => Ok(false),
         Some(Value::Object(options)) if stream => Ok(flag(options, "include_usage")?.unwrap_or(false)),
@@ -291,7 +283,8 @@ fn include_usage(fields: &Fields, stream: bool) -> Result<bool, ApiError> {
     }
 }
 
-fn stop(fields: &Fields, model: &Model) -> Result<Vec<String>, ApiError> {
+/// Where an answer is to end.
+pub fn stop(fields: &Fields, model: &Model) -> Result<Vec<String>, ApiError> {
     let sequences = match fields.get("stop") {
         None | Some(Value::Null) => return Ok(Vec::new()),
         Some(Value::String(stop)) => vec![stop.clone()],
@@ -329,10 +322,7 @@ fn tools(fields: &Fields) -> Result<Vec<String>, ApiError> {
             Some("custom") => tool.pointer("/custom/name"),
             _ => None,
         };
-        name.and_then(Value::as_str).map(str::to_owned).ok_or_else(|| {
-            let error = ApiError::invalid(format!("Missing required parameter: 'tools[{index}].function.name'."));
-            error.param(format!("tools[{index}].function.name")).code("missing_required_parameter")
-        })
+        name.and_then(Value::as_str).map(str::to_owned).ok_or_else(|| missing(&format!("tools[{index}].function.name")))
     };
     tools.iter().enumerate().map(name).collect()
 }
@@ -399,42 +389,4 @@ pub fn text_of(content: Option<&Value>) -> String {
         }
         _ => String::new(),
     }
-}
-
-fn flag(fields: &Fields, name: &str) -> Result<Option<bool>, ApiError> {
-    match fields.get(name) {
-        None | Some(Value::Null) => Ok(None),
-        Some(Value::Bool(flag)) => Ok(Some(*flag)),
-        Some(other) => Err(wrong_type(name, "a boolean", other)),
-    }
-}
-
-fn integer(fields: &Fields, name: &str, low: u64, high: u64) -> Result<Option<u64>, ApiError> {
-    let Some(value) = fields.get(name).filter(|value| !value.is_null()) else { return Ok(None) };
-    let number = match value.as_u64() {
-        Some(number) if number >= low && number <= high => return Ok(Some(number)),
-        Some(number) => number,
-        None if value.is_i64() => 0,
-        None => return Err(wrong_type(name, "an integer", value)),
-    };
-    let (what, sign, bound, code) = if number < low {
-        ("below minimum", ">=", low, "integer_below_min_value")
-    } else {
-        ("above maximum", "<=", high, "integer_above_max_value")
-    };
-    let message = format!("Invalid '{name}': integer {what} value. Expected a value {sign} {bound}, but got {value} instead.");
-    Err(ApiError::invalid(message).param(name).code(code))
-}
-
-fn wrong_type(name: &str, expected: &str, got: &Value) -> ApiError {
-    let kind = match got {
-        Value::Null => "null",
-        Value::Bool(_) => "a boolean",
-        Value::Number(_) => "a number",
-        Value::String(_) => "a string",
-        Value::Array(_) => "an array",
-        Value::Object(_) => "an object",
-    };
-    let message = format!("Invalid type for '{name}': expected {expected}, but got {kind} instead.");
-    ApiError::invalid(message).param(name).code("invalid_type")
 }

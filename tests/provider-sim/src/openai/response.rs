@@ -4,7 +4,7 @@ use crate::answer::{Answer, Choice, Finish, call_overhead};
 use crate::directive::Directive;
 use crate::frames::{Frame, Frames};
 use crate::models::Usage;
-use crate::text::{identifier, quoted};
+use crate::text::quoted;
 
 /// What every part of one response repeats.
 pub struct Head<'a> {
@@ -37,8 +37,8 @@ fn whole_choice(index: usize, choice: &Choice) -> String {
         .iter()
         .map(|call| {
             format!(
-                r#"{{"id":"{}","type":"function","function":{{"name":{},"arguments":{}}}}}"#,
-                identifier("call_", 24),
+                r#"{{"id":"call_{}","type":"function","function":{{"name":{},"arguments":{}}}}}"#,
+                call.id,
                 quoted(&call.name),
                 quoted(call.args.as_str()),
             )
@@ -101,8 +101,8 @@ fn choice_deltas(choice: &Choice, per_delta: usize) -> Vec<(String, u64)> {
         choice.text.deltas(per_delta).map(|(piece, tokens)| (format!(r#"{{"content":{}}}"#, quoted(piece)), tokens)).collect();
     for (index, call) in choice.calls.iter().enumerate() {
         let opening = format!(
-            r#"{{"tool_calls":[{{"index":{index},"id":"{}","type":"function","function":{{"name":{},"arguments":""}}}}]}}"#,
-            identifier("call_", 24),
+            r#"{{"tool_calls":[{{"index":{index},"id":"call_{}","type":"function","function":{{"name":{},"arguments":""}}}}]}}"#,
+            call.id,
             quoted(&call.name),
         );
         deltas.push((opening, call_overhead()));
@@ -129,7 +129,7 @@ fn finish(choice: &Choice) -> &'static str {
     }
 }
 
-fn usage(usage: &Usage) -> String {
+pub fn usage(usage: &Usage) -> String {
     format!(
         r#"{{"prompt_tokens":{},"completion_tokens":{},"total_tokens":{},"prompt_tokens_details":{{"cached_tokens":{},"audio_tokens":0}},"completion_tokens_details":{{"reasoning_tokens":{},"audio_tokens":0,"accepted_prediction_tokens":0,"rejected_prediction_tokens":0}}}}"#,
         usage.prompt,
