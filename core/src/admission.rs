@@ -457,6 +457,70 @@ mod tests {
         assert_eq!(charge(&hold, Some(&thinker), &base).amount, hold.total, "hidden output can't be estimated");
     }
 
+    #[test]
+    fn what_is_not_in_the_table_must_be_spelled_out() {
+        let code = |endpoints: &[&str], endpoint: &str, refs: &[&str]| {
+            let allow = Allow { endpoints: endpoints.iter().map(|s| (*s).into()).collect(), ..Allow::default() };
+            let asked =
+                Ask { endpoint: endpoint.into(), model: None, refs: refs.iter().map(|s| (*s).into()).collect(), ..ask("", 10, None) };
+            decide(&KeyState { allow, ..key(None) }, &asked, None, 0).err().map(|refusal| refusal.code)
+        };
+        for open in
+            ["*", "POST *", "POST /v1/*", "POST /v1/fil*", "POST /v1/f*iles", "anthropic:POST /v1/files", "GET /v1/files", "", "/v1/files"]
+        {
+            assert_eq!(code(&[open], "POST /v1/files", &[]), Some(Code::EndpointNotAllowed), "{open}");
+        }
+        assert_eq!(code(&[], "POST /v1/files", &[]), Some(Code::EndpointNotAllowed), "no list is no permission for what nobody knows");
+        for spelled in ["POST /v1/files", "* /v1/files*", "openai:POST /v1/files", "POST /v1/files*"] {
+            assert_eq!(code(&["*", spelled], "POST /v1/files", &[]), None, "{spelled}");
+        }
+        assert_eq!(code(&["POST /v1/files*"], "POST /v1/filesets", &[]), Some(Code::EndpointNotAllowed));
+        assert_eq!(code(&["GET /v1/files/*"], "GET /v1/files/file-1", &["file-1"]), None);
+        assert_eq!(code(&["GET /v1/files"], "GET /v1/files", &[]), Some(Code::StateNotOwned), "a list shows what others made");
+        assert_eq!(code(&["DELETE /v1/files"], "DELETE /v1/files", &[]), Some(Code::StateNotOwned));
+        assert_eq!(code(&["*"], "GET /v1/responses/{id}", &["resp_1"]), None, "the table opens its own");
+    }
+
+    #[test]
+    fn every_operation_is_free_priced_or_refused_on_a_budget() {
+        let prices = PriceTable::built_in().unwrap();
+        let rich = key(Some(1 << 50));
+        let of = |endpoint: &str, model: &str, change: fn(&mut Ask)| {
+            let mut asked = Ask { endpoint: endpoint.into(), ..ask(model, 1_000, None) };
+            change(&mut asked);
+            decide(&rich, &asked, prices.find("openai", model), 0).map(|hold| (hold.total.to_usd(), hold.clamp)).map_err(|r| r.code)
+        };
+        let held = |usd: &str| Ok((usd.to_owned(), None));
+        assert_eq!(of("POST /v1/moderations", "omni-moderation-latest", |_| ()), held("0.00"));
+        assert_eq!(of("POST /v1/moderations", "no-such-model", |_| ()), held("0.00"), "free whatever it names");
+        assert_eq!(of("POST /v1/embeddings", "text-embedding-3-small", |_| ()), held("0.00002"));
+        assert_eq!(of("POST /v1/embeddings", "text-embedding-3-small", |a| a.bytes = 20_000), held("0.00016382"));
+        assert_eq!(of("POST /v1/embeddings", "text-embedding-3-small", |a| (a.bytes, a.texts) = (20_000, 3)), held("0.0004"));
+        assert_eq!(of("POST /v1/audio/speech", "tts-1", |a| a.characters = 1_000), held("0.015"));
+        assert_eq!(of("POST /v1/audio/speech", "gpt-4o-mini-tts", |a| a.characters = 10), Err(Code::UnboundedInput));
+        assert_eq!(of("POST /v1/audio/transcriptions", "whisper-1", |a| a.seconds = Some(60)), held("0.006"));
+        assert_eq!(of("POST /v1/audio/transcriptions", "whisper-1", |_| ()), Err(Code::UnboundedInput));
+        assert_eq!(of("POST /v1/audio/transcriptions", "gpt-4o-transcribe", |_| ()), held("0.116"));
+        assert_eq!(of("POST /v1/images/generations", "dall-e-3", |a| a.choices = 2), held("0.08"));
+        assert_eq!(of("POST /v1/images/generations", "dall-e-3", |a| a.quality = Some("hd".into())), held("0.08"));
+        assert_eq!(of("POST /v1/images/generations", "gpt-image-1.5", |_| ()), Err(Code::UnboundedInput));
+        assert_eq!(of("POST /v1/chat/completions", "dall-e-3", |_| ()), Err(Code::UnboundedInput), "not made for that");
+        assert_eq!(of("GET /v1/responses/{id}", "", |a| (a.model, a.refs) = (None, vec!["resp_1".into()])), held("0.00"));
+        let other = of("POST /v1/files", "", |a| a.model = None);
+        assert_eq!(other, Err(Code::EndpointNotAllowed));
+    }
+
+    /// What the provider remembers is not in the body: the hold is for all that the model can read.
+    #[test]
+    fn an_earlier_answer_fills_the_context() {
+        let asked = |history| Ask { endpoint: "POST /v1/responses".into(), history, ..ask("gpt-4o", 100, Some(10)) };
+        let hold = |history| decide(&key(Some(1 << 50)), &asked(history), Some(&price()), 0).unwrap();
+        assert_eq!(hold(false).input, Nanodollars(100 * 2_500));
+        assert_eq!(hold(true).input, Nanodollars(128_000 * 2_500));
+        let boundless = Price { context: None, ..price() };
+        assert_eq!(decide(&key(Some(1 << 50)), &asked(true), Some(&boundless), 0).unwrap_err().code, Code::UnboundedInput);
+    }
+
     proptest! {
         /// I1 at admission: no request is ever given more than is left, and what it is given covers its own worst case.
         #[test]
@@ -473,6 +537,74 @@ mod tests {
                 prop_assert!(worst <= hold.total);
                 if let (Some(clamp), Some(max)) = (hold.clamp, max) { prop_assert!(clamp < max); }
             }
+        }
+
+        /// I2 for every operation and every model on the list: what a provider can truly charge within its own limits is held.
+        #[test]
+        fn no_operation_can_cost_more_than_its_hold(
+            pick in 0usize..10_000, bytes in 1u64..300_000, max in proptest::option::of(1u64..50_000), choices in 1u64..5, texts in 1u64..5,
+            images in 0u64..3, history: bool, characters in 0u64..5_000, seconds in proptest::option::of(1u64..10_000), partial_images in 0u64..4,
+            shares in proptest::collection::vec(0u64..100, 8), size in 0usize..4, quality in 0usize..4,
+        ) {
+            let table = PriceTable::built_in().unwrap();
+            let mut cases: Vec<(&str, &Price, &'static Operation)> = Vec::new();
+            for provider in &crate::operation::PROVIDERS {
+                for (model, price) in table.models(provider.name) {
+                    let fits = |op: &&Operation| op.dialect == provider.dialect && op.models.contains(&price.mode) && op.costs != Costs::Free;
+                    cases.extend(crate::operation::OPERATIONS.iter().filter(fits).map(|op| (model, price, op)));
+                }
+            }
+            cases.sort_by_key(|(model, _, op)| (*model, op.path));
+            let (model, price, op) = cases[pick % cases.len()];
+            let provider = if op.dialect == crate::operation::Dialect::OpenAi { "openai" } else { "anthropic" };
+            let asked = Ask {
+                provider: provider.into(), endpoint: format!("{} {}", op.method, op.path), choices: choices * if op.name == "completions" { texts } else { 1 },
+                texts, images, history, characters, seconds, partial_images,
+                size: [None, Some("1024x1024"), Some("1792x1024"), Some("odd")][size].map(str::to_owned),
+                quality: [None, Some("hd"), Some("standard"), Some("odd")][quality].map(str::to_owned),
+                ..ask(model, bytes, max)
+            };
+            prop_assume!(operation(&asked) == op);
+            let Ok(hold) = decide(&key(Some(1 << 60)), &asked, Some(price), 0) else { return Ok(()) };
+            let context = price.context.unwrap_or(u64::MAX).saturating_mul(texts);
+            let share = |n: u64, i: usize| {
+                let all = if i < 6 { 0..6 } else { 6..8 };
+                n * shares[i] / shares[all].iter().sum::<u64>().max(1)
+            };
+            let input = match (op.costs, history) {
+                (Costs::Tokens, true) => price.context.unwrap(),
+                (Costs::Tokens, false) => (bytes + images * TOKENS_PER_IMAGE).min(context),
+                (Costs::Recording, _) => price.context.unwrap_or(0),
+                _ => bytes,
+            };
+            let output = match op.costs {
+                Costs::Images => price.max_output.unwrap_or(0) * choices + partial_images * TOKENS_PER_PARTIAL_IMAGE * choices,
+                Costs::Recording => price.max_output.unwrap_or(0),
+                _ => hold.clamp.or(max).unwrap_or(u64::MAX).min(price.max_output.unwrap_or(0)).saturating_mul(asked.choices),
+            };
+            let usage = match price.unit {
+                Unit::Seconds(_) => Usage { seconds: seconds.unwrap(), ..Usage::default() },
+                _ => Usage {
+                    input: share(input, 0), cache_read: share(input, 1), cache_write: share(input, 2), cache_write_1h: share(input, 3),
+                    audio_input: share(input, 4), image_input: share(input, 5), output: share(output, 6), media_output: share(output, 7),
+                    ..Usage::default()
+                },
+            };
+            let worst = match &price.unit {
+                Unit::Characters(each) => Nanodollars::of_tokens(&[(characters, *each)]),
+                Unit::Images(listed) => {
+                    let one = image_price(listed, asked.size.as_deref(), asked.quality.as_deref()).unwrap();
+                    Nanodollars(one.0 * i64::try_from(choices).unwrap())
+                }
+                Unit::Tokens | Unit::Seconds(_) => price.cost(&usage).unwrap(),
+            };
+            prop_assert!(worst <= hold.total, "{model} at {}: {worst:?} above {:?}", op.path, hold.total);
+            // What the record tells is charged, and nothing else tells less.
+            let told = Some(&usage).filter(|_| matches!(price.unit, Unit::Tokens | Unit::Seconds(_)));
+            let ended = Ended { sent: true, status: Some(200), stream: false, usage: told, input: None, visible_bytes: None, choices };
+            prop_assert_eq!(charge(&hold, Some(price), &ended).amount, worst);
+            let untold = charge(&hold, Some(price), &Ended { usage: None, ..ended }).amount;
+            prop_assert!(untold >= worst && untold <= hold.total);
         }
     }
 }

@@ -469,11 +469,12 @@ fn settled_event(settlement: &Settlement, charge: Charge) -> Event {
         }
         .to_owned(),
         status: u64::from(settlement.status.unwrap_or(0)),
-        input: usage.input,
+        // The chain counts tokens, whatever they were made of.
+        input: usage.input.saturating_add(usage.audio_input).saturating_add(usage.image_input),
         cache_read: usage.cache_read,
         cache_write: usage.cache_write,
         cache_write_1h: usage.cache_write_1h,
-        output: usage.output,
+        output: usage.output.saturating_add(usage.media_output),
         reasoning: usage.reasoning,
         charge: charge.amount.0,
         estimated: charge.estimated,
