@@ -221,6 +221,10 @@ pub fn find(method: &str, path: &str, query: &[u8], anthropic_version: bool) -> 
         (Provider::by_name(name), path.get(1 + name.len()..).unwrap_or_default())
     };
     let provider = provider.ok_or(NoTarget::UnknownProvider(guess))?;
+    // Paths are written down: a virtual key must not stand in one.
+    if rest.contains(crate::token::PREFIX) {
+        return Err(NoTarget::UnknownEndpoint(provider.dialect));
+    }
     let in_table = OPERATIONS
         .iter()
         .filter(|op| op.dialect == provider.dialect && op.method == method)
@@ -273,6 +277,9 @@ mod tests {
             ("POST", "/openai"),
             ("POST", "/openai/"),
             ("POST", "/v1/"),
+            ("POST", "/openai/edge/v1/admit"),
+            ("POST", "/v1/files/vk_abc"),
+            ("GET", "/v1/models/vk_abc"),
             ("POST", "/v1/files/../models"),
             ("POST", "/v1/files/."),
             ("POST", "/v1//files"),
