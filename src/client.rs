@@ -73,7 +73,8 @@ impl Client {
 
     fn finish(&self, result: Result<Response<Body>, ureq::Error>) -> Result<String, Failure> {
         let unreachable = |error: ureq::Error| {
-            let message = format!("the admin API at {} can't be reached: {error}. Is `keyward up` running? --admin says where it is", self.base);
+            let message =
+                format!("the admin API at {} can't be reached: {error}. Is `keyward up` running? --admin says where it is", self.base);
             Failure::new(Exit::Unreachable, message)
         };
         let mut response = result.map_err(unreachable)?;

@@ -76,7 +76,14 @@ impl Manifest {
     pub fn read(path: &Path) -> Result<Self, Vec<Mistake>> {
         let name = path.display().to_string();
         let unreadable = |error: std::io::Error| {
-            vec![Mistake { file: name.clone(), line: 1, column: 1, field: String::new(), message: format!("can't be read: {error}"), hint: None }]
+            vec![Mistake {
+                file: name.clone(),
+                line: 1,
+                column: 1,
+                field: String::new(),
+                message: format!("can't be read: {error}"),
+                hint: None,
+            }]
         };
         let text = if name == "-" {
             std::io::read_to_string(std::io::stdin()).map_err(unreadable)?
@@ -105,7 +112,11 @@ impl Manifest {
         let value = tree.map_or_else(|| Value::Object(Map::new()), |tree| plain(&tree, "", &mut places.by_path));
         let value = if value.is_null() { Value::Object(Map::new()) } else { value };
         if !value.is_object() {
-            return Err(vec![places.mistake("", "invalid type: the file must be a map of teams, policies, providers, credentials, pools, routes", None)]);
+            return Err(vec![places.mistake(
+                "",
+                "invalid type: the file must be a map of teams, policies, providers, credentials, pools, routes",
+                None,
+            )]);
         }
         let document: Document = serde_path_to_error::deserialize(value).map_err(|error| {
             let path = error.path().to_string();
@@ -349,7 +360,8 @@ mod tests {
 
     #[test]
     fn a_good_file_is_read() {
-        let text = "# ours\nteams:\n  search: {max_keys: 3, max_key_usd: \"10.00\"}\npolicies:\n  p:\n    allow:\n      models: [gpt-4o*]\n";
+        let text =
+            "# ours\nteams:\n  search: {max_keys: 3, max_key_usd: \"10.00\"}\npolicies:\n  p:\n    allow:\n      models: [gpt-4o*]\n";
         let manifest = Manifest::parse("k.yaml", text).unwrap();
         assert_eq!(manifest.document.teams["search"].max_keys, Some(3));
         assert_eq!(manifest.document.policies["p"].allow.models, ["gpt-4o*"]);
@@ -380,7 +392,10 @@ mod tests {
             let mistakes = Manifest::parse("k.yaml", text).err().unwrap_or_default();
             let fits = |m: &Mistake| {
                 let field = if field == "-" { "" } else { field };
-                m.line.to_string() == line && m.field == field && m.message.contains(message) && m.hint.clone().unwrap_or_default().contains(hint)
+                m.line.to_string() == line
+                    && m.field == field
+                    && m.message.contains(message)
+                    && m.hint.clone().unwrap_or_default().contains(hint)
             };
             if !mistakes.iter().any(fits) {
                 wrong.push(format!("{head}\n{text}\ngot: {mistakes:?}\n"));

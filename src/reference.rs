@@ -25,7 +25,8 @@ fn section(page: &mut String, name: &str, definition: &Value, root: &Value) {
         page.push_str(&format!("{}\n\n", one_line(about)));
     }
     page.push_str("| field | type | |\n|---|---|---|\n");
-    let required: Vec<&str> = definition.get("required").and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_str).collect();
+    let required: Vec<&str> =
+        definition.get("required").and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_str).collect();
     for (field, about) in definition.get("properties").and_then(Value::as_object).into_iter().flatten() {
         let must = if required.contains(&field.as_str()) { "**required** " } else { "" };
         page.push_str(&format!("| `{field}` | {} | {must}{} |\n", kind(about, root), one_line(text(about, "description"))));

@@ -4,9 +4,9 @@ use crate::envoy::{self, Endpoint, FILTER, Rendering};
 use crate::manifest::{Manifest, Mistake, tell};
 use clap::Args;
 use keyward_policy_service::config::{Budget, Credential};
-use keyward_policy_service::service::{Loan, Service, ServiceError};
 use keyward_policy_service::service::access::{Principal, Role, TokenSpec};
 use keyward_policy_service::service::keys::KeySpec;
+use keyward_policy_service::service::{Loan, Service, ServiceError};
 use keyward_policy_service::store::Expect;
 use keyward_policy_service::{Config, Running, start};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
@@ -197,7 +197,11 @@ impl Signals {
 async fn start_envoy(
     options: &UpOptions,
     manifest: Option<&Manifest>,
-    service: &Running, envoy_bin: &Path, minor: u32, envoy_admin: u16) -> Result<Child, String> {
+    service: &Running,
+    envoy_bin: &Path,
+    minor: u32,
+    envoy_admin: u16,
+) -> Result<Child, String> {
     let data = std::path::absolute(&options.data).map_err(|error| error.to_string())?;
     let filter = data.join("filter.wasm");
     write(&filter, FILTER)?;

@@ -4,7 +4,7 @@
 use crate::credentials::{CREDENTIAL_HEADERS, NETWORK_HEADERS};
 use crate::edge::Try;
 use crate::gate::{Headers, Permit, header};
-use crate::operation::{AuthScheme, Takes};
+use crate::operation::AuthScheme;
 
 /// A permitted request on its way: the permit, and what became of its tries.
 #[derive(Debug)]
@@ -65,14 +65,13 @@ impl Flight {
             headers.iter().filter(|(name, _)| goes(name) || name.starts_with(b"x-envoy-")).map(|(name, _)| name.to_vec()).collect();
         let mut set = vec![
             (":authority", target.provider.host.to_owned()),
-            (":path", target.operation.path.to_owned()),
+            (":path", target.path.to_string()),
             ("accept-encoding", "identity".to_owned()),
             // The id under which the audit chain has this request; OpenAI documents the header for exactly that.
             ("x-client-request-id", self.permit.id().to_string()),
         ];
-        if target.operation.takes != Takes::Nothing {
-            // A charset of the caller's would make another document of the bytes that the gate has read.
-            set.push(("content-type", "application/json".to_owned()));
+        if let Some(content_type) = self.permit.content_type() {
+            set.push(("content-type", content_type.to_owned()));
         }
         set.retain(|(name, value)| header(headers, name) != Some(value.as_bytes()));
         set.push(auth);

@@ -76,6 +76,34 @@ pub struct Ask {
     /// The first thing found whose cost has no bound.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub unbounded: Option<String>,
+    /// Objects at the provider that the request refers to, in path, query or body.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub refs: Vec<String>,
+    /// There is input at the provider that the body does not show.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub history: bool,
+    /// The provider is to go on by itself after it has answered, or to keep a conversation.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub keeps: bool,
+    /// Texts that are each taken by themselves; 0 means 1.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub texts: u64,
+    /// Characters to speak.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub characters: u64,
+    /// Longest that a recording can last; `None`: its form does not tell.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seconds: Option<u64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub size: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub quality: Option<String>,
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub partial_images: u64,
+}
+
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -115,6 +143,12 @@ pub struct Plan {
     /// Output tokens to write into the body; `None`: as the caller asked.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub clamp: Option<u64>,
+    /// The provider may keep what it answers: the key is allowed state.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub state: bool,
+    /// The whole answer, JSON: the gate gives it and nothing is forwarded.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub answer: Option<String>,
     pub targets: Vec<PlanTarget>,
 }
 
@@ -176,6 +210,12 @@ pub struct Settlement {
     pub visible: Option<u64>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub tries: Vec<Try>,
+    /// Ids of objects that the provider made for this request and keeps.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub created: Vec<String>,
+    /// Id of the object that the provider deleted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub deleted: Option<String>,
     /// Milliseconds from the request's headers to its end.
     pub ms: u64,
     /// Unix milliseconds at the end.
@@ -312,6 +352,8 @@ mod tests {
             input: None,
             visible: Some(9),
             tries: vec![Try { credential: "cred_a".into(), status: Some(200), ms: 12 }],
+            created: vec!["resp_1".into()],
+            deleted: None,
             ms: 20,
             at: 1_700_000_000_000,
         }

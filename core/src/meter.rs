@@ -1,6 +1,6 @@
 //! Counts usage in an answer as it passes, and takes out the one chunk that the caller did not ask for.
 
-use crate::usage::{AnswerReader, Document, Usage, UsageReader};
+use crate::usage::{AnswerReader, Document, Looks, MAX_IDS, Usage, UsageReader};
 
 /// Largest event that is held back to be looked at whole; the chunk that may be withheld is far smaller.
 const MAX_HELD: usize = 64 * 1024;
@@ -15,7 +15,7 @@ pub enum Passed {
 }
 
 /// What an answer told, once it ended or was cut.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Measured {
     /// Usage, when the provider told it.
     pub usage: Option<Usage>,
@@ -26,6 +26,8 @@ pub struct Measured {
     pub is_final: bool,
     /// The stream carried an error event.
     pub error: bool,
+    /// Objects that the provider made and named.
+    pub ids: Vec<String>,
 }
 
 /// Follows one answer. Memory is bounded by [`MAX_HELD`].
@@ -41,14 +43,14 @@ pub enum Meter {
 
 impl Meter {
     /// Chooses by the answer's headers. `withhold`: the usage chunk is there only because the gate asked for it.
-    pub fn new(content_type: &[u8], encoded: bool, withhold: bool) -> Self {
+    pub fn new(content_type: &[u8], encoded: bool, withhold: bool, looks: Looks) -> Self {
         let kind = content_type.split(|&b| b == b';').next().unwrap_or_default().trim_ascii();
         if encoded {
             Meter::Opaque { bytes: 0 }
         } else if kind.eq_ignore_ascii_case(b"text/event-stream") {
-            Meter::Sse(Box::new(SseMeter::new(withhold)))
+            Meter::Sse(Box::new(SseMeter::new(withhold, looks)))
         } else if kind.eq_ignore_ascii_case(b"application/json") {
-            Meter::Json(Box::new(AnswerReader::new(UsageReader::default())))
+            Meter::Json(Box::new(AnswerReader::new(UsageReader::new(looks))))
         } else {
             Meter::Opaque { bytes: 0 }
         }
@@ -80,15 +82,22 @@ impl Meter {
     }
 
     pub fn finish(self) -> Measured {
-        let (reader, error) = match self {
+        let (reader, error, ids) = match self {
             Meter::Opaque { bytes } => return Measured { visible_bytes: bytes, ..Measured::default() },
             Meter::Json(reader) => {
                 let (reader, document) = reader.finish();
-                (reader, document.error)
+                (reader, document.error, document.ids)
             }
-            Meter::Sse(sse) => (sse.so_far, sse.error),
+            Meter::Sse(sse) => (sse.so_far, sse.error, sse.ids),
         };
-        Measured { usage: reader.usage(), input: reader.input(), visible_bytes: reader.visible_bytes, is_final: reader.is_final, error }
+        Measured {
+            usage: reader.usage(),
+            input: reader.input(),
+            visible_bytes: reader.visible_bytes,
+            is_final: reader.is_final,
+            error,
+            ids,
+        }
     }
 }
 
@@ -105,6 +114,7 @@ pub struct SseMeter {
     /// The event in hand is too large to be the one that is withheld: it passes.
     passing: bool,
     error: bool,
+    ids: Vec<String>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -118,9 +128,9 @@ enum Line {
 const DATA: &[u8] = b"data:";
 
 impl SseMeter {
-    fn new(withhold: bool) -> Self {
+    fn new(withhold: bool, looks: Looks) -> Self {
         SseMeter {
-            so_far: UsageReader::default(),
+            so_far: UsageReader::new(looks),
             data: None,
             line: Line::Field(0),
             after_cr: false,
@@ -128,6 +138,7 @@ impl SseMeter {
             held: Vec::new(),
             passing: false,
             error: false,
+            ids: Vec::new(),
         }
     }
 
@@ -219,9 +230,15 @@ impl SseMeter {
             return None;
         }
         let Some(data) = self.data.take() else { return Some(Document::default()) };
-        let (so_far, document) = data.finish();
+        let (so_far, mut document) = data.finish();
         self.so_far = so_far;
         self.error |= document.error;
+        for id in std::mem::take(&mut document.ids) {
+            // The events of one answer name it again and again.
+            if self.ids.len() < MAX_IDS && !self.ids.contains(&id) {
+                self.ids.push(id);
+            }
+        }
         Some(document)
     }
 }
@@ -229,9 +246,12 @@ impl SseMeter {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::operation::Tells;
     use proptest::prelude::*;
     #[cfg(target_arch = "wasm32")]
     use wasm_bindgen_test::wasm_bindgen_test as test;
+
+    const CHAT_LOOKS: Looks = Looks { tells: Tells::Completion, ids: false };
 
     const CHAT: &str = concat!(
         "data: {\"choices\":[{\"delta\":{\"role\":\"assistant\",\"content\":\"\"}}],\"usage\":null}\n\n",
@@ -243,7 +263,7 @@ mod tests {
     );
 
     fn run(stream: &str, withhold: bool, cuts: &[usize]) -> (String, Measured) {
-        let mut meter = Meter::new(b"text/event-stream; charset=utf-8", false, withhold);
+        let mut meter = Meter::new(b"text/event-stream; charset=utf-8", false, withhold, CHAT_LOOKS);
         let bytes = stream.as_bytes();
         let mut out = Vec::new();
         let mut from = 0;
@@ -270,14 +290,14 @@ mod tests {
                 let (out, measured) = run(&stream, true, &[cut]);
                 assert_eq!(out.replace(['\r', '\n'], ""), expected.replace(['\r', '\n'], ""), "cut at {cut}");
                 assert_eq!(measured, usage, "cut at {cut}");
-                assert_eq!(run(&stream, false, &[cut]), (stream.clone(), usage), "cut at {cut}");
+                assert_eq!(run(&stream, false, &[cut]), (stream.clone(), usage.clone()), "cut at {cut}");
             }
         }
     }
 
     #[test]
     fn complete_events_are_never_held() {
-        let mut meter = Meter::new(b"text/event-stream", false, true);
+        let mut meter = Meter::new(b"text/event-stream", false, true, CHAT_LOOKS);
         let first = b"data: {\"choices\":[{\"delta\":{\"content\":\"a\"}}]}\n\n";
         assert_eq!(meter.piece(first, false, MAX_HELD), Passed::AsIs);
         let mut both = first.to_vec();
@@ -287,7 +307,7 @@ mod tests {
 
     #[test]
     fn a_huge_event_passes_in_bounded_memory() {
-        let mut meter = Meter::new(b"text/event-stream", false, true);
+        let mut meter = Meter::new(b"text/event-stream", false, true, CHAT_LOOKS);
         let mut out = 0;
         out += match meter.piece(b"data: \"", false, MAX_HELD) {
             Passed::AsIs => 7,
@@ -307,7 +327,7 @@ mod tests {
 
     #[test]
     fn without_room_nothing_is_held() {
-        let mut meter = Meter::new(b"text/event-stream", false, true);
+        let mut meter = Meter::new(b"text/event-stream", false, true, CHAT_LOOKS);
         assert_eq!(meter.piece(b"data: {\"choi", false, 4), Passed::AsIs);
         assert_eq!(meter.held(), 0);
         assert_eq!(meter.piece(b"ces\":[]}\n\n", false, 4), Passed::AsIs);
@@ -315,7 +335,7 @@ mod tests {
 
     #[test]
     fn what_cannot_be_read_is_counted_in_bytes() {
-        let mut meter = Meter::new(b"application/json", true, false);
+        let mut meter = Meter::new(b"application/json", true, false, CHAT_LOOKS);
         meter.piece(b"\x1f\x8b123", true, MAX_HELD);
         assert_eq!(meter.finish(), Measured { visible_bytes: 5, ..Measured::default() });
     }
@@ -325,7 +345,7 @@ mod tests {
         fn any_bytes_any_split_pass_unchanged_without_a_usage_chunk(bytes in proptest::collection::vec(proptest::sample::select(&b"data: \r\n{}[]\"x:,"[..]), 0..80), cut in 0usize..80) {
             let cut = cut.min(bytes.len());
             for withhold in [false, true] {
-                let mut meter = Meter::new(b"text/event-stream", false, withhold);
+                let mut meter = Meter::new(b"text/event-stream", false, withhold, CHAT_LOOKS);
                 let mut out = Vec::new();
                 for (piece, end) in [(&bytes[..cut], false), (&bytes[cut..], true)] {
                     match meter.piece(piece, end, MAX_HELD) {

@@ -6,8 +6,9 @@ use crate::vm::{FLIGHT, KEY, SharedFlight, TARGET, Vm, vm};
 use keyward_core::body::{Splice, splice_piece, spliced_length};
 use keyward_core::credentials::is_stripped;
 use keyward_core::edge::{ADMIT_PATH, AdmitAnswer, RequestId, Settlement};
-use keyward_core::gate::{self, Admitted, Answering, Asking, Reading, Refused};
+use keyward_core::gate::{self, Admitted, Answering, Asking, Decided, Reading, Refused, Told};
 use keyward_core::meter::Passed;
+use keyward_core::refusal::Answer;
 use proxy_wasm::traits::{Context, HttpContext};
 use proxy_wasm::types::Action;
 use std::rc::Rc;
@@ -92,10 +93,15 @@ impl GateStream {
             self.vm.settlements.borrow_mut().count_refusal(code, host::now_ms());
         }
         host::set_filter_state("keyward.reason", code);
-        let answer = refused.answer();
-        let headers: Vec<(&str, &str)> = answer.headers.iter().map(|(n, v)| (*n, v.as_str())).collect();
-        host::send_response(answer.status, &headers, &answer.body);
+        send(&refused.answer());
         Action::Pause
+    }
+
+    /// Gives the service's own answer; nothing is forwarded.
+    fn tell(&mut self, told: &Told) {
+        metrics::admitted();
+        self.settle(told.settlement(self.elapsed_ms(), host::now_ms()));
+        send(&told.answer());
     }
 
     fn settle(&self, settlement: Settlement) {
@@ -130,6 +136,11 @@ impl GateStream {
     fn elapsed_ms(&self) -> u64 {
         host::now_ms().saturating_sub(self.started_ms)
     }
+}
+
+fn send(answer: &Answer) {
+    let headers: Vec<(&str, &str)> = answer.headers.iter().map(|(n, v)| (*n, v.as_str())).collect();
+    host::send_response(answer.status, &headers, &answer.body);
 }
 
 /// Writes the admitted values into the buffered body, reading it in pieces so that only one copy is in the VM.
@@ -168,7 +179,11 @@ impl Context for GateStream {
         }
         let (id, decided) = (asking.id(), answer.as_ref().is_some_and(|a| a.refusal.is_some()));
         match asking.answered(answer) {
-            Ok(admitted) => self.forward(admitted),
+            Ok(Decided::Forward(admitted)) => self.forward(*admitted),
+            Ok(Decided::Answer(told)) => {
+                self.vm.wait_with(std::mem::take(&mut self.waiting), 0);
+                self.tell(&told);
+            }
             Err(refused) => {
                 if !decided {
                     self.settle(gate::void(id, self.elapsed_ms(), host::now_ms()));

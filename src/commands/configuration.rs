@@ -172,8 +172,8 @@ pub fn run_collection(kind: Kind, command: Collection) -> Result<(), Failure> {
         Collection::Show { access, name } => access.print(&access.client()?.get(&at(&name)?)?, &columns),
         Collection::Set { access, name, spec } => {
             let text = if spec == "-" { std::io::read_to_string(std::io::stdin()).map_err(|error| error.to_string())? } else { spec };
-            let spec: Value =
-                serde_json::from_str(&text).map_err(|error| Failure::new(Exit::Invalid, format!("--spec is not JSON: {error}, such as {}", json!({}))))?;
+            let spec: Value = serde_json::from_str(&text)
+                .map_err(|error| Failure::new(Exit::Invalid, format!("--spec is not JSON: {error}, such as {}", json!({}))))?;
             access.print(&access.client()?.put(&at(&name)?, &spec, None)?, &columns)
         }
         Collection::Delete { access, name } => access.client()?.delete(&at(&name)?),
