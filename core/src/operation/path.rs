@@ -117,7 +117,12 @@ pub fn other(provider: &'static Provider, method: &str, path: &str, query: &[u8]
     let segments: Vec<&str> = path.strip_prefix('/')?.split('/').collect();
     let well_formed = |segment: &&str| !segment.is_empty() && segment.bytes().all(fine) && !segment.bytes().all(|b| b == b'.');
     // Both providers have nothing else; what is no version's path is nobody's.
-    if !METHODS.contains(&method) || !path.starts_with("/v1/") || path.len() > MAX_PATH || segments.len() < 2 || !segments.iter().all(well_formed) {
+    if !METHODS.contains(&method)
+        || !path.starts_with("/v1/")
+        || path.len() > MAX_PATH
+        || segments.len() < 2
+        || !segments.iter().all(well_formed)
+    {
         return None;
     }
     // Whatever is no plain word is taken for somebody's object.
