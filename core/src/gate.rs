@@ -184,11 +184,11 @@ impl Reading {
         if facts.model.as_deref() == Some("") {
             return Err(refuse("\"model\" is required".to_owned()));
         }
-        let model = match (&target.model, &facts.model, operation.default_model()) {
-            (Some(model), _, _) | (_, Some(model), _) => Some(model.clone()),
-            (_, _, Ok(default)) => default.map(str::to_owned),
-            _ => return Err(refuse("\"model\" is required".to_owned())),
-        };
+        let named = target.model.clone().or_else(|| facts.model.clone());
+        if named.is_none() && operation.needs_model() {
+            return Err(refuse("\"model\" is required".to_owned()));
+        }
+        let model = named.or_else(|| operation.default_model().map(str::to_owned));
         facts.refs.extend(target.refs.iter().cloned());
         if facts.refs.len() > MAX_REFS {
             return Err(refuse(BodyError::TooManyReferences.message()));

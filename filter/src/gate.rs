@@ -20,7 +20,7 @@ const PIECE: usize = 64 * 1024;
 enum Stage {
     New,
     Reading(Reading),
-    Asking(Asking),
+    Asking(Box<Asking>),
     Answering {
         answering: Box<Answering>,
         flight: SharedFlight,
@@ -79,7 +79,7 @@ impl GateStream {
         let headers =
             vec![(":method", "POST"), (":path", ADMIT_PATH), (":authority", "keyward-policy"), ("content-type", "application/json")];
         match host::call(&config.policy_cluster, headers, &body, config.admit_timeout()) {
-            Some(_) => self.stage = Stage::Asking(asking),
+            Some(_) => self.stage = Stage::Asking(Box::new(asking)),
             None => return self.refuse(&asking.unavailable()),
         }
         Action::Pause

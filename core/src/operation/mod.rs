@@ -161,13 +161,14 @@ impl Operation {
         self.costs == Costs::Tokens && matches!(self.form(), Some(Form::Chat | Form::Responses))
     }
 
-    /// The model that the provider takes when none is named; `Err` when one must be named.
-    pub fn default_model(&self) -> Result<Option<&'static str>, ()> {
-        match self.takes {
-            Takes::Json(Form::Moderations) => Ok(Some("omni-moderation-latest")),
-            Takes::Json(Form::Other) | Takes::Nothing | Takes::Anything => Ok(None),
-            Takes::Json(_) | Takes::Recording => Err(()),
-        }
+    /// The model that the provider takes when none is named.
+    pub fn default_model(&self) -> Option<&'static str> {
+        (self.form() == Some(Form::Moderations)).then_some("omni-moderation-latest")
+    }
+
+    /// The body must name a model.
+    pub fn needs_model(&self) -> bool {
+        matches!(self.takes, Takes::Json(_) | Takes::Recording) && self.default_model().is_none()
     }
 
     /// It is answered from the policy, not by the provider.
