@@ -11,7 +11,8 @@ static DIGITS: [[u8; 2]; 256] = {
     table
 };
 
-fn digits(byte: u8) -> [u8; 2] {
+/// The two digits of a byte.
+pub fn digits(byte: u8) -> [u8; 2] {
     DIGITS[usize::from(byte)]
 }
 

@@ -14,5 +14,6 @@ pub mod money;
 pub mod operation;
 pub mod price;
 pub mod refusal;
+pub mod ring;
 pub mod token;
 pub mod usage;
