@@ -10,7 +10,7 @@ use crate::hex;
 use std::collections::VecDeque;
 
 /// A full ring loses nothing but the protection against a trap.
-const SLOTS: u16 = 4096;
+const SLOTS: u16 = 2048;
 /// Slots that are tried before a record goes without one.
 const PROBES: u16 = 8;
 /// Slots that a VM keeps for its next records.
@@ -24,7 +24,7 @@ const ORPHAN_AGE_MS: u64 = 3_000;
 /// A record of this age was taken over by nobody.
 const YOUNG_MS: u64 = 1_000;
 /// Slots that are looked at for orphans in one go.
-const SCAN: u16 = 512;
+const SCAN: u16 = 256;
 /// No value has this version: writing with it succeeds only where nothing stands.
 const ABSENT: u32 = u32::MAX;
 
@@ -243,16 +243,16 @@ mod tests {
         let mut others: Vec<Ring> = (0..PROBES).map(|_| Ring::default()).collect();
         let records: Vec<Stored> = (0..PROBES).map(|n| record(n, NOW)).collect();
         let slots: Vec<Slot> =
-            others.iter_mut().zip(&records).map(|(ring, record)| ring.claim(&shared, record, 4_090, NOW).unwrap()).collect();
+            others.iter_mut().zip(&records).map(|(ring, record)| ring.claim(&shared, record, 2_044, NOW).unwrap()).collect();
         assert_eq!(slots.iter().collect::<HashSet<_>>().len(), 8);
-        assert_eq!(Ring::default().claim(&shared, &record("late", NOW), 4_090, NOW), None);
+        assert_eq!(Ring::default().claim(&shared, &record("late", NOW), 2_044, NOW), None);
         assert!(slots.iter().zip(&records).all(|(slot, record)| shared.holds(*slot, record)));
     }
 
     #[test]
     fn a_round_of_scans_sees_every_slot() {
         let (shared, mut dead, mut other) = (Shared::default(), Ring::default(), Ring::default());
-        let near = [0, 511, 512, 2_000, 4_095];
+        let near = [0, 255, 256, 1_000, 2_047];
         let slots: HashSet<Slot> = near.iter().map(|&near| dead.claim(&shared, &record(near, NOW), near, NOW).unwrap()).collect();
         let rounds = |ring: &mut Ring, now| -> Vec<Slot> {
             (0..SLOTS / SCAN).flat_map(|_| ring.orphans(&shared, now)).map(|(slot, _)| slot).collect()
