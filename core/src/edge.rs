@@ -25,7 +25,8 @@ impl RequestId {
 
 impl std::fmt::Display for RequestId {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "req_{}", hex::encode(&self.0))
+        f.write_str("req_")?;
+        f.write_str(hex::Hex::of(&self.0).as_str())
     }
 }
 
@@ -250,6 +251,9 @@ impl EdgeKey {
     }
 }
 
+/// Room for a record's payload that is rarely exceeded.
+const USUAL_PAYLOAD: usize = 512;
+
 fn record_mac(mut keyed: Hmac<Sha256>, seq: u64, prev: &[u8; 32], payload: &[u8]) -> [u8; 32] {
     for part in [seq.to_be_bytes().as_slice(), prev, payload] {
         keyed.update(part);
@@ -279,7 +283,10 @@ impl EdgeChain {
 
     /// Numbers and MACs the next record.
     pub fn seal(&mut self, settlement: &Settlement) -> Record {
-        let payload = serde_json::to_string(settlement).unwrap_or_default();
+        let mut payload = Vec::with_capacity(USUAL_PAYLOAD);
+        // Writing to memory can't fail.
+        let _ = serde_json::to_writer(&mut payload, settlement);
+        let payload = String::from_utf8(payload).unwrap_or_default();
         let (seq, prev) = (self.seq + 1, self.mac);
         let mac = record_mac(self.keyed.clone(), seq, &prev, payload.as_bytes());
         (self.seq, self.mac) = (seq, mac);
@@ -301,7 +308,21 @@ pub struct Record {
 impl Record {
     /// `KS1 vm seq prev mac payload`, without a line end.
     pub fn line(&self) -> String {
-        format!("KS1 {} {} {} {} {}", hex::encode(&self.vm.0), self.seq, hex::encode(&self.prev), hex::encode(&self.mac), self.payload)
+        let mut line = Vec::with_capacity(192 + self.payload.len());
+        self.append_line(&mut line);
+        String::from_utf8(line).unwrap_or_default()
+    }
+
+    /// Appends [`Self::line`].
+    pub fn append_line(&self, out: &mut Vec<u8>) {
+        out.extend_from_slice(b"KS1 ");
+        hex::append(&self.vm.0, out);
+        out.extend_from_slice(format!(" {} ", self.seq).as_bytes());
+        hex::append(&self.prev, out);
+        out.push(b' ');
+        hex::append(&self.mac, out);
+        out.push(b' ');
+        out.extend_from_slice(self.payload.as_bytes());
     }
 
     pub fn parse(line: &str) -> Option<Self> {
@@ -368,6 +389,8 @@ mod tests {
         let second = chain.seal(&settlement());
         assert_eq!((first.seq, second.seq, second.prev), (1, 2, first.mac));
         let line = second.line();
+        let [vm, prev, mac] = [hex::encode(&vm.0), hex::encode(&first.mac), hex::encode(&second.mac)];
+        assert_eq!(line, format!("KS1 {vm} 2 {prev} {mac} {}", second.payload));
         assert_eq!(Record::parse(&line).unwrap().open(&key), Some(settlement()));
         for at in 0..line.len() {
             let mut bytes = line.clone().into_bytes();

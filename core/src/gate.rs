@@ -640,11 +640,11 @@ mod tests {
         let (_, mut flight) = admitted("{\"model\":\"gpt-4o\"}").forward();
         let shared = [("x-api-key", "left by an earlier try"), ("x-forwarded-for", "10.0.0.1"), ("x-other", "stays")];
         let edits = with_headers(&shared, |headers| flight.begin(headers, 0).unwrap());
-        assert!(edits.set.contains(&("authorization", "Bearer sk-real".to_owned())));
-        assert!(edits.set.contains(&(":authority", "api.openai.com".to_owned())));
+        assert!(edits.set.contains(&("authorization", "Bearer sk-real".into())));
+        assert!(edits.set.contains(&(":authority", "api.openai.com".into())));
         assert_eq!(edits.remove, [b"x-api-key".to_vec(), b"x-forwarded-for".to_vec()]);
         let edits = with_headers(&[(":path", "/openai/v1/chat/completions?key=x")], |headers| flight.begin(headers, 0).unwrap());
-        assert!(edits.set.contains(&(":path", "/v1/chat/completions".to_owned())));
+        assert!(edits.set.contains(&(":path", "/v1/chat/completions".into())));
         let leak = flight.answered(&[(b":status", b"200"), (b"x-echo", b"Bearer sk-real")], 5);
         assert_eq!(leak, [b"x-echo".to_vec()]);
         assert_eq!(flight.hand_over().map(|head| head.status), Some(200));
@@ -832,6 +832,6 @@ mod tests {
         assert_eq!(String::from_utf8(out).unwrap(), form.replace("whisper-1", "other"));
         let (_, mut flight) = admitted.forward();
         let edits = with_headers(&transcription, |headers| flight.begin(headers, 0).unwrap());
-        assert!(edits.set.contains(&("content-type", "multipart/form-data; boundary=\"X1\"".to_owned())));
+        assert!(edits.set.contains(&("content-type", "multipart/form-data; boundary=\"X1\"".into())));
     }
 }

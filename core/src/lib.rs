@@ -17,5 +17,6 @@ pub mod operation;
 pub mod price;
 pub mod recording;
 pub mod refusal;
+pub mod ring;
 pub mod token;
 pub mod usage;

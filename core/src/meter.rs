@@ -101,11 +101,14 @@ impl Meter {
     }
 }
 
-/// Frames server-sent events byte by byte (WHATWG HTML, 9.2.6: lines end in LF, CRLF or CR) and reads the data of each.
+/// Frames server-sent events (WHATWG HTML, 9.2.6: lines end in LF, CRLF or CR) and reads the data of each.
 #[derive(Debug)]
 pub struct SseMeter {
+    /// What the events told that have ended.
     so_far: UsageReader,
-    data: Option<AnswerReader>,
+    data: AnswerReader,
+    /// The event in hand has a data line.
+    has_data: bool,
     line: Line,
     after_cr: bool,
     withhold: bool,
@@ -125,13 +128,14 @@ enum Line {
     Other,
 }
 
-const DATA: &[u8] = b"data:";
+const DATA: &[u8; 5] = b"data:";
 
 impl SseMeter {
     fn new(withhold: bool, looks: Looks) -> Self {
         SseMeter {
             so_far: UsageReader::new(looks),
-            data: None,
+            data: AnswerReader::new(UsageReader::new(looks)),
+            has_data: false,
             line: Line::Field(0),
             after_cr: false,
             withhold,
@@ -143,83 +147,88 @@ impl SseMeter {
     }
 
     fn piece(&mut self, piece: &[u8], end: bool, room: usize) -> Passed {
-        if !self.withhold {
-            let mut rest = piece;
-            while !rest.is_empty() {
-                let (taken, _) = self.step(rest);
-                rest = rest.get(taken..).unwrap_or_default();
+        let slice = |from: usize, to: usize| piece.get(from..to).unwrap_or_default();
+        let room = room.min(MAX_HELD);
+        // What goes on: `out`, then the piece from `copied` on; the event in hand, from `begun` on, may stay behind.
+        let (mut out, mut copied, mut begun) = (Vec::new(), 0, 0);
+        while let (taken, Some(document)) = self.event(slice(begun, piece.len())) {
+            let ended = begun + taken;
+            self.passing |= self.held.len() + taken > room;
+            if self.withhold && document.usage && document.no_choices && !self.passing {
+                self.held.clear();
+                out.extend_from_slice(slice(copied, begun));
+                copied = ended;
             }
-            return Passed::AsIs;
-        }
-        let mut out = Vec::with_capacity(self.held.len() + piece.len());
-        let mut rest = piece;
-        while !rest.is_empty() {
-            let (taken, event) = self.step(rest);
-            let (now, later) = rest.split_at_checked(taken).unwrap_or((rest, &[]));
-            self.hold(now, &mut out, room.min(MAX_HELD));
-            if let Some(document) = event {
-                self.release(document, &mut out);
-            }
-            rest = later;
-        }
-        if end {
             out.append(&mut self.held);
+            self.passing = false;
+            begun = ended;
+        }
+        let in_hand = slice(begun, piece.len());
+        self.passing |= !in_hand.is_empty() && self.held.len() + in_hand.len() > room;
+        if self.withhold && !self.passing && !end && !in_hand.is_empty() {
+            out.extend_from_slice(slice(copied, begun));
+            self.held.extend_from_slice(in_hand);
+        } else if (self.passing || end) && !self.held.is_empty() {
+            // No event has ended in this piece.
+            out.append(&mut self.held);
+            out.extend_from_slice(piece);
+        } else if out.is_empty() && copied == 0 {
+            return Passed::AsIs;
+        } else {
+            out.extend_from_slice(slice(copied, piece.len()));
         }
         if out == piece { Passed::AsIs } else { Passed::Instead(out) }
     }
 
-    fn hold(&mut self, bytes: &[u8], out: &mut Vec<u8>, room: usize) {
-        if self.passing || self.held.len() + bytes.len() > room {
-            self.passing = true;
-            out.append(&mut self.held);
-            out.extend_from_slice(bytes);
-        } else {
-            self.held.extend_from_slice(bytes);
+    /// Reads on to the end of the event in hand. Gives how many bytes it took, and what the event was if it ended with them.
+    fn event(&mut self, piece: &[u8]) -> (usize, Option<Document>) {
+        let mut rest = piece;
+        while let Some((&byte, tail)) = rest.split_first() {
+            let after_cr = std::mem::take(&mut self.after_cr);
+            rest = match byte {
+                b'\n' if after_cr => tail,
+                b'\n' | b'\r' => {
+                    self.after_cr = byte == b'\r';
+                    if let Some(document) = self.end_of_line() {
+                        return (piece.len() - tail.len(), Some(document));
+                    }
+                    tail
+                }
+                _ => rest.get(self.in_line(byte, rest)..).unwrap_or_default(),
+            };
         }
+        (piece.len(), None)
     }
 
-    fn release(&mut self, document: Document, out: &mut Vec<u8>) {
-        if document.usage && document.no_choices && !self.passing {
-            self.held.clear();
-        }
-        out.append(&mut self.held);
-        self.passing = false;
-    }
-
-    /// Takes at least one byte; tells how many, and what an event that ended with them was.
-    fn step(&mut self, rest: &[u8]) -> (usize, Option<Document>) {
-        let Some(&byte) = rest.first() else { return (0, None) };
-        if std::mem::take(&mut self.after_cr) && byte == b'\n' {
-            return (1, None);
-        }
-        if matches!(byte, b'\n' | b'\r') {
-            self.after_cr = byte == b'\r';
-            return (1, self.end_of_line());
-        }
+    /// Takes at least one byte of a line, and none of its end; tells how many.
+    fn in_line(&mut self, byte: u8, rest: &[u8]) -> usize {
         match self.line {
+            Line::Field(0) if rest.starts_with(DATA) => {
+                self.line = self.begin_data();
+                DATA.len()
+            }
             Line::Field(n) if DATA.get(n) == Some(&byte) => {
                 self.line = if n + 1 == DATA.len() { self.begin_data() } else { Line::Field(n + 1) };
-                (1, None)
+                1
             }
             Line::Field(_) => {
                 self.line = Line::Other;
-                (1, None)
+                1
             }
             Line::Data | Line::Other => {
                 let run = memchr::memchr2(b'\n', b'\r', rest).unwrap_or(rest.len());
-                if let (Line::Data, Some(data)) = (self.line, &mut self.data) {
-                    data.feed(rest.get(..run).unwrap_or_default());
+                if self.line == Line::Data {
+                    self.data.feed(rest.get(..run).unwrap_or_default());
                 }
-                (run, None)
+                run
             }
         }
     }
 
     fn begin_data(&mut self) -> Line {
-        match &mut self.data {
+        if std::mem::replace(&mut self.has_data, true) {
             // Several data lines of one event are joined by a line feed.
-            Some(data) => data.feed(b"\n"),
-            None => self.data = Some(AnswerReader::new(self.so_far)),
+            self.data.feed(b"\n");
         }
         Line::Data
     }
@@ -229,9 +238,11 @@ impl SseMeter {
         if !blank {
             return None;
         }
-        let Some(data) = self.data.take() else { return Some(Document::default()) };
-        let (so_far, mut document) = data.finish();
-        self.so_far = so_far;
+        if !std::mem::take(&mut self.has_data) {
+            return Some(Document::default());
+        }
+        let mut document = self.data.end_document();
+        self.so_far = self.data.so_far();
         self.error |= document.error;
         for id in std::mem::take(&mut document.ids) {
             // The events of one answer name it again and again.
@@ -340,7 +351,38 @@ mod tests {
         assert_eq!(meter.finish(), Measured { visible_bytes: 5, ..Measured::default() });
     }
 
+    /// Parts of streams, so that random ones have events, comments, junk and every kind of line end.
+    const PARTS: [&str; 16] = [
+        "data: ",
+        "data:",
+        "\n",
+        "\r\n",
+        "\r",
+        "\n\n",
+        "\r\n\r\n",
+        ": ping",
+        "event: x",
+        "id",
+        "[DONE]",
+        "{\"choices\":[{\"delta\":{\"content\":\"h\u{e9}\"}}]}",
+        "data: {\"choices\":[],\"usage\":{\"prompt_tokens\":9,\"completion_tokens\":4}}\n\n",
+        "data: {\"error\":{}}\r\r",
+        "data: {\"choices\":[],\ndata: \"usage\":{\"prompt_tokens\":5}}\n\n",
+        "data: {\"choices\":[\n\n",
+    ];
+
     proptest! {
+        /// What comes out, and what was counted, does not depend on where a stream is cut; byte by byte is the plainest way.
+        #[test]
+        fn any_stream_any_split_comes_out_the_same(parts in proptest::collection::vec(proptest::sample::select(&PARTS[..]), 0..20), cuts in proptest::collection::vec(0usize..400, 0..4), withhold: bool) {
+            let stream = parts.concat();
+            let mut cuts: Vec<usize> = cuts.into_iter().map(|cut| cut.min(stream.len())).collect();
+            cuts.sort_unstable();
+            let slowly = run(&stream, withhold, &(1..stream.len()).collect::<Vec<_>>());
+            prop_assert_eq!(&run(&stream, withhold, &[]), &slowly);
+            prop_assert_eq!(&run(&stream, withhold, &cuts), &slowly);
+        }
+
         #[test]
         fn any_bytes_any_split_pass_unchanged_without_a_usage_chunk(bytes in proptest::collection::vec(proptest::sample::select(&b"data: \r\n{}[]\"x:,"[..]), 0..80), cut in 0usize..80) {
             let cut = cut.min(bytes.len());

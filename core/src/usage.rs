@@ -181,10 +181,24 @@ impl AnswerReader {
         self.failed = self.failed || self.scanner.feed(piece, &mut self.walk).is_err();
     }
 
-    pub fn finish(mut self) -> (UsageReader, Document) {
+    /// Ends the document in hand. The next goes on from what was told so far, in the memory of this one.
+    pub fn end_document(&mut self) -> Document {
         self.failed = self.failed || self.scanner.finish(&mut self.walk).is_err();
         let document = if self.failed { Document::default() } else { self.walk.document() };
-        (self.walk.reader, document)
+        self.failed = false;
+        self.scanner.reset();
+        self.walk.reset();
+        document
+    }
+
+    /// What all documents told together, the one in hand included as far as it was read.
+    pub fn so_far(&self) -> UsageReader {
+        self.walk.reader
+    }
+
+    pub fn finish(mut self) -> (UsageReader, Document) {
+        let document = self.end_document();
+        (self.so_far(), document)
     }
 }
 
@@ -253,6 +267,12 @@ impl Walk {
     fn document(&mut self) -> Document {
         let ids = std::mem::take(&mut self.ids);
         Document { usage: self.usage, no_choices: self.choices && self.items == 0, error: self.error, ids }
+    }
+
+    fn reset(&mut self) {
+        self.nodes.clear();
+        self.ids.clear();
+        (self.usage, self.choices, self.items, self.error) = (false, false, 0, false);
     }
 
     fn slot(&self) -> Slot {
