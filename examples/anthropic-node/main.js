@@ -26,15 +26,18 @@ async function stream() {
 
 async function useTools() {
   const messages = [{ role: "user", content: "What is the weather in Paris?" }];
-  const answer = await client.messages.create({ ...ask, messages, tools });
+  let answer = await client.messages.create({ ...ask, messages, tools });
   const results = [];
   for (const use of answer.content.filter((block) => block.type === "tool_use")) {
     const result = getWeather(use.input);
     console.log("tool:", use.name, JSON.stringify(use.input), "->", result);
     results.push({ type: "tool_result", tool_use_id: use.id, content: result });
   }
-  messages.push({ role: "assistant", content: answer.content }, { role: "user", content: results });
-  console.log("tools:", text(await client.messages.create({ ...ask, messages, tools })));
+  if (results.length > 0) {
+    messages.push({ role: "assistant", content: answer.content }, { role: "user", content: results });
+    answer = await client.messages.create({ ...ask, messages, tools });
+  }
+  console.log("tools:", text(answer));
 }
 
 await plain();

@@ -43,8 +43,10 @@ def tools():
             result = get_weather(**use.input)
             print("tool:", use.name, json.dumps(use.input), "->", result)
             results.append({"type": "tool_result", "tool_use_id": use.id, "content": result})
-    messages += [{"role": "assistant", "content": answer.content}, {"role": "user", "content": results}]
-    print("tools:", text(client.messages.create(model=MODEL, max_tokens=200, messages=messages, tools=TOOLS)))
+    if results:
+        messages += [{"role": "assistant", "content": answer.content}, {"role": "user", "content": results}]
+        answer = client.messages.create(model=MODEL, max_tokens=200, messages=messages, tools=TOOLS)
+    print("tools:", text(answer))
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ class Reader:
     def __enter__(self):
         try:
             self.sim.start()
-            shutil.copytree(ROOT / "examples", self.directory / "examples", ignore=shutil.ignore_patterns("node_modules"))
+            shutil.copytree(ROOT / "examples", self.directory / "examples", ignore=shutil.ignore_patterns("node_modules", "tls", ".keyward", "*.log"))
             for file in (self.directory / "examples").rglob("*.yaml"):
                 file.write_text(self.on_free_ports(file.read_text()))
             (self.directory / "node_modules").symlink_to(NODE_MODULES)

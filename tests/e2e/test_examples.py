@@ -1,14 +1,19 @@
 """examples/: each runs as it stands, told nothing but base URL and key, and what it prints, what the provider counted and
 what the key paid agree."""
 
+import json
 import os
 import shutil
+import ssl
 import subprocess
 import sys
 from pathlib import Path
 
+import httpx
+import openai
 import pytest
-from harness import NODE_MODULES, ROOT
+from documents import Reader
+from harness import NODE_MODULES, ROOT, wait_for
 
 EXAMPLES = ROOT / "examples"
 UNTIL_OPS = pytest.mark.xfail(strict=False, reason="needs /v1/embeddings and /v1/responses, which this version's table of operations lacks")
@@ -120,3 +125,84 @@ def test_every_example_is_run_by_a_test():
     """A folder that somebody adds is not forgotten here."""
     assert {folder.name for folder in EXAMPLES.iterdir() if folder.is_dir()} == {
         "openai-python", "openai-node", "anthropic-python", "anthropic-node", "langchain", "llama-index", "curl", "beside-an-api-gateway"}
+
+
+# --- beside an API gateway: the README's own commands, then what it says must hold ---------------------------------------
+
+
+@pytest.fixture(scope="module")
+def edge():
+    """What somebody has who typed the README: a gateway, Keyward behind it, a key."""
+    with Reader() as reader:
+        reader.printed = reader.read(EXAMPLES / "beside-an-api-gateway/README.md")
+        reader.folder = reader.directory / "examples/beside-an-api-gateway"
+        reader.base = f"https://localhost:{reader.ports['8443']}"
+        yield reader
+
+
+def through(edge, source="127.0.0.1"):
+    """An HTTP client of a caller whose address is `source`."""
+    context = ssl.create_default_context(cafile=edge.folder / "tls/ca.pem")
+    return httpx.Client(transport=httpx.HTTPTransport(verify=context, local_address=source), timeout=60)
+
+
+def last_entry(file, **where):
+    """The newest line of an access log that has these fields; Envoy writes them a little later."""
+    def find():
+        entries = [json.loads(line) for line in file.read_text().splitlines()]
+        return [entry for entry in entries if all(entry.get(name) == value for name, value in where.items())][-1:]
+    return wait_for(f"an entry with {where}", find)[0]
+
+
+def test_the_gateways_readme_works_as_it_stands(edge):
+    assert "Not a model" in edge.printed and edge.printed.count('"object":"list"') == 2 and edge.printed.count("tools: ") == 2
+    assert edge.sim.totals()["violations"] == []
+
+
+def test_a_chunk_passes_both_envoys_before_the_next_is_sent(edge):
+    client = openai.OpenAI(base_url=f"{edge.base}/llm/v1", api_key=edge.first_key(), http_client=through(edge))
+    early, texts, seq = 0, [], edge.sim.get(f"/control/ledger?since={1 << 60}")["last_seq"]
+    ask = [{"role": "user", "content": "[[sim tokens=18 per_delta=3 pace_ms=300]]"}]
+    for chunk in client.chat.completions.create(model="gpt-4o-mini", messages=ask, stream=True):
+        if chunk.choices and chunk.choices[0].delta.content:
+            texts.append(chunk.choices[0].delta.content)
+            calls = edge.sim.ledger(seq)
+            early += len(texts) <= 3 and bool(calls) and calls[-1]["ended_unix_us"] is None
+    assert len(texts) == 6 and early == 3
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["buffered", "stream"])
+def test_a_model_may_think_for_longer_than_envoys_default_timeout(edge, stream):
+    client = openai.OpenAI(base_url=f"{edge.base}/llm/v1", api_key=edge.first_key(), http_client=through(edge), max_retries=0)
+    ask = [{"role": "user", "content": "[[sim tokens=5 silent_ms=9000 first_ms=8000]]"}]
+    answer = client.chat.completions.create(model="gpt-4o-mini", messages=ask, stream=stream)
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in answer) if stream else answer.choices[0].message.content
+    assert len(text.split()) == 5
+
+
+def test_the_callers_address_and_one_request_id_stand_in_both_logs_and_stay_inside(edge):
+    """Also when the caller names an address and an id of its own choice."""
+    seq = edge.sim.get(f"/control/ledger?since={1 << 60}")["last_seq"]
+    with through(edge, "127.0.0.7") as client:
+        answer = client.post(f"{edge.base}/llm/v1/chat/completions", headers={
+            "authorization": f"Bearer {edge.first_key()}", "x-forwarded-for": "203.0.113.9", "cookie": "session=of-the-edge",
+        }, json={"model": "gpt-4o-mini", "messages": [{"role": "user", "content": "Hello"}]})
+    assert answer.status_code == 200
+    request_id, edge_id = answer.headers["x-keyward-request-id"], answer.headers["x-request-id"]
+    outer = last_entry(edge.folder / "gateway.log", keyward_request_id=request_id)
+    inner = last_entry(edge.directory / ".keyward/access.log", edge_request_id=edge_id)
+    assert outer["client"] == inner["client"] == "127.0.0.7" and outer["x_request_id"] == edge_id
+    assert inner["request_id"] == request_id
+    sent = edge.sim.headers(edge.sim.ledger(seq)[-1]["seq"])
+    seen = json.dumps(sent)
+    assert "127.0.0.7" not in seen and "203.0.113.9" not in seen and "of-the-edge" not in seen and "llm" not in seen, sent
+    assert edge.sim.totals()["violations"] == []
+
+
+def test_a_refusal_comes_back_whole(edge):
+    with through(edge) as client:
+        answer = client.get(f"{edge.base}/llm/v1/models", headers={"authorization": "Bearer vk_nonsense"})
+        assert (answer.status_code, answer.headers["x-keyward-reason"], answer.headers["x-should-retry"]) == (401, "unknown_key", "false")
+        assert client.get(f"{edge.base}/v1/models").text.startswith("Not a model")
+    last_entry(edge.folder / "gateway.log", keyward_reason="unknown_key")
+    assert edge.first_key() not in (edge.folder / "gateway.log").read_text(), "a virtual key stands in the gateway's log"
