@@ -174,6 +174,9 @@ struct RenderOptions {
     listen_certificate: Option<PathBuf>,
     #[arg(long, requires = "listen_certificate")]
     listen_key: Option<PathBuf>,
+    /// Gateways of yours in front of the listener; only they may reach it
+    #[arg(long, default_value_t = 0)]
+    trusted_hops: u32,
 }
 
 #[derive(Subcommand)]
@@ -273,6 +276,7 @@ fn rendering(options: RenderOptions) -> Result<Rendering, String> {
     if let (Some(certificate), Some(key)) = (options.listen_certificate, options.listen_key) {
         rendering.listen_tls = Some(envoy::ListenTls { certificate: certificate.display().to_string(), key: key.display().to_string() });
     }
+    rendering.trusted_hops = options.trusted_hops;
     Ok(rendering)
 }
 

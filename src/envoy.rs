@@ -75,6 +75,8 @@ pub struct Rendering {
     pub listen_host: String,
     pub listen_port: u16,
     pub listen_tls: Option<ListenTls>,
+    /// Gateways in front of the listener whose x-forwarded-for and x-request-id are believed.
+    pub trusted_hops: u32,
     pub admin_host: String,
     pub admin_port: u16,
     pub policy_host: String,
@@ -97,6 +99,7 @@ impl Rendering {
             listen_host: "127.0.0.1".to_owned(),
             listen_port: 7800,
             listen_tls: None,
+            trusted_hops: 0,
             admin_host: "127.0.0.1".to_owned(),
             admin_port: 7809,
             policy_host: "127.0.0.1".to_owned(),

@@ -43,6 +43,9 @@ pub struct UpOptions {
     /// Certificate authorities that providers are verified with; default: the system's
     #[arg(long)]
     provider_ca: Option<PathBuf>,
+    /// Gateways of yours in front of the listener; only they may reach it
+    #[arg(long, default_value_t = 0)]
+    trusted_hops: u32,
     /// Longest wait for requests in flight when stopping, in seconds
     #[arg(long, default_value_t = 60)]
     drain_timeout: u64,
@@ -217,6 +220,7 @@ async fn start_envoy(
         Endpoint::redirect(&mut rendering.providers, provider)?;
     }
     (rendering.listen_host, rendering.listen_port) = (options.listen.ip().to_string(), options.listen.port());
+    rendering.trusted_hops = options.trusted_hops;
     rendering.admin_port = envoy_admin;
     (rendering.policy_host, rendering.policy_port) = (service.edge.ip().to_string(), service.edge.port());
     rendering.edge_token_file = data.join("edge-token").display().to_string();

@@ -22,6 +22,7 @@ KEYWARD_BIN = os.environ.get("KEYWARD_BIN", str(ROOT / "target/release/keyward")
 SERVICE_BIN = os.environ.get("SERVICE_BIN", str(Path(KEYWARD_BIN).with_name("keyward-policy-service")))
 SIM_BIN = os.environ.get("SIM_BIN", str(Path(KEYWARD_BIN).with_name("provider-sim")))
 LOADGEN_BIN = os.environ.get("LOADGEN_BIN", str(Path(KEYWARD_BIN).with_name("loadgen")))
+NODE_MODULES = Path(os.environ.get("NODE_MODULES", str(ROOT / "tests/e2e/node/node_modules")))
 
 # Real-looking credentials that only this harness and the simulator know.
 CREDENTIALS = [
