@@ -291,6 +291,11 @@ async fn greet(options: &UpOptions, service: &Running) -> Result<(), String> {
     let who = Principal::local("keyward up");
     for (name, provider) in FROM_ENVIRONMENT {
         let Some(secret) = std::env::var(name).ok().map(Zeroizing::new).filter(|secret| !secret.is_empty()) else { continue };
+        // Whoever exported a virtual key for their SDK starts the next gateway from the same shell.
+        if secret.starts_with(keyward_core::token::PREFIX) {
+            println!("{name} holds a virtual key and is left alone");
+            continue;
+        }
         if service.service.holds(&who, name, &secret).await.map_err(say)? {
             continue;
         }

@@ -25,6 +25,7 @@ SHOWN = {"text", "yaml", "json", "toml"}
 SERVERS = {
     r"make up\b": "keyward is up",
     r"keyward up\b": "keyward is up",
+    r"provider-sim\b": '"control"',
     r"keyward-policy-service\b": '"bootstrap_admin_token"',
     r"envoy -c\b": "starting main dispatch loop",
     r"keyward audit tail\b.*--follow": "KEY_CREATED",
@@ -92,7 +93,7 @@ class Reader:
 
     def __init__(self):
         self.directory = Path(tempfile.mkdtemp(prefix="keyward-docs-"))
-        self.ports = {"7800": free_port(), "7801": free_port(), "7802": free_port(), "7809": free_port(), "8443": free_port()}
+        self.ports = {port: free_port() for port in ("7800", "7801", "7802", "7809", "8443", "9000", "9001")}
         self.sim = Simulator("sim", self.directory)
         self.servers, self.shell, self.count = [], None, 0
 
@@ -132,7 +133,7 @@ class Reader:
 
     def replaced(self, text):
         """What a reader fills in: the simulator's keys for the provider's, the tokens and ids that were printed."""
-        text = self.on_free_ports(text)
+        text = self.on_free_ports(text).replace("target/release/", "")
         text = text.replace("sk-ant-...", SECRETS["anthropic"]).replace("sk-...", SECRETS["openai"])
         text = text.replace("KEYWARD_VAULT_PASSWORD=...", f"KEYWARD_VAULT_PASSWORD={shlex.quote(PASSWORD)}")
         text = text.replace("vk_...", self.first_key() if "vk_..." in text else "").replace("key_...", "$(newest-key)")
@@ -173,7 +174,9 @@ class Reader:
         providers = " ".join(f"--provider {name}={self.sim.api}" for name in SECRETS)
         self.program("keyward", f"""
             [ "${{1-}}" = up ] || exec {keyward} "$@"
-            set -- "$@" {providers} --admin 127.0.0.1:{self.ports['7802']}
+            # A configuration of the reader's own says where the providers are.
+            case " $* " in *" -c "*) ;; *) set -- "$@" {providers} ;; esac
+            set -- "$@" --admin 127.0.0.1:{self.ports['7802']}
             case " $* " in *" --listen "*) ;; *) set -- "$@" --listen 127.0.0.1:{self.ports['7800']} ;; esac
             exec {keyward} "$@"
         """)
@@ -190,6 +193,9 @@ class Reader:
             [ "${{1-}}" = install ] || exec {real_npm} --loglevel=error "$@"
             ln -sfn {shlex.quote(str(NODE_MODULES))} node_modules
         """)
+        (self.directory / "tools").mkdir()
+        (self.directory / "tools/fetch-envoy").write_text(f"#!/bin/bash\necho {shlex.quote(ENVOY_BIN)}\n")
+        (self.directory / "tools/fetch-envoy").chmod(0o755)
         # A password manager: `pass show NAME`.
         cases = " ".join(f"{name}) echo {shlex.quote(secret)} ;;" for name, secret in SECRETS.items())
         self.program("pass", f'case "$2" in {cases} *) exit 1 ;; esac')
