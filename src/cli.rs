@@ -20,6 +20,8 @@ enum Command {
     Up(up::UpOptions),
     /// Walk through the promises against the provider simulator
     Demo(crate::demo::DemoOptions),
+    /// Check an installation: what is wrong, and its cure
+    Doctor(crate::doctor::DoctorOptions),
     /// Virtual keys
     #[command(subcommand)]
     Keys(Keys),
@@ -243,6 +245,7 @@ pub fn run(options: Options) -> Result<(), String> {
     match options.command {
         Command::Up(options) => up::run(options),
         Command::Demo(options) => crate::demo::run(&options),
+        Command::Doctor(options) => crate::doctor::run(options),
         Command::Keys(keys) => run_keys(keys),
         Command::Credentials(credentials) => run_credentials(credentials),
         Command::Vault(vault) => crate::vault::run(vault),

@@ -4,6 +4,7 @@ mod audit;
 mod cli;
 mod client;
 mod demo;
+mod doctor;
 mod envoy;
 mod up;
 mod vault;
