@@ -136,8 +136,9 @@ pub fn loads(bin: &Path, minor: Option<u32>, file: Option<&Path>) -> Outcome {
     match envoy::validate(bin, file) {
         Ok(()) => Outcome::ok(format!("Envoy 1.{minor} loads {}", file.display())),
         Err(message) => {
-            // The last line that speaks of an error is the cause; before it Envoy tells what it was doing.
-            let line = message.lines().rev().find(|line| line.contains("rror")).unwrap_or(message.trim());
+            // The last line that speaks of an error is the cause; before it, and before the word, stands where Envoy was.
+            let cause = |line: &str| line.find("error").and_then(|at| line.get(at..)).map(str::to_owned);
+            let line = message.lines().rev().find_map(cause).unwrap_or_else(|| message.trim().to_owned());
             let line: String = line.chars().take(MESSAGE).collect();
             let cure = "correct what the message names, or render the configuration again (keyward envoy render)";
             Outcome::fault(format!("Envoy 1.{minor} does not load {}: {line}", file.display()), cure)

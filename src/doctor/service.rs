@@ -2,7 +2,7 @@
 
 use super::configuration::{Authorities, Configuration, Manager};
 use super::report::{Findings, Outcome};
-use super::wire::{self, Failure, Place, Trust, exchange};
+use super::wire::{self, Place, Trust, exchange};
 use crate::client::Client;
 use keyward_core::edge::SETTLE_PATH;
 use keyward_core::token::VirtualKey;
@@ -125,12 +125,8 @@ pub fn edge_token(token: &EdgeToken, known: Option<&Configuration>, is_service_u
         Ok(answer) => answer.status,
         Err(_) if !is_service_up => return Outcome::not_checked("the policy service can't be reached: see policy-service"),
         Err(failure) => {
-            let why = match failure {
-                Failure::Resolve(why) | Failure::Connect(why) | Failure::Authorities(why) | Failure::Answer(why) => why,
-                Failure::Certificate(wrong) => wrong.to_string(),
-            };
             let cure = format!("let cluster {policy} name the address that the service listens on (keyward-policy-service --edge)");
-            return Outcome::fault(format!("{at} can't be reached ({why})"), cure);
+            return Outcome::fault(format!("{at} can't be reached ({failure})"), cure);
         }
     };
     match status {
@@ -201,7 +197,7 @@ pub fn gate_answers(manager: &Manager) -> Outcome {
     let bearer = format!("Bearer {}", never.reveal());
     let answer = match exchange(&place, "GET", "/v1/models", &[("authorization", &bearer)], b"") {
         Ok(answer) => answer,
-        Err(failure) => return Outcome::fault(format!("listener {address} does not answer ({failure:?})"), "see Envoy's log"),
+        Err(failure) => return Outcome::fault(format!("listener {address} does not answer ({failure})"), "see Envoy's log"),
     };
     match answer.header("x-keyward-reason") {
         Some("unknown_key") => Outcome::ok(format!("{address} refuses a key that was never issued (unknown_key)")),

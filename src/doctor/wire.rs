@@ -75,6 +75,15 @@ pub enum Failure {
     Answer(String),
 }
 
+impl std::fmt::Display for Failure {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Failure::Resolve(why) | Failure::Connect(why) | Failure::Authorities(why) | Failure::Answer(why) => f.write_str(why),
+            Failure::Certificate(wrong) => wrong.fmt(f),
+        }
+    }
+}
+
 /// Sends a request and reads the head of the answer.
 pub fn exchange(place: &Place, method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> Result<Answer, Failure> {
     let addresses = (place.address, place.port).to_socket_addrs().map_err(|error| Failure::Resolve(error.to_string()))?;
