@@ -26,6 +26,8 @@ enum Command {
     Up(up::UpOptions),
     /// Walk through the promises against the provider simulator
     Demo(crate::demo::DemoOptions),
+    /// Check an installation: what is wrong, and its cure
+    Doctor(crate::doctor::DoctorOptions),
     /// Virtual keys
     #[command(subcommand)]
     Keys(Keys),
@@ -190,6 +192,7 @@ pub fn run(options: Options) -> Result<(), Failure> {
     match options.command {
         Command::Up(options) => Ok(up::run(options)?),
         Command::Demo(options) => Ok(crate::demo::run(&options)?),
+        Command::Doctor(options) => crate::doctor::run(options),
         Command::Keys(command) => keys::run(command),
         Command::Credentials(command) => keys::run_credentials(command),
         Command::Apply(options) => configuration::apply(&options),

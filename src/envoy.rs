@@ -142,9 +142,12 @@ pub fn binary() -> PathBuf {
 pub fn minor_version(envoy: &Path) -> Result<u32, String> {
     let output = Command::new(envoy).arg("--version").output().map_err(|error| no_envoy(envoy, &error))?;
     let text = String::from_utf8_lossy(&output.stdout);
-    // `envoy  version: <commit>/1.40.0/Clean/RELEASE/BoringSSL`
-    let version = text.split('/').find_map(|part| part.strip_prefix("1.")?.split('.').next()?.parse().ok());
-    version.ok_or_else(|| format!("{} --version printed no version that is known", envoy.display()))
+    minor_of(&text).ok_or_else(|| format!("{} --version printed no version that is known", envoy.display()))
+}
+
+/// Minor version in what Envoy says of itself: `<commit>/1.40.0/Clean/RELEASE/BoringSSL`.
+pub fn minor_of(text: &str) -> Option<u32> {
+    text.split('/').find_map(|part| part.strip_prefix("1.")?.split('.').next()?.parse().ok())
 }
 
 fn no_envoy(envoy: &Path, error: &std::io::Error) -> String {

@@ -5,6 +5,7 @@ mod cli;
 mod client;
 mod commands;
 mod demo;
+mod doctor;
 mod envoy;
 mod failure;
 mod manifest;
