@@ -14,7 +14,8 @@ import threading
 import time
 from pathlib import Path
 
-from harness import CREDENTIALS, ENVOY_BIN, KEYWARD_BIN, LOADGEN_BIN, NODE_MODULES, ROOT, SERVICE_BIN, SIM_BIN, Simulator, call, free_port, wait_for
+from harness import (
+    CREDENTIALS, ENVOY_BIN, KEYWARD_BIN, LOADGEN_BIN, NODE_MODULES, ROOT, SERVICE_BIN, SIM_BIN, Simulator, call, free_port, wait_for)
 
 # A fence names its language. These run; those are shown. Any other fence, and one without a name, is a mistake.
 RUN = {"sh", "console", "python", "js"}
@@ -100,7 +101,8 @@ class Reader:
     def __enter__(self):
         try:
             self.sim.start()
-            shutil.copytree(ROOT / "examples", self.directory / "examples", ignore=shutil.ignore_patterns("node_modules", "tls", ".keyward", "*.log"))
+            left_by_hand = shutil.ignore_patterns("node_modules", "tls", ".keyward", "*.log")
+            shutil.copytree(ROOT / "examples", self.directory / "examples", ignore=left_by_hand)
             for file in (self.directory / "examples").rglob("*.yaml"):
                 file.write_text(self.on_free_ports(file.read_text()))
             (self.directory / "node_modules").symlink_to(NODE_MODULES)
@@ -151,7 +153,8 @@ class Reader:
         import llama_index.core
 
         return {
-            "PATH": f"{self.directory / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}", "HOME": str(self.directory), "LANG": "C.UTF-8",
+            "PATH": f"{self.directory / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "HOME": str(self.directory), "LANG": "C.UTF-8",
             "KEYWARD_ADMIN": f"http://127.0.0.1:{self.ports['7802']}", "KEYWARD_DATA": str(self.directory / ".keyward"),
             "ENVOY_BIN": ENVOY_BIN, "KEYWARD_PYTHON": sys.executable,
             # A reader has the providers' keys at hand.
@@ -168,7 +171,8 @@ class Reader:
         """The programs a reader has on the search path. Each is the real one, told where this test's parts are."""
         folder = self.directory / "bin"
         folder.mkdir()
-        for name, program in {"envoy": ENVOY_BIN, "keyward-policy-service": SERVICE_BIN, "provider-sim": SIM_BIN, "loadgen": LOADGEN_BIN}.items():
+        programs = {"envoy": ENVOY_BIN, "keyward-policy-service": SERVICE_BIN, "provider-sim": SIM_BIN, "loadgen": LOADGEN_BIN}
+        for name, program in programs.items():
             (folder / name).symlink_to(shutil.which(program) or program)
         keyward = shlex.quote(KEYWARD_BIN)
         providers = " ".join(f"--provider {name}={self.sim.api}" for name in SECRETS)
@@ -199,10 +203,8 @@ class Reader:
         # A password manager: `pass show NAME`.
         cases = " ".join(f"{name}) echo {shlex.quote(secret)} ;;" for name, secret in SECRETS.items())
         self.program("pass", f'case "$2" in {cases} *) exit 1 ;; esac')
-        self.program("newest-key", f"""
-            {keyward} keys list --output json |
-                {shlex.quote(sys.executable)} -c 'import json, sys; print(max(json.load(sys.stdin), key=lambda key: key["created_ms"])["id"])'
-        """)
+        newest = 'import json, sys; print(max(json.load(sys.stdin), key=lambda key: key["created_ms"])["id"])'
+        self.program("newest-key", f"{keyward} keys list --output json | {shlex.quote(sys.executable)} -c {shlex.quote(newest)}")
 
     def program(self, name, script):
         file = self.directory / "bin" / name
