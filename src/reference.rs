@@ -11,14 +11,14 @@ pub fn configuration() -> String {
         "# Configuration reference\n\nMade by `keyward config reference` from the code; a test keeps it so. `keyward config schema` prints the JSON Schema, \
 `keyward config check` checks a file.\nEvery section is optional. Names are 1 to 128 letters, digits, `-`, `_`, `.`; those of routes may have `:` and `/` as well.\n",
     );
-    section(&mut page, "keyward.yaml", &schema, &schema);
+    section(&mut page, "keyward.yaml", &schema);
     for (name, definition) in schema.get("$defs").and_then(Value::as_object).into_iter().flatten() {
-        section(&mut page, name, definition, &schema);
+        section(&mut page, name, definition);
     }
     page
 }
 
-fn section(page: &mut String, name: &str, definition: &Value, root: &Value) {
+fn section(page: &mut String, name: &str, definition: &Value) {
     page.push_str(&format!("\n## {name}\n\n"));
     let about = text(definition, "description");
     if !about.is_empty() {
@@ -29,20 +29,20 @@ fn section(page: &mut String, name: &str, definition: &Value, root: &Value) {
         definition.get("required").and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_str).collect();
     for (field, about) in definition.get("properties").and_then(Value::as_object).into_iter().flatten() {
         let must = if required.contains(&field.as_str()) { "**required** " } else { "" };
-        page.push_str(&format!("| `{field}` | {} | {must}{} |\n", kind(about, root), one_line(text(about, "description"))));
+        page.push_str(&format!("| `{field}` | {} | {must}{} |\n", kind(about), one_line(text(about, "description"))));
     }
 }
 
-fn kind(about: &Value, root: &Value) -> String {
+fn kind(about: &Value) -> String {
     if let Some(reference) = about.get("$ref").and_then(Value::as_str) {
         let name = reference.rsplit('/').next().unwrap_or_default();
         return format!("[{name}](#{})", name.to_lowercase());
     }
     if let Some(items) = about.get("items") {
-        return format!("list of {}", kind(items, root));
+        return format!("list of {}", kind(items));
     }
     if let Some(values) = about.get("additionalProperties").filter(|values| values.is_object()) {
-        return format!("map of {}", kind(values, root));
+        return format!("map of {}", kind(values));
     }
     let names = match about.get("type") {
         Some(Value::String(one)) => vec![one.as_str()],
