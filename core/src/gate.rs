@@ -9,6 +9,7 @@ use crate::meter::{Measured, Meter, Passed};
 use crate::operation::{Dialect, NoTarget, Provider, Takes, Target, find};
 use crate::refusal::{Answer, Code, Refusal};
 use crate::token::TokenHash;
+use crate::trace::TraceContext;
 
 /// Raw header names and values, pseudo-headers included, as the wire had them.
 pub type Headers<'a> = [(&'a [u8], &'a [u8])];
@@ -75,7 +76,7 @@ pub fn request_headers(headers: &Headers<'_>, limits: Limits, id: RequestId) -> 
         Takes::Nothing => None,
         Takes::Generation { .. } => Some(Box::default()),
     };
-    Ok(Reading { id, token, target, limits, body })
+    Ok(Reading { id, token, target, limits, body, trace: TraceContext::of(headers) })
 }
 
 fn split_query(path: &[u8]) -> (&[u8], &[u8]) {
@@ -98,6 +99,7 @@ pub struct Reading {
     target: Target,
     limits: Limits,
     body: Option<Box<BodyReader>>,
+    trace: Option<TraceContext>,
 }
 
 impl Reading {
@@ -136,7 +138,7 @@ impl Reading {
             Takes::Generation { limits, .. } => facts.max_tokens(limits).map_err(|error| self.bad_request(error.message()))?,
             Takes::Nothing => None,
         };
-        Ok(Asking { id: self.id, token: self.token, target: self.target, facts, max_tokens })
+        Ok(Asking { id: self.id, token: self.token, target: self.target, facts, max_tokens, trace: self.trace })
     }
 
     /// This worker can't take the request on now.
@@ -158,11 +160,17 @@ pub struct Asking {
     target: Target,
     facts: BodyFacts,
     max_tokens: Option<u64>,
+    trace: Option<TraceContext>,
 }
 
 impl Asking {
     pub fn id(&self) -> RequestId {
         self.id
+    }
+
+    /// The caller's place in a trace, for the policy service's log.
+    pub fn trace(&self) -> Option<&TraceContext> {
+        self.trace.as_ref()
     }
 
     pub fn admit_request(&self, vm: VmId, node: String, need_key: bool) -> AdmitRequest {
