@@ -3,6 +3,7 @@
 use crate::envoy::{self, Endpoint, FILTER, Rendering};
 use clap::Args;
 use keyward_policy_service::config::{Budget, Credential};
+use keyward_policy_service::logging::{self, LogFormat};
 use keyward_policy_service::service::Loan;
 use keyward_policy_service::service::access::{Principal, Role, TokenSpec};
 use keyward_policy_service::service::keys::KeySpec;
@@ -47,16 +48,16 @@ pub struct UpOptions {
     /// Budget of the first key, in dollars
     #[arg(long, default_value = "5.00")]
     first_key_budget: String,
+    /// Form of the policy service's log on standard error; RUST_LOG chooses how much (default: warn)
+    #[arg(long, env = "KEYWARD_LOG_FORMAT", default_value = "text")]
+    log_format: LogFormat,
     #[command(flatten)]
     lending: crate::vault::Lending,
 }
 
 /// Starts everything, waits for a signal, stops everything.
 pub fn run(options: UpOptions) -> Result<(), String> {
-    tracing_subscriber::fmt()
-        .with_env_filter(tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "warn".into()))
-        .with_writer(std::io::stderr)
-        .init();
+    logging::start(options.log_format, "warn");
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().map_err(|error| error.to_string())?;
     let loans = options.lending.open()?;
     runtime.block_on(gateway(options, loans))

@@ -74,10 +74,25 @@ pub static FILTER: [Metric; 11] = [
         &[],
     ),
     Metric::gauge("keyward_settlements_pending", "records", &[], "Records of ended requests that the policy service has not acknowledged"),
-    Metric::counter("keyward_settlement_batches_failed_total", "batches", &[], "Batches of records that got no answer; they are sent again"),
-    Metric::counter("keyward_settlements_adopted_total", "records", &[], "Records that were left by a VM that trapped, and sent by another"),
+    Metric::counter(
+        "keyward_settlement_batches_failed_total",
+        "batches",
+        &[],
+        "Batches of records that got no answer; they are sent again",
+    ),
+    Metric::counter(
+        "keyward_settlements_adopted_total",
+        "records",
+        &[],
+        "Records that were left by a VM that trapped, and sent by another",
+    ),
     Metric::counter("keyward_vm_starts_total", "VMs", &[], "VMs that started; each one after Envoy's own start is a reload after a trap"),
-    Metric::gauge("keyward_streams_open", "requests", &[], "Requests with a well-formed key that the gate has open, those that wait included"),
+    Metric::gauge(
+        "keyward_streams_open",
+        "requests",
+        &[],
+        "Requests with a well-formed key that the gate has open, those that wait included",
+    ),
     Metric::gauge("keyward_waiting_bytes", "bytes", &[], "Bytes of request bodies that wait for their admission"),
     Metric::gauge("keyward_held_bytes", "bytes", &[], "Bytes of answers that are held back until an event is whole"),
 ];

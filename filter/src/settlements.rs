@@ -153,6 +153,7 @@ impl Settlements {
             *self.refusals.entry(code).or_default() += count;
         }
         self.failures = self.failures.saturating_add(1);
+        metrics::batch_failed();
         let wait = 100u64.saturating_mul(1 << self.failures.min(6));
         self.retry_at_ms = now_ms + wait.min(MAX_BACKOFF_MS);
         for pending in batch.into_iter().rev() {
@@ -173,6 +174,7 @@ impl Settlements {
             let foreign = Record::parse(line).is_some_and(|record| record.vm != vm);
             let queued = self.queue.iter().any(|pending| pending.slot == Some(slot));
             if old && foreign && !queued {
+                metrics::adopted();
                 self.queue.push_back(Pending { line: line.to_owned(), slot: Some(slot) });
             }
         }

@@ -104,7 +104,7 @@ macro_rules! collection {
             }
 
             /// A developer sees their own team and no other.
-            fn own<'a>(who: &'a Principal) -> Option<&'a str> {
+            fn own(who: &Principal) -> Option<&str> {
                 if $own_only { who.team.as_deref() } else { None }
             }
 

@@ -51,7 +51,7 @@ impl Service {
         who.needs(Permission::WriteConfiguration)?;
         let organisation = self.organisation(&who.organisation)?;
         let known = name.and_then(|name| organisation.meta(Kind::Credential, name));
-        let id = known.map_or_else(|| new_credential_id(), |meta| Ok(meta.id.clone()))?;
+        let id = known.map_or_else(new_credential_id, |meta| Ok(meta.id.clone()))?;
         let name = name.map_or_else(|| id.clone(), str::to_owned);
         config::check_name(Kind::Credential, &name).map_err(|message| ServiceError::Invalid("name".to_owned(), message))?;
         let row = self.seal(&who.organisation, &name, &id, credential, known.is_some()).await?;
@@ -169,7 +169,7 @@ impl Service {
             .collect();
         for (name, credential) in &document.credentials {
             let meta = work.now.meta(Kind::Credential, name);
-            let id = meta.map_or_else(|| new_credential_id(), |meta| Ok(meta.id.clone()))?;
+            let id = meta.map_or_else(new_credential_id, |meta| Ok(meta.id.clone()))?;
             let row = self.seal(&who.organisation, name, &id, credential, meta.is_some()).await?;
             let view =
                 |credential: &Credential| serde_json::to_value(Credential { secret: None, ..credential.clone() }).unwrap_or_default();
