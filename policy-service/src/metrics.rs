@@ -262,6 +262,31 @@ mod tests {
         assert!(text.contains("keyward_admissions_total{provider=\"openai\",operation=\"other\"} 2000"));
     }
 
+    fn rows(table: &[Metric]) -> String {
+        let labels = |metric: &Metric| metric.labels.iter().map(|label| format!("`{label}`")).collect::<Vec<_>>().join(", ");
+        let row = |m: &Metric| format!("| `{}` | {} | {} | {} | {} |\n", m.name, m.kind.name(), m.unit, labels(m), m.help);
+        format!("| name | type | unit | labels | meaning |\n|---|---|---|---|---|\n{}", table.iter().map(row).collect::<String>())
+    }
+
+    /// What people read is what the code has. `UPDATE_DOCS=1` writes it.
+    #[test]
+    fn the_documentation_has_both_tables() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/metrics.md");
+        let mut text = std::fs::read_to_string(path).unwrap();
+        for (name, table) in [("service", TABLE), ("filter", &keyward_core::metrics::FILTER[..])] {
+            let (start, end) = (format!("<!-- {name} -->\n"), format!("<!-- /{name} -->"));
+            let (before, rest) = text.split_once(&start).unwrap();
+            let (written, after) = rest.split_once(&end).unwrap();
+            if std::env::var_os("UPDATE_DOCS").is_none() {
+                assert_eq!(written, rows(table), "run: UPDATE_DOCS=1 cargo test -p keyward-policy-service the_documentation");
+            }
+            text = format!("{before}{start}{}{end}{after}", rows(table));
+        }
+        if std::env::var_os("UPDATE_DOCS").is_some() {
+            std::fs::write(path, text).unwrap();
+        }
+    }
+
     #[test]
     fn names_are_unique_and_end_as_prometheus_wants() {
         for (n, metric) in TABLE.iter().enumerate() {
