@@ -3,7 +3,7 @@
 use clap::ValueEnum;
 use std::io::IsTerminal;
 use tracing::{Level, Metadata};
-use tracing_subscriber::filter::{EnvFilter, FilterExt, filter_fn};
+use tracing_subscriber::filter::{EnvFilter, FilterExt, LevelFilter, filter_fn};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{Layer, fmt};
@@ -18,7 +18,9 @@ pub enum LogFormat {
 
 /// Starts logging for the whole process. `level` holds unless `RUST_LOG` says otherwise; a second start changes nothing.
 pub fn start(format: LogFormat, level: &str) {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| level.into()).and(filter_fn(may_be_seen));
+    // The hint lets whatever is off cost nothing.
+    let seen = filter_fn(may_be_seen).with_max_level_hint(LevelFilter::TRACE);
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| level.into()).and(seen);
     let lines = fmt::layer().with_writer(std::io::stderr);
     let lines = match format {
         LogFormat::Text => lines.with_ansi(std::io::stderr().is_terminal()).boxed(),
