@@ -4,6 +4,7 @@ use crate::envoy::{self, Endpoint, FILTER, Rendering};
 use crate::manifest::{Manifest, Mistake, tell};
 use clap::Args;
 use keyward_policy_service::config::{Budget, Credential};
+use keyward_policy_service::logging::{self, LogFormat};
 use keyward_policy_service::service::access::{Principal, Role, TokenSpec};
 use keyward_policy_service::service::keys::KeySpec;
 use keyward_policy_service::service::{Loan, Service, ServiceError};
@@ -52,6 +53,9 @@ pub struct UpOptions {
     /// Budget of the first key, in dollars
     #[arg(long, default_value = "5.00")]
     first_key_budget: String,
+    /// Form of the policy service's log on standard error; RUST_LOG chooses how much (default: warn)
+    #[arg(long, env = "KEYWARD_LOG_FORMAT", default_value = "text")]
+    log_format: LogFormat,
     #[command(flatten)]
     lending: crate::vault::Lending,
     /// Apply this configuration, and again whenever it changes
@@ -61,10 +65,7 @@ pub struct UpOptions {
 
 /// Starts everything, waits for a signal, stops everything.
 pub fn run(options: UpOptions) -> Result<(), String> {
-    tracing_subscriber::fmt()
-        .with_env_filter(tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "warn".into()))
-        .with_writer(std::io::stderr)
-        .init();
+    logging::start(options.log_format, "warn");
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().map_err(|error| error.to_string())?;
     let loans = options.lending.open()?;
     let manifest = options.config.as_deref().map(|file| read(file).map_err(|mistakes| tell(&mistakes))).transpose()?;

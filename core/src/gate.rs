@@ -10,6 +10,7 @@ use crate::multipart::{MultipartReader, boundary};
 use crate::operation::{Costs, Dialect, Form, MAX_REFS, NoTarget, OTHER, Provider, Takes, Target, Tells, find};
 use crate::refusal::{Answer, Code, Refusal};
 use crate::token::TokenHash;
+use crate::trace::TraceContext;
 use crate::usage::Looks;
 use std::borrow::Cow;
 
@@ -75,7 +76,7 @@ pub fn request_headers(headers: &Headers<'_>, limits: Limits, id: RequestId) -> 
         return Err(too_large(dialect, limits, id));
     }
     let body = Body::expected(target.operation.takes, headers).map_err(|message| refuse(Code::BadRequest, message))?;
-    Ok(Reading { id, token, target, limits, body })
+    Ok(Reading { id, token, target, limits, body, trace: TraceContext::of(headers) })
 }
 
 fn split_query(path: &[u8]) -> (&[u8], &[u8]) {
@@ -156,6 +157,7 @@ pub struct Reading {
     target: Target,
     limits: Limits,
     body: Body,
+    trace: Option<TraceContext>,
 }
 
 impl Reading {
@@ -177,7 +179,7 @@ impl Reading {
 
     /// The body has ended: what is asked for is known.
     pub fn end(self) -> Result<Asking, Refused> {
-        let Reading { id, token, target, body, .. } = self;
+        let Reading { id, token, target, body, trace, .. } = self;
         let operation = target.operation;
         let refuse = |message: String| bad_request(&target, id, message);
         let (mut facts, content_type) = body.finish(operation.takes).map_err(|error| refuse(error.message()))?;
@@ -195,7 +197,7 @@ impl Reading {
         }
         let own_limit = facts.max_tokens(operation.limits()).map_err(|error| refuse(error.message()))?;
         let max_tokens = own_limit.or(operation.default_limit());
-        Ok(Asking { id, token, target, facts, model, content_type, max_tokens })
+        Ok(Asking { id, token, target, facts, model, content_type, max_tokens, trace })
     }
 
     /// This worker can't take the request on now.
@@ -223,6 +225,7 @@ pub struct Asking {
     model: Option<String>,
     content_type: Option<Cow<'static, str>>,
     max_tokens: Option<u64>,
+    trace: Option<TraceContext>,
 }
 
 /// What the service's yes means.
@@ -236,6 +239,11 @@ pub enum Decided {
 impl Asking {
     pub fn id(&self) -> RequestId {
         self.id
+    }
+
+    /// The caller's place in a trace, for the policy service's log.
+    pub fn trace(&self) -> Option<&TraceContext> {
+        self.trace.as_ref()
     }
 
     pub fn admit_request(&self, vm: VmId, node: String, need_key: bool) -> AdmitRequest {

@@ -28,6 +28,27 @@ pub enum Code {
 }
 
 impl Code {
+    /// Every code there is.
+    pub const ALL: [Code; 17] = [
+        Code::MissingKey,
+        Code::UnknownKey,
+        Code::Revoked,
+        Code::Expired,
+        Code::ModelNotAllowed,
+        Code::EndpointNotAllowed,
+        Code::UnknownProvider,
+        Code::UnknownModel,
+        Code::BadRequest,
+        Code::UnboundedInput,
+        Code::BodyTooLarge,
+        Code::CapExhausted,
+        Code::CapReserved,
+        Code::PoolExhausted,
+        Code::ProviderCredentialRejected,
+        Code::PolicyUnavailable,
+        Code::AuditUnavailable,
+    ];
+
     pub fn name(self) -> &'static str {
         match self {
             Code::MissingKey => "missing_key",
@@ -155,6 +176,14 @@ mod tests {
         for code in [Code::MissingKey, Code::EndpointNotAllowed, Code::StateNotOwned, Code::ProviderCredentialRejected, Code::CapReserved] {
             assert_eq!(serde_json::to_string(&code).unwrap(), format!("\"{}\"", code.name()));
         }
+    }
+
+    /// A code that is missing from the list would have no metric until its first refusal, and no alert on that one.
+    #[test]
+    fn all_codes_are_listed() {
+        let known = serde_json::from_str::<Code>("\"none\"").unwrap_err().to_string();
+        let known: Vec<&str> = known.split('`').skip(3).step_by(2).collect();
+        assert_eq!(known, Code::ALL.map(Code::name));
     }
 
     #[test]

@@ -9,9 +9,11 @@ use keyward_core::edge::{ADMIT_PATH, AdmitAnswer, RequestId, Settlement};
 use keyward_core::gate::{self, Admitted, Answering, Asking, Decided, Reading, Refused, Told};
 use keyward_core::meter::Passed;
 use keyward_core::refusal::Answer;
+use keyward_core::trace::TraceContext;
 use proxy_wasm::traits::{Context, HttpContext};
 use proxy_wasm::types::Action;
 use std::rc::Rc;
+use std::time::Instant;
 
 /// How much of a body is copied into the VM at a time.
 const PIECE: usize = 64 * 1024;
@@ -20,7 +22,10 @@ const PIECE: usize = 64 * 1024;
 enum Stage {
     New,
     Reading(Reading),
-    Asking(Box<Asking>),
+    Asking {
+        asking: Box<Asking>,
+        since: Instant,
+    },
     Answering {
         answering: Box<Answering>,
         flight: SharedFlight,
@@ -78,10 +83,13 @@ impl GateStream {
         let need_key = self.vm.settlements.borrow().needs_key();
         let request = asking.admit_request(vm_id, self.vm.node().to_string(), need_key);
         let body = serde_json::to_vec(&request).unwrap_or_default();
-        let headers =
+        let mut headers =
             vec![(":method", "POST"), (":path", ADMIT_PATH), (":authority", "keyward-policy"), ("content-type", "application/json")];
+        let traceparent = asking.trace().map(TraceContext::traceparent);
+        headers.extend(traceparent.as_ref().map(|parent| ("traceparent", parent.as_str())));
+        headers.extend(asking.trace().and_then(TraceContext::tracestate).map(|state| ("tracestate", state)));
         match host::call(&config.policy_cluster, headers, &body, config.admit_timeout()) {
-            Some(_) => self.stage = Stage::Asking(Box::new(asking)),
+            Some(_) => self.stage = Stage::Asking { asking: Box::new(asking), since: Instant::now() },
             None => return self.refuse(&asking.unavailable()),
         }
         Action::Pause
@@ -166,8 +174,8 @@ fn write_body(splices: &[Splice], length: u64, announced: bool) -> bool {
 
 impl Context for GateStream {
     fn on_http_call_response(&mut self, _token: u32, _headers: usize, body_size: usize, _trailers: usize) {
-        let asking = match self.take() {
-            Stage::Asking(asking) => asking,
+        let (asking, since) = match self.take() {
+            Stage::Asking { asking, since } => (asking, since),
             other => {
                 self.stage = other;
                 return;
@@ -178,6 +186,9 @@ impl Context for GateStream {
         let answer: Option<AdmitAnswer> = body.and_then(|body| serde_json::from_slice(&body).ok());
         if let (Some(vm_id), Some(key)) = (self.vm.id(), answer.as_ref().and_then(|a| a.edge_key)) {
             self.vm.settlements.borrow_mut().has_key(vm_id, key);
+        }
+        if answer.is_some() {
+            metrics::answered(since);
         }
         let (id, decided) = (asking.id(), answer.as_ref().is_some_and(|a| a.refusal.is_some()));
         match asking.answered(answer) {
@@ -318,7 +329,7 @@ impl HttpContext for GateStream {
             self.vm.close_stream();
         }
         match self.take() {
-            Stage::Asking(asking) => self.settle(gate::void(asking.id(), self.elapsed_ms(), host::now_ms())),
+            Stage::Asking { asking, .. } => self.settle(gate::void(asking.id(), self.elapsed_ms(), host::now_ms())),
             Stage::Answering { answering, flight, id, .. } => {
                 self.vm.land(id);
                 self.vm.hold(answering.held(), 0);

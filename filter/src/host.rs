@@ -26,6 +26,7 @@ pub enum Buffer {
 pub enum Metric {
     Counter = 0,
     Gauge = 1,
+    Histogram = 2,
 }
 
 #[link(wasm_import_module = "env")]
@@ -64,6 +65,7 @@ unsafe extern "C" {
     fn proxy_define_metric(kind: u32, name: *const u8, name_size: usize, id: *mut u32) -> u32;
     fn proxy_get_metric(id: u32, value: *mut u64) -> u32;
     fn proxy_increment_metric(id: u32, offset: i64) -> u32;
+    fn proxy_record_metric(id: u32, value: u64) -> u32;
 }
 
 /// Runs a call that hands out memory (allocated by the SDK's `proxy_on_memory_allocate`, as a boxed slice).
@@ -238,6 +240,12 @@ pub fn define_metric(kind: Metric, name: &str) -> Option<u32> {
 pub fn add_to_metric(id: u32, offset: i64) {
     // SAFETY: plain values.
     unsafe { proxy_increment_metric(id, offset) };
+}
+
+/// A sample of a histogram.
+pub fn record_metric(id: u32, value: u64) {
+    // SAFETY: plain values.
+    unsafe { proxy_record_metric(id, value) };
 }
 
 pub fn metric(id: u32) -> Option<u64> {

@@ -7,6 +7,7 @@ mod attempt;
 mod config;
 mod gate;
 mod host;
+mod load;
 mod metrics;
 mod settlements;
 mod vm;
@@ -71,10 +72,10 @@ impl RootContext for Root {
     }
 
     fn on_tick(&mut self) {
-        metrics::publish();
-        let vm = vm();
+        let (vm, now_ms) = (vm(), host::now_ms());
+        metrics::publish(vm.load(), now_ms);
         if let Some(id) = vm.id() {
-            vm.settlements.borrow_mut().flush(id, &vm.config().policy_cluster, host::now_ms());
+            vm.settlements.borrow_mut().flush(id, &vm.config().policy_cluster, now_ms);
         }
     }
 

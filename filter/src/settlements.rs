@@ -162,6 +162,7 @@ impl Settlements {
             *self.refusals.entry(code).or_default() += count;
         }
         self.failures = self.failures.saturating_add(1);
+        metrics::batch_failed();
         let wait = 100u64.saturating_mul(1 << self.failures.min(6));
         self.retry_at_ms = now_ms + wait.min(MAX_BACKOFF_MS);
         for pending in batch.into_iter().rev() {
@@ -179,6 +180,7 @@ impl Settlements {
             let foreign = std::str::from_utf8(record.line()).ok().and_then(Record::parse).is_some_and(|record| record.vm != vm);
             let queued = self.queue.iter().any(|pending| pending.slot == Some(slot));
             if foreign && !queued {
+                metrics::adopted();
                 self.queue.push_back(Pending { record, slot: Some(slot), adopted: true });
             }
         }

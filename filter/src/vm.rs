@@ -3,6 +3,7 @@
 
 use crate::config::Config;
 use crate::host;
+use crate::load::Load;
 use crate::settlements::Settlements;
 use keyward_core::attempt::Flight;
 use keyward_core::edge::{RequestId, VmId};
@@ -107,6 +108,12 @@ impl Vm {
 
     pub fn close_stream(&self) {
         self.streams.set(self.streams.get().saturating_sub(1));
+    }
+
+    /// What is open in this VM.
+    pub fn load(&self) -> Load {
+        let number = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
+        Load { streams: number(self.streams.get()), waiting: number(self.waiting_bytes.get()), held: number(self.held_bytes.get() as u64) }
     }
 
     /// How much a stream that holds `held` bytes now may hold.

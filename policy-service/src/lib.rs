@@ -4,6 +4,8 @@ pub mod config;
 pub mod directory;
 pub mod files;
 pub mod http;
+pub mod logging;
+pub mod metrics;
 pub mod service;
 pub mod store;
 pub mod vault;
@@ -17,10 +19,9 @@ use crate::store::{LedgerKeys, Store};
 use crate::vault::{Vault, random};
 use keyward_core::hex;
 use keyward_core::price::PriceTable;
-use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
@@ -71,6 +72,7 @@ pub struct Running {
 
 /// Opens the store and the vault and listens on both ports.
 pub async fn start(config: Config) -> Result<Running, StartError> {
+    metrics::recorder();
     if !config.edge.ip().is_loopback() {
         return Err(StartError::Setup(format!("the edge API has no TLS yet and may listen on loopback only, not on {}", config.edge)));
     }
@@ -103,7 +105,7 @@ pub async fn start(config: Config) -> Result<Running, StartError> {
     // Last of what can fail: the token is marked as shown.
     let bootstrap = bootstrap(&config, &service).await?;
     let edge_router = http::edge::router(service.clone(), EdgeToken(Arc::new(Zeroizing::new(edge_token))));
-    let admin_router = http::admin::router(Admin { service: service.clone(), metrics: metrics_handle() });
+    let admin_router = http::admin::router(Admin { service: service.clone() });
     let mut running = Running {
         edge: edge.local_addr().map_err(|error| StartError::Listen(config.edge, error))?,
         admin: admin.local_addr().map_err(|error| StartError::Listen(config.admin, error))?,
@@ -114,6 +116,7 @@ pub async fn start(config: Config) -> Result<Running, StartError> {
         tasks: Vec::new(),
         store,
     };
+    tracing::info!(version = env!("CARGO_PKG_VERSION"), edge = %running.edge, admin = %running.admin, "the policy service listens");
     running.tasks.push(tokio::spawn(serve(edge, edge_router, stopped.clone())));
     running.tasks.push(tokio::spawn(serve(admin, admin_router, stopped.clone())));
     running.tasks.push(tokio::spawn(sweep(service, stopped)));
@@ -128,6 +131,7 @@ impl Running {
             let _ = tokio::time::timeout(Duration::from_secs(10), task).await;
         }
         let store = self.store;
+        tracing::info!("the policy service stops");
         let _ = tokio::task::spawn_blocking(move || store.close()).await;
     }
 }
@@ -180,24 +184,12 @@ async fn sweep(service: Arc<Service>, mut stopped: watch::Receiver<bool>) {
         tokio::select! {
             () = stop_asked(&mut stopped) => return,
             _ = every.tick() => {
+                // Without it samples would pile up for as long as nobody reads the metrics.
+                metrics::recorder().run_upkeep();
                 if let Err(error) = service.expire().await {
                     tracing::error!(%error, "expired holds could not be charged");
                 }
             }
         }
     }
-}
-
-/// One recorder for the process, however many services run in it.
-fn metrics_handle() -> PrometheusHandle {
-    static HANDLE: OnceLock<PrometheusHandle> = OnceLock::new();
-    HANDLE
-        .get_or_init(|| {
-            let recorder = PrometheusBuilder::new().build_recorder();
-            let handle = recorder.handle();
-            // Somebody else's recorder may be installed already; then theirs is used and ours shows nothing.
-            let _ = metrics::set_global_recorder(recorder);
-            handle
-        })
-        .clone()
 }

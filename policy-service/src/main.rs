@@ -1,6 +1,7 @@
 //! The policy service as a process of its own.
 
 use clap::Parser;
+use keyward_policy_service::logging::{self, LogFormat};
 use keyward_policy_service::{Config, start};
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -30,14 +31,14 @@ struct Options {
     /// Key-encryption key, 64 hex digits; without it the file `kek` in the data directory
     #[arg(long, env = "KEYWARD_KEK", hide_env_values = true)]
     kek: Option<String>,
+    /// Form of the log on standard error; RUST_LOG chooses how much (default: info)
+    #[arg(long, env = "KEYWARD_LOG_FORMAT", default_value = "text")]
+    log_format: LogFormat,
 }
 
 fn main() -> ExitCode {
-    tracing_subscriber::fmt()
-        .with_env_filter(tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into()))
-        .with_writer(std::io::stderr)
-        .init();
     let options = Options::parse();
+    logging::start(options.log_format, "info");
     let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {

@@ -235,8 +235,8 @@ async fn an_expired_hold_is_charged_and_a_late_settlement_lowers_it() {
     let mut bed = Bed::new().await;
     bed.key(1, Some(10_000_000)).await;
     bed.admit(1, 1, 50, 10).await;
-    assert_eq!(bed.store.expire(10 + TTL - 1).await.unwrap(), 0);
-    assert_eq!(bed.store.expire(10 + TTL).await.unwrap(), 1);
+    assert_eq!(bed.store.expire(10 + TTL - 1).await.unwrap().holds, 0);
+    assert_eq!(bed.store.expire(10 + TTL).await.unwrap().holds, 1);
     let state = bed.state(1).await;
     assert_eq!((state.spent.0, state.reserved.0, state.in_flight), (hold_of(50), 0, 0));
     bed.settle(settlement(1, Outcome::Complete, Some((10, 20))), 5_000).await;

@@ -75,7 +75,7 @@ def check(answer, dialect, code):
 
 
 def counted(stack, code):
-    return sum(stack.stats(f"keyward_refused_{code}_total").values())
+    return sum(stack.stats(f"keyward_refused_by_reason.{code}.total").values())
 
 
 @contextlib.contextmanager
@@ -83,7 +83,7 @@ def refusing(stack, code, times=1):
     """Around refusals: nothing reached the provider, and Envoy counted each."""
     seq, before = stack.last_seq(), counted(stack, code)
     yield
-    wait_for(f"keyward_refused_{code}_total up by {times}", lambda: counted(stack, code) == before + times, 5)
+    wait_for(f"refusals as {code} up by {times}", lambda: counted(stack, code) == before + times, 5)
     assert stack.last_seq() == seq, "something reached the provider"
 
 

@@ -2,7 +2,9 @@
 
 use super::api::{Admin, MAX_BODY, authenticate, idempotent};
 use super::error::{Problem, ProblemBody};
+use super::observe::observe;
 use super::{audit, configuration, credentials, keys, tokens};
+use crate::metrics::recorder;
 use axum::extract::{DefaultBodyLimit, State};
 use axum::http::{StatusCode, header};
 use axum::middleware;
@@ -31,6 +33,7 @@ pub fn router(admin: Admin) -> Router {
         .method_not_allowed_fallback(|| async {
             Problem::new(StatusCode::METHOD_NOT_ALLOWED, "method not allowed", "this path does not take this method; see allow")
         })
+        .layer(middleware::from_fn(observe))
         .with_state(admin)
 }
 
@@ -104,7 +107,8 @@ async fn ready(State(admin): State<Admin>) -> Result<&'static str, Problem> {
 }
 
 async fn metrics(State(admin): State<Admin>) -> impl IntoResponse {
-    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], admin.metrics.render())
+    admin.service.watch().await;
+    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], recorder().render())
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! What all admin endpoints share: bodies and queries that fail with a named field, pages, preconditions, idempotent writes.
 
 use super::error::Problem;
+use crate::metrics::handles;
 use crate::service::Begun;
 use crate::service::Service;
 use crate::service::access::Principal;
@@ -13,7 +14,6 @@ use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
-use metrics_exporter_prometheus::PrometheusHandle;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -27,7 +27,6 @@ pub const MAX_BODY: usize = 4 * 1024 * 1024;
 #[derive(Clone)]
 pub struct Admin {
     pub service: Arc<Service>,
-    pub metrics: PrometheusHandle,
 }
 
 /// Who calls, as [`authenticate`] found out.
@@ -49,7 +48,7 @@ pub async fn authenticate(State(admin): State<Admin>, mut request: Request, next
         None => None,
     };
     let Some(principal) = principal else {
-        metrics::counter!("keyward_admin_unauthenticated_total").increment(1);
+        handles().admin_unauthenticated.increment(1);
         return Err(unauthenticated());
     };
     request.extensions_mut().insert(principal);

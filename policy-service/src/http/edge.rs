@@ -1,5 +1,7 @@
 //! Edge API: for the filter only. Envoy itself puts the edge token on every call.
 
+use super::observe::trace;
+use crate::metrics::handles;
 use crate::service::{Admitted, Service};
 use axum::Router;
 use axum::body::Bytes;
@@ -33,7 +35,7 @@ async fn authenticate(State(token): State<EdgeToken>, request: Request, next: Ne
     if is_authentic(request.headers(), &token) {
         return next.run(request).await;
     }
-    metrics::counter!("keyward_edge_unauthenticated_total").increment(1);
+    handles().edge_unauthenticated.increment(1);
     StatusCode::UNAUTHORIZED.into_response()
 }
 
@@ -41,16 +43,16 @@ fn is_authentic(headers: &HeaderMap, token: &EdgeToken) -> bool {
     headers.get(header::AUTHORIZATION).is_some_and(|sent| bool::from(sent.as_bytes().ct_eq(token.0.as_bytes())))
 }
 
-async fn admit(State(service): State<Arc<Service>>, body: Bytes) -> Response {
+async fn admit(State(service): State<Arc<Service>>, headers: HeaderMap, body: Bytes) -> Response {
     let Ok(request) = serde_json::from_slice::<AdmitRequest>(&body) else { return StatusCode::BAD_REQUEST.into_response() };
-    match service.admit(request).await {
+    match service.admit(request, trace(&headers).as_ref()).await {
         Admitted::Answer(answer) => json(&*answer),
         Admitted::Conflict => StatusCode::CONFLICT.into_response(),
     }
 }
 
 async fn settle(State(service): State<Arc<Service>>, body: String) -> Response {
-    metrics::counter!("keyward_edge_batches_total").increment(1);
+    handles().edge_batches.increment(1);
     match service.settle(&body).await {
         Ok(answer) => json(&answer),
         Err(error) => {

@@ -8,4 +8,5 @@ mod credentials;
 pub mod edge;
 mod error;
 mod keys;
+mod observe;
 mod tokens;

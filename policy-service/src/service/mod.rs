@@ -4,27 +4,32 @@ pub mod access;
 mod configuration;
 pub mod keys;
 mod lent;
+pub(crate) mod watched;
 
 pub use self::lent::{Lent, Loan};
 
 use self::access::{Permission, Principal};
 use crate::config::Fault;
 use crate::directory::{Directory, Organisation};
+use crate::metrics::handles;
 use crate::store::{
-    self, Admission, Admit, AuditRow, CredentialRow, Idempotent, Settle, Settled, Store, StoreError, UsageQuery, UsageRow, admin_chain,
+    self, Admission, Admit, AuditRow, CredentialRow, Idempotent, Settle, Store, StoreError, UsageQuery, UsageRow, admin_chain,
 };
 use crate::vault::{Vault, VaultError, credential_aad, random};
 use hkdf::Hkdf;
 use hmac::{Hmac, KeyInit, Mac};
 use keyward_core::audit::ChainKey;
-use keyward_core::edge::{AdmitAnswer, AdmitRequest, EdgeKey, Plan, PlanCredential, PlanTarget, Record, Secret, SettleAnswer, VmId};
+use keyward_core::edge::{
+    AdmitAnswer, AdmitRequest, EdgeKey, Plan, PlanCredential, PlanTarget, Record, Secret, SettleAnswer, Settlement, VmId,
+};
 use keyward_core::hex;
 use keyward_core::refusal::{Code, Refusal};
+use keyward_core::trace::TraceContext;
 use sha2::Sha256;
 use std::collections::HashMap;
 use std::path::Path;
 use std::sync::{Arc, RwLock};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use zeroize::Zeroizing;
 
 /// The organisation that every installation has from its start.
@@ -103,6 +108,8 @@ pub struct Service {
     hold_ttl: Duration,
     memory: RwLock<Arc<InMemory>>,
     lent: RwLock<Vec<Lent>>,
+    /// When `/metrics` was last read.
+    watched: tokio::sync::Mutex<Option<Instant>>,
     /// Changes are taken into memory in the order in which they happened.
     reloading: tokio::sync::Mutex<()>,
 }
@@ -130,6 +137,7 @@ impl Service {
             hold_ttl,
             memory: RwLock::default(),
             lent: RwLock::default(),
+            watched: tokio::sync::Mutex::default(),
             reloading: tokio::sync::Mutex::default(),
         };
         service.store.create_organisation(ORGANISATION, "", "keyward start", now_ms()).await?;
@@ -149,6 +157,7 @@ impl Service {
         let mut memory = InMemory { directory: Arc::default(), secrets };
         let mut directory = self.store.directory().await?;
         self.add_lent(&mut directory, &mut memory.secrets);
+        watched::pools(&directory);
         memory.directory = Arc::new(directory);
         if let Ok(mut slot) = self.memory.write() {
             *slot = Arc::new(memory);
@@ -182,11 +191,25 @@ impl Service {
     }
 
     /// Decides a request and writes it down; the plan with its credentials exists only once that is durable.
-    pub async fn admit(&self, request: AdmitRequest) -> Admitted {
+    /// `trace`: the caller's, for the log.
+    pub async fn admit(&self, request: AdmitRequest, trace: Option<&TraceContext>) -> Admitted {
+        let began = Instant::now();
+        let (req, metrics) = (request.req, handles());
+        let admitted = self.decide(request, trace).await;
+        metrics.admit_seconds.record(began.elapsed());
+        if let Admitted::Conflict = admitted {
+            metrics.conflicts.increment(1);
+            let (trace_id, span_id) = watched::ids(trace);
+            tracing::warn!(request_id = %req, trace_id, span_id, "an admission whose request id was used before");
+        }
+        admitted
+    }
+
+    async fn decide(&self, request: AdmitRequest, trace: Option<&TraceContext>) -> Admitted {
         let edge_key = request.need_key.then(|| EdgeKey::derive(&self.roots.edge_master, request.vm));
         let memory = self.memory();
         let now_ms = now_ms();
-        let provider = request.ask.provider.clone();
+        let (req, provider, endpoint) = (request.req, request.ask.provider.clone(), request.ask.endpoint.clone());
         let admit = Admit {
             token_hash: self.pepper(&request.token),
             directory: memory.directory.clone(),
@@ -197,8 +220,15 @@ impl Service {
         };
         match self.admit_patiently(admit).await {
             Ok(Admission::Admitted(admitted)) => {
-                metrics::counter!("keyward_admissions_total").increment(1);
+                handles().admitted(&provider, &endpoint);
                 let store::Admitted { key_id, hold, model, credentials, state, answer, rev } = *admitted;
+                if tracing::enabled!(tracing::Level::DEBUG) {
+                    let (trace_id, span_id) = watched::ids(trace);
+                    tracing::debug!(
+                        request_id = %req, trace_id, span_id, key = key_id, gen_ai.provider.name = provider, endpoint,
+                        reserved_nanodollars = hold.total.0, "admitted"
+                    );
+                }
                 let with_secret = |id: String| {
                     let secret = Secret(memory.secrets.get(&id)?.secret.to_string());
                     Some(PlanCredential { id, secret })
@@ -208,10 +238,14 @@ impl Service {
                 let plan = Plan { key: key_id, rev, clamp: hold.clamp, state, answer, targets };
                 Admitted::Answer(Box::new(AdmitAnswer { plan: Some(plan), refusal: None, edge_key }))
             }
-            Ok(Admission::Refused(refusal)) => Admitted::Answer(Box::new(refused(refusal, edge_key))),
+            Ok(Admission::Refused(refusal)) => {
+                watched::refused(&refusal, req, &provider, &endpoint, trace);
+                Admitted::Answer(Box::new(refused(refusal, edge_key)))
+            }
             Ok(Admission::Conflict | Admission::NotYet) => Admitted::Conflict,
             Err(error) => {
-                tracing::error!(%error, "an admission could not be recorded");
+                let (trace_id, span_id) = watched::ids(trace);
+                tracing::error!(request_id = %req, trace_id, span_id, %error, "an admission could not be recorded");
                 let refusal =
                     Refusal::new(Code::AuditUnavailable, "the request could not be recorded; nothing was forwarded").retry_after(1);
                 Admitted::Answer(Box::new(refused(refusal, edge_key)))
@@ -235,13 +269,20 @@ impl Service {
 
     /// Takes a batch of records: the first line names the VM, each further line is one sealed record.
     pub async fn settle(&self, body: &str) -> Result<SettleAnswer, ServiceError> {
+        let began = Instant::now();
+        let settled = self.settle_batch(body).await;
+        handles().settle_seconds.record(began.elapsed());
+        settled
+    }
+
+    async fn settle_batch(&self, body: &str) -> Result<SettleAnswer, ServiceError> {
         let mut lines = body.lines();
         let head = lines
             .next()
             .and_then(BatchHead::parse)
             .ok_or(ServiceError::Invalid("body".to_owned(), "the first line is no batch head".to_owned()))?;
         for (code, count) in head.refusals {
-            metrics::counter!("keyward_edge_refusals_total", "reason" => code).increment(count);
+            handles().edge_refused(&code, count);
         }
         let (taken, rejected) = self.take_records(lines).await?;
         let edge_key = head.need_key.then(|| EdgeKey::derive(&self.roots.edge_master, head.vm));
@@ -257,16 +298,20 @@ impl Service {
                 Some(Settle { record, settlement })
             };
             match Record::parse(line).and_then(open) {
-                Some(settle) => batch.push(settle),
+                Some(settle) => {
+                    let Settlement { req, outcome, status, ms, .. } = &settle.settlement;
+                    tracing::debug!(request_id = %req, ?outcome, status, duration_ms = ms, "settled");
+                    batch.push(settle);
+                }
                 None => rejected += 1,
             }
         }
         if rejected > 0 {
             tracing::error!(rejected, "records with a wrong MAC or form were rejected");
-            metrics::counter!("keyward_records_rejected_total").increment(rejected);
         }
         let (taken, failed) = self.settle_all(batch).await?;
         rejected += failed;
+        handles().records_rejected.increment(rejected);
         Ok((taken, rejected))
     }
 
@@ -279,20 +324,21 @@ impl Service {
         let now_ms = now_ms();
         let error = match self.store.settle(batch.clone(), now_ms).await {
             Ok(settled) => {
-                report(settled);
+                self.report(&settled);
                 return Ok((batch.len() as u64, 0));
             }
             Err(error) => error,
         };
         let (mut taken, mut failed) = (0, 0);
         for settle in batch {
+            let req = settle.settlement.req;
             match self.store.settle(vec![settle], now_ms).await {
                 Ok(settled) => {
-                    report(settled);
+                    self.report(&settled);
                     taken += 1;
                 }
                 Err(error) => {
-                    tracing::error!(%error, "a settlement could not be booked");
+                    tracing::error!(request_id = %req, %error, "a settlement could not be booked");
                     failed += 1;
                 }
             }
@@ -303,8 +349,12 @@ impl Service {
     /// Charges holds that nobody settled in time.
     pub async fn expire(&self) -> Result<u64, ServiceError> {
         let expired = self.store.expire(now_ms()).await?;
-        metrics::counter!("keyward_holds_expired_total").increment(expired);
-        Ok(expired)
+        handles().holds_expired.increment(expired.holds);
+        self.count_used(&expired.used);
+        if expired.holds > 0 {
+            tracing::warn!(holds = expired.holds, "holds that nobody settled in time were charged");
+        }
+        Ok(expired.holds)
     }
 
     /// Takes sealed records that an administrator brings.
@@ -403,19 +453,8 @@ impl BatchHead {
 }
 
 fn refused(refusal: Refusal, edge_key: Option<EdgeKey>) -> AdmitAnswer {
-    metrics::counter!("keyward_refusals_total", "reason" => refusal.code.name()).increment(1);
+    handles().refused(refusal.code);
     AdmitAnswer { plan: None, refusal: Some(refusal), edge_key }
-}
-
-fn report(settled: Settled) {
-    metrics::counter!("keyward_settlements_total").increment(settled.charged);
-    metrics::counter!("keyward_voids_total").increment(settled.voided);
-    metrics::counter!("keyward_spent_nanodollars_total").increment(settled.nanodollars.try_into().unwrap_or(0));
-    metrics::counter!("keyward_keys_frozen_total").increment(settled.frozen);
-    metrics::counter!("keyward_records_missing_total").increment(settled.gaps);
-    if settled.gaps > 0 || settled.unknown > 0 || settled.frozen > 0 {
-        tracing::error!(missing = settled.gaps, unknown = settled.unknown, frozen = settled.frozen, "settlements need an operator's eye");
-    }
 }
 
 fn millis(duration: Duration) -> u64 {

@@ -2,7 +2,7 @@
 //! leaves nothing behind.
 
 use super::objects::{self, References};
-use super::{Admission, Admit, Admitted, LedgerKeys, Settle, Settled, StoreError};
+use super::{Admission, Admit, Admitted, Expired, LedgerKeys, Settle, Settled, StoreError, Used};
 use crate::directory::{NoCredential, Organisation};
 use keyward_core::admission::{self, Charge, Ended, Hold, KeyState, Status};
 use keyward_core::audit::{self, Entry, Event, TryEntry};
@@ -11,6 +11,7 @@ use keyward_core::models;
 use keyward_core::money::Nanodollars;
 use keyward_core::operation::Provider;
 use keyward_core::refusal::{Code, Refusal};
+use keyward_core::usage::Usage;
 use rusqlite::{Connection, OptionalExtension, Row, params};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
@@ -68,8 +69,10 @@ type Tally = BTreeMap<(String, u64, String, String, String), TallyLine>;
 #[derive(Default)]
 struct TallyLine {
     requests: u64,
-    usage: keyward_core::usage::Usage,
+    usage: Usage,
     nanodollars: i64,
+    /// Of `nanodollars`, what was given back.
+    returned: u64,
 }
 
 const DAY_MS: u64 = 86_400_000;
@@ -254,7 +257,7 @@ impl Ledger<'_> {
             done.gaps += self.follow_vm(settle, now_ms)?;
             self.settle_one(settle, now_ms, &mut done, &mut tally)?;
         }
-        self.book(tally)?;
+        done.used = self.book(tally)?;
         Ok(done)
     }
 
@@ -367,12 +370,15 @@ impl Ledger<'_> {
         let line = (chain.organisation, now_ms / DAY_MS, request.key_id.clone(), request.provider.clone(), request.model.clone());
         let booked = tally.entry(line.clone()).or_default();
         booked.requests += u64::from(held);
-        booked.nanodollars = booked.nanodollars.saturating_add(charge.minus(request.charge).0);
+        let change = charge.minus(request.charge).0;
+        booked.nanodollars = booked.nanodollars.saturating_add(change);
+        booked.returned = booked.returned.saturating_add(if change < 0 { change.unsigned_abs() } else { 0 });
         Ok(line)
     }
 
-    /// Adds what a batch was charged to the days' sums.
-    fn book(&self, tally: Tally) -> Result<(), StoreError> {
+    /// Adds what a batch was charged to the days' sums. Gives it summed up by model.
+    fn book(&self, tally: Tally) -> Result<Vec<Used>, StoreError> {
+        let mut used: Vec<Used> = Vec::new();
         for ((organisation, day, key, provider, model), line) in tally {
             self.db
                 .prepare_cached(
@@ -394,8 +400,16 @@ impl Ledger<'_> {
                     tokens(line.usage.output),
                     line.nanodollars,
                 ])?;
+            match used.iter_mut().find(|used| used.provider == provider && used.model == model) {
+                Some(used) => used.add(&line),
+                None => {
+                    let mut first = Used { provider, model, ..Used::default() };
+                    first.add(&line);
+                    used.push(first);
+                }
+            }
         }
-        Ok(())
+        Ok(used)
     }
 
     /// An actual cost exceeded its hold: the key stops until an operator acts. Keys without a budget have no hold to exceed.
@@ -423,7 +437,7 @@ impl Ledger<'_> {
     }
 
     /// Charges the holds that are past their time: whoever held them has not said what they cost.
-    pub fn expire(&self, now_ms: u64) -> Result<u64, StoreError> {
+    pub fn expire(&self, now_ms: u64) -> Result<Expired, StoreError> {
         let mut select =
             self.db.prepare_cached("SELECT req FROM requests WHERE state = 0 AND expires_ms <= ?1 ORDER BY expires_ms LIMIT ?2")?;
         let due: Vec<[u8; 16]> = select.query_map(params![signed(now_ms), SWEEP], |row| row.get(0))?.collect::<Result<_, _>>()?;
@@ -434,11 +448,11 @@ impl Ledger<'_> {
             let event = Event::Expired { req: *req, charge: charge.0 };
             self.finish(RequestId(*req), &request, state::EXPIRED, charge, now_ms, event, &mut tally)?;
         }
-        self.book(tally)?;
+        let used = self.book(tally)?;
         self.db
             .prepare_cached("DELETE FROM requests WHERE req IN (SELECT req FROM requests WHERE state > 0 AND expires_ms < ?1 LIMIT ?2)")?
             .execute(params![signed(now_ms.saturating_sub(REMEMBER_MS)), SWEEP])?;
-        Ok(due.len() as u64)
+        Ok(Expired { holds: due.len() as u64, used })
     }
 
     pub(super) fn append(&self, key_id: &str, chain: &Chain, time_ms: u64, event: Event) -> Result<(u64, [u8; 32]), StoreError> {
@@ -530,7 +544,18 @@ impl Ledger<'_> {
     }
 }
 
-/// Columns of a key in the order of [`KeyRow`].
+impl Used {
+    fn add(&mut self, line: &TallyLine) {
+        self.usage.input = self.usage.input.saturating_add(line.usage.input);
+        self.usage.cache_read = self.usage.cache_read.saturating_add(line.usage.cache_read);
+        self.usage.cache_write = self.usage.cache_write.saturating_add(line.usage.cache_write);
+        self.usage.output = self.usage.output.saturating_add(line.usage.output);
+        self.returned_nanodollars = self.returned_nanodollars.saturating_add(line.returned);
+        let charged = u64::try_from(line.nanodollars.saturating_add_unsigned(line.returned)).unwrap_or(0);
+        self.nanodollars = self.nanodollars.saturating_add(charged);
+    }
+}
+
 fn admitted(key: &Found, target: Target, hold: Hold, rev: u64) -> Admission {
     let Target { model, credentials, state, answer } = target;
     Admission::Admitted(Box::new(Admitted { key_id: key.id.clone(), hold, model, credentials, state, answer, rev }))

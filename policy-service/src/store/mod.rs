@@ -15,6 +15,7 @@ use keyward_core::edge::{AdmitRequest, Record, Settlement};
 use keyward_core::money::Nanodollars;
 use keyward_core::price::PriceTable;
 use keyward_core::refusal::Refusal;
+use keyward_core::usage::Usage;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -212,7 +213,7 @@ pub struct Settle {
 }
 
 /// What a batch of settlements did.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Settled {
     pub charged: u64,
     pub voided: u64,
@@ -225,6 +226,38 @@ pub struct Settled {
     pub nanodollars: i64,
     pub input_tokens: u64,
     pub output_tokens: u64,
+    pub used: Vec<Used>,
+}
+
+/// What one model was used for, and what it was charged.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Used {
+    pub provider: String,
+    pub model: String,
+    pub usage: Usage,
+    pub nanodollars: u64,
+    /// Given back of what had been charged before.
+    pub returned_nanodollars: u64,
+}
+
+/// What a sweep over expired holds did.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Expired {
+    pub holds: u64,
+    pub used: Vec<Used>,
+}
+
+/// How the ledger stands, for whoever watches it.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Standing {
+    /// Keys by status; a key past its time is `expired`.
+    pub keys: BTreeMap<String, u64>,
+    /// Requests whose money is held.
+    pub holds: u64,
+    /// When the first hold expires, Unix milliseconds.
+    pub first_expiry_ms: Option<u64>,
+    pub reserved_nanodollars: f64,
+    pub audit_entries: f64,
 }
 
 /// One entry of a chain as stored.
@@ -308,8 +341,8 @@ pub fn admin_chain(organisation: &str) -> String {
 pub trait Store: Send + Sync + 'static {
     async fn admit(&self, admit: Admit) -> Result<Admission, StoreError>;
     async fn settle(&self, batch: Vec<Settle>, now_ms: u64) -> Result<Settled, StoreError>;
-    /// Charges every hold that is past its time. Returns how many.
-    async fn expire(&self, now_ms: u64) -> Result<u64, StoreError>;
+    /// Charges every hold that is past its time.
+    async fn expire(&self, now_ms: u64) -> Result<Expired, StoreError>;
 
     async fn create_key(&self, key: NewKey) -> Result<KeyOutcome, StoreError>;
     async fn update_key(&self, update: KeyUpdate) -> Result<KeyOutcome, StoreError>;
@@ -353,6 +386,7 @@ pub trait Store: Send + Sync + 'static {
     /// Keeps the sealed answer; `None` forgets the write, which did not happen.
     async fn end_idempotent(&self, token_id: &str, key: &str, answer: Option<Vec<u8>>) -> Result<(), StoreError>;
 
+    async fn standing(&self, now_ms: u64) -> Result<Standing, StoreError>;
     /// Whether a write would be durable now.
     async fn ready(&self) -> Result<(), StoreError>;
 }

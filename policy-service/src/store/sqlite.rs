@@ -4,15 +4,16 @@ use super::configuration::{CREDENTIAL_COLUMNS, TOKEN_COLUMNS, credential_row, di
 use super::keys::{KEY_COLUMNS, key_row};
 use super::ledger::{Ledger, signed, unsigned};
 use super::{
-    Admission, Admit, AuditRow, CredentialRow, Edited, Edits, Idempotent, KeyOutcome, KeyRow, KeyUpdate, LedgerKeys, NewKey, Rotation,
-    Settle, Settled, Store, StoreError, TokenRow, UsageBy, UsageQuery, UsageRow,
+    Admission, Admit, AuditRow, CredentialRow, Edited, Edits, Expired, Idempotent, KeyOutcome, KeyRow, KeyUpdate, LedgerKeys, NewKey,
+    Rotation, Settle, Settled, Standing, Store, StoreError, TokenRow, UsageBy, UsageQuery, UsageRow,
 };
 use crate::directory::Directory;
+use crate::metrics::handles;
 use async_trait::async_trait;
 use rusqlite::{Connection, OpenFlags, OptionalExtension, TransactionBehavior, params};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, mpsc};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
 
 /// Most operations that share one commit.
@@ -139,15 +140,18 @@ fn write_all(db: &mut Connection, keys: &LedgerKeys, queue: &mpsc::Receiver<Chan
     while let Ok(first) = queue.recv() {
         let mut group = vec![first];
         group.extend(queue.try_iter().take(MAX_GROUP - 1));
-        metrics::histogram!("keyward_commit_group_size").record(u32::try_from(group.len()).unwrap_or(u32::MAX));
-        match commit(db, keys, &group) {
+        let (metrics, began) = (handles(), Instant::now());
+        metrics.commit_group.record(u32::try_from(group.len()).unwrap_or(u32::MAX));
+        let committed = commit(db, keys, &group);
+        metrics.commit_seconds.record(began.elapsed());
+        match committed {
             Ok(()) => group.into_iter().for_each(|change| drop(change.done.send(Ok(())))),
             // One bad change must not take the others with it: each gets a transaction of its own.
             Err(_) => group.into_iter().for_each(|change| {
                 let result = commit(db, keys, std::slice::from_ref(&change));
                 if let Err(error) = &result {
                     tracing::error!(%error, "a change could not be committed");
-                    metrics::counter!("keyward_store_errors_total").increment(1);
+                    metrics.store_errors.increment(1);
                 }
                 drop(change.done.send(result));
             }),
@@ -175,7 +179,7 @@ impl Store for SqliteStore {
         self.write(move |ledger| ledger.settle(&batch, now_ms)).await
     }
 
-    async fn expire(&self, now_ms: u64) -> Result<u64, StoreError> {
+    async fn expire(&self, now_ms: u64) -> Result<Expired, StoreError> {
         self.write(move |ledger| ledger.expire(now_ms)).await
     }
 
@@ -303,6 +307,10 @@ impl Store for SqliteStore {
         self.write(move |ledger| ledger.end_idempotent(&token_id, &key, answer.as_deref())).await
     }
 
+    async fn standing(&self, now_ms: u64) -> Result<Standing, StoreError> {
+        self.read(move |db| standing(db, now_ms)).await
+    }
+
     async fn ready(&self) -> Result<(), StoreError> {
         self.write(|ledger| {
             ledger
@@ -313,6 +321,28 @@ impl Store for SqliteStore {
         })
         .await
     }
+}
+
+/// Sums over all keys, and over the index of what is held: some milliseconds for ten thousand keys.
+fn standing(db: &Connection, now_ms: u64) -> Result<Standing, StoreError> {
+    let mut standing = Standing::default();
+    let mut keys = db.prepare_cached(
+        "SELECT CASE WHEN status = 'active' AND expires_ms <= ?1 THEN 'expired' ELSE status END AS now, count(*), total(reserved), total(chain_seq)
+         FROM keys GROUP BY now",
+    )?;
+    let mut rows = keys.query([signed(now_ms)])?;
+    let (mut reserved, mut entries) = (Vec::new(), Vec::new());
+    while let Some(row) = rows.next()? {
+        standing.keys.insert(row.get(0)?, unsigned(row.get(1)?));
+        reserved.push(row.get::<_, f64>(2)?);
+        entries.push(row.get::<_, f64>(3)?);
+    }
+    entries.push(db.prepare_cached("SELECT total(chain_seq) FROM organisations")?.query_row([], |row| row.get(0))?);
+    (standing.reserved_nanodollars, standing.audit_entries) = (reserved.iter().sum(), entries.iter().sum());
+    let mut held = db.prepare_cached("SELECT count(*), min(expires_ms) FROM requests WHERE state = 0")?;
+    (standing.holds, standing.first_expiry_ms) =
+        held.query_row([], |row| Ok((unsigned(row.get(0)?), row.get::<_, Option<i64>>(1)?.map(unsigned))))?;
+    Ok(standing)
 }
 
 /// Sums of usage, in the order of what they are summed by.
