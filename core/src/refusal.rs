@@ -29,13 +29,14 @@ pub enum Code {
 
 impl Code {
     /// Every code there is.
-    pub const ALL: [Code; 17] = [
+    pub const ALL: [Code; 18] = [
         Code::MissingKey,
         Code::UnknownKey,
         Code::Revoked,
         Code::Expired,
         Code::ModelNotAllowed,
         Code::EndpointNotAllowed,
+        Code::StateNotOwned,
         Code::UnknownProvider,
         Code::UnknownModel,
         Code::BadRequest,
