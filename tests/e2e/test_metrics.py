@@ -282,7 +282,7 @@ def test_no_label_has_an_unbounded_value_or_a_secret(traffic):
 
 
 DOCS_REASONS = [
-    "missing_key", "unknown_key", "revoked", "expired", "model_not_allowed", "endpoint_not_allowed", "unknown_provider", "unknown_model", "bad_request",
+    "missing_key", "unknown_key", "revoked", "expired", "model_not_allowed", "endpoint_not_allowed", "state_not_owned", "unknown_provider", "unknown_model", "bad_request",
     "unbounded_input", "body_too_large", "cap_exhausted", "cap_reserved", "pool_exhausted", "provider_credential_rejected", "policy_unavailable",
     "audit_unavailable"]
 
