@@ -1,5 +1,5 @@
 # The whole of Keyward from one place. On a fresh machine `make demo` and `make test` are all there is to type.
-# Assumed: Rust, Python 3.11 or newer with pip and venv, Node, a C compiler. All else is fetched, by version and hash.
+# Assumed: Rust, Python 3.11 or newer with pip and venv, Node 20 or newer with npm, a C compiler. All else is fetched, by version and hash.
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
@@ -21,7 +21,7 @@ help: ## Show this list
 # --- Preparing -------------------------------------------------------------------------------------------------------
 
 .PHONY: setup
-setup: rust-targets envoy venv ## Fetch everything that building and testing need
+setup: rust-targets envoy venv node-modules ## Fetch everything that building and testing need
 
 .PHONY: prerequisites
 prerequisites:
@@ -47,6 +47,10 @@ envoy: prerequisites
 .PHONY: venv
 venv: prerequisites
 	@tools/venv >/dev/null
+
+.PHONY: node-modules
+node-modules: prerequisites
+	@tools/node-modules >/dev/null
 
 # --- Running ---------------------------------------------------------------------------------------------------------
 
@@ -87,7 +91,7 @@ trap-filter: rust-targets
 	@cargo build --quiet --profile filter -p keyward-filter --features test-trap --target wasm32-wasip1 --target-dir "$(TRAP_DIR)"
 
 .PHONY: test-e2e
-test-e2e: build trap-filter envoy venv
+test-e2e: build trap-filter envoy venv node-modules
 	@echo "End-to-end tests through a real Envoy"
 	@$(WITH_BINARIES) TRAP_FILTER="$(TRAP_DIR)/wasm32-wasip1/filter/keyward_filter.wasm" $(PYTHON) -m pytest tests/e2e -q
 
@@ -113,4 +117,4 @@ fmt: ## Format the code
 .PHONY: clean
 clean: ## Remove what was built and fetched; the ledger in ./.keyward stays
 	cargo clean
-	rm -rf .venv .tools
+	rm -rf .venv .tools tests/e2e/node/node_modules

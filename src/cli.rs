@@ -1,14 +1,20 @@
 //! The command line: what can be asked, and who does it.
 
 use crate::client::Client;
+use crate::commands::administration::{self, Audit, Organisations, Settle, Tokens, Usage};
+use crate::commands::configuration::{self, Apply, Collection, Config, File};
+use crate::commands::keys::{self, Credentials, Keys};
 use crate::envoy::{self, Endpoint, Rendering};
-use crate::{audit, up};
-use clap::{Args, Parser, Subcommand, ValueEnum};
-use std::io::{Read, Write};
+use crate::failure::{EXIT_CODES, Failure};
+use crate::manifest::{Manifest, tell};
+use crate::up;
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
+use keyward_policy_service::config::Kind;
+use std::io::Write;
 use std::path::PathBuf;
 
 #[derive(Parser)]
-#[command(name = "keyward", version, about = "Virtual keys inside Envoy")]
+#[command(name = "keyward", version, about = "Virtual keys inside Envoy", after_help = EXIT_CODES)]
 pub struct Options {
     #[command(subcommand)]
     command: Command,
@@ -20,12 +26,46 @@ enum Command {
     Up(up::UpOptions),
     /// Walk through the promises against the provider simulator
     Demo(crate::demo::DemoOptions),
+    /// Check an installation: what is wrong, and its cure
+    Doctor(crate::doctor::DoctorOptions),
     /// Virtual keys
     #[command(subcommand)]
     Keys(Keys),
     /// Provider credentials in the vault
     #[command(subcommand)]
     Credentials(Credentials),
+    /// Make the configuration what a file says
+    Apply(Box<Apply>),
+    /// Show what apply would change; exit code 3 when there is something
+    Diff(Box<File>),
+    /// The configuration in force, its schema, a check of a file
+    #[command(subcommand)]
+    Config(Config),
+    /// Teams: whose keys they are, and what these may be
+    #[command(subcommand)]
+    Teams(Collection),
+    /// Policies: templates and limits of keys
+    #[command(subcommand)]
+    Policies(Collection),
+    /// Providers and their settings
+    #[command(subcommand)]
+    Providers(Collection),
+    /// Pools: ordered sets of credentials
+    #[command(subcommand)]
+    Pools(Collection),
+    /// Routes: model names of your own
+    #[command(subcommand)]
+    Routes(Collection),
+    /// Admin tokens
+    #[command(subcommand)]
+    Tokens(Tokens),
+    /// Organisations of the installation
+    #[command(subcommand)]
+    Organisations(Organisations),
+    /// Tell whose token this is
+    Whoami(Access),
+    /// What was used and spent
+    Usage(Box<Usage>),
     /// Vault strings: many providers' keys, encrypted, in one line of text
     #[command(subcommand)]
     Vault(crate::vault::Vault),
@@ -41,6 +81,10 @@ enum Command {
     /// The Wasm module
     #[command(subcommand)]
     Filter(Filter),
+    /// Print a completion script for a shell
+    Completions { shell: clap_complete::Shell },
+    /// Write the manual pages into a directory
+    Man { directory: PathBuf },
 }
 
 /// How to reach the admin API.
@@ -57,139 +101,38 @@ pub struct Access {
     data: PathBuf,
     /// How to print
     #[arg(long, default_value = "table")]
-    output: Output,
+    pub output: Output,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Output {
     Table,
     Json,
 }
 
 impl Access {
-    pub fn client(&self) -> Result<Client, String> {
+    pub fn client(&self) -> Result<Client, Failure> {
         let token = match &self.admin_token {
             Some(token) => token.clone(),
             None => {
                 let file = self.data.join("admin-token");
                 let explain = |error| format!("no admin token: set KEYWARD_ADMIN_TOKEN, or run where {} is ({error})", file.display());
-                std::fs::read_to_string(&file).map_err(explain)?
+                std::fs::read_to_string(&file).map_err(explain).map_err(|message| Failure::new(crate::failure::Exit::Denied, message))?
             }
         };
         Ok(Client::new(&self.admin, token.trim()))
     }
 
-    pub fn print(&self, value: &serde_json::Value, columns: &[&str]) -> Result<(), String> {
-        match self.output {
+    pub fn print(&self, value: &serde_json::Value, columns: &[&str]) -> Result<(), Failure> {
+        Ok(match self.output {
             Output::Json => out(&format!("{value:#}\n")),
             Output::Table => out(&table(value, columns)),
-        }
+        }?)
     }
-}
 
-#[derive(Subcommand)]
-enum Keys {
-    /// Make a key and print its token, once
-    Create {
-        #[command(flatten)]
-        access: Access,
-        #[arg(long, default_value = "")]
-        label: String,
-        /// Hard cap in dollars over the key's whole life, such as 25.00
-        #[arg(long)]
-        budget: Option<String>,
-        /// Models it may use (globs); repeat for more; none: any
-        #[arg(long = "model")]
-        models: Vec<String>,
-        /// Endpoints it may call, such as "POST /v1/chat/completions"; repeat for more; none: any
-        #[arg(long = "endpoint")]
-        endpoints: Vec<String>,
-        /// 30s, 10m, 12h, 7d
-        #[arg(long)]
-        expires_in: Option<String>,
-    },
-    /// List keys
-    List {
-        #[command(flatten)]
-        access: Access,
-    },
-    /// Show one key
-    Show {
-        #[command(flatten)]
-        access: Access,
-        id: String,
-    },
-    /// Revoke a key for good
-    Revoke {
-        #[command(flatten)]
-        access: Access,
-        id: String,
-    },
-}
-
-#[derive(Subcommand)]
-enum Credentials {
-    /// Store a provider's key; it is read from the environment or from standard input, never from the command line
-    Add {
-        #[command(flatten)]
-        access: Access,
-        /// openai, anthropic
-        provider: String,
-        /// Name of the environment variable that holds the secret; without it, standard input
-        #[arg(long)]
-        from_env: Option<String>,
-        #[arg(long, default_value = "")]
-        label: String,
-        /// Provider account whose limits it shares; default: its own
-        #[arg(long)]
-        account: Option<String>,
-    },
-    /// List credentials, without their secrets
-    List {
-        #[command(flatten)]
-        access: Access,
-    },
-    /// Remove a credential
-    Remove {
-        #[command(flatten)]
-        access: Access,
-        id: String,
-    },
-}
-
-#[derive(Subcommand)]
-enum Audit {
-    /// Print a key's newest entries
-    Tail {
-        #[command(flatten)]
-        access: Access,
-        key: String,
-        /// Go on printing new ones
-        #[arg(long, short)]
-        follow: bool,
-    },
-    /// Print a key's whole chain with what is needed to verify it
-    Export {
-        #[command(flatten)]
-        access: Access,
-        key: String,
-    },
-    /// Verify an exported chain, offline
-    Verify {
-        /// The export; - for standard input
-        file: PathBuf,
-    },
-}
-
-#[derive(Subcommand)]
-enum Settle {
-    /// Recover what a dead Envoy never sent, from its access log
-    Import {
-        #[command(flatten)]
-        access: Access,
-        /// Envoy's access log
-        file: PathBuf,
-    },
+    pub fn is_table(&self) -> bool {
+        self.output == Output::Table
+    }
 }
 
 #[derive(Subcommand)]
@@ -208,6 +151,9 @@ struct RenderOptions {
     /// Send a provider elsewhere: openai=http://127.0.0.1:9000
     #[arg(long = "provider")]
     providers: Vec<String>,
+    /// Take the providers' addresses from this configuration
+    #[arg(long, short)]
+    config: Option<PathBuf>,
     #[arg(long)]
     listen: Option<std::net::SocketAddr>,
     #[arg(long)]
@@ -230,6 +176,9 @@ struct RenderOptions {
     listen_certificate: Option<PathBuf>,
     #[arg(long, requires = "listen_certificate")]
     listen_key: Option<PathBuf>,
+    /// Gateways of yours in front of the listener; only they may reach it
+    #[arg(long, default_value_t = 0)]
+    trusted_hops: u32,
 }
 
 #[derive(Subcommand)]
@@ -239,95 +188,42 @@ enum Filter {
 }
 
 /// Carries out a command. The error is what a person needs to know.
-pub fn run(options: Options) -> Result<(), String> {
+pub fn run(options: Options) -> Result<(), Failure> {
     match options.command {
-        Command::Up(options) => up::run(options),
-        Command::Demo(options) => crate::demo::run(&options),
-        Command::Keys(keys) => run_keys(keys),
-        Command::Credentials(credentials) => run_credentials(credentials),
-        Command::Vault(vault) => crate::vault::run(vault),
-        Command::Audit(command) => run_audit(command),
-        Command::Settle(Settle::Import { access, file }) => import_settlements(&access, &file),
-        Command::Envoy(command) => run_envoy(command),
+        Command::Up(options) => Ok(up::run(options)?),
+        Command::Demo(options) => Ok(crate::demo::run(&options)?),
+        Command::Doctor(options) => crate::doctor::run(options),
+        Command::Keys(command) => keys::run(command),
+        Command::Credentials(command) => keys::run_credentials(command),
+        Command::Apply(options) => configuration::apply(&options),
+        Command::Diff(options) => configuration::diff(&options),
+        Command::Config(command) => configuration::run(command),
+        Command::Teams(command) => configuration::run_collection(Kind::Team, command),
+        Command::Policies(command) => configuration::run_collection(Kind::Policy, command),
+        Command::Providers(command) => configuration::run_collection(Kind::Provider, command),
+        Command::Pools(command) => configuration::run_collection(Kind::Pool, command),
+        Command::Routes(command) => configuration::run_collection(Kind::Route, command),
+        Command::Tokens(command) => administration::run_tokens(command),
+        Command::Organisations(command) => administration::run_organisations(command),
+        Command::Whoami(access) => administration::whoami(&access),
+        Command::Usage(options) => administration::usage(&options),
+        Command::Vault(vault) => Ok(crate::vault::run(vault)?),
+        Command::Audit(command) => administration::run_audit(command),
+        Command::Settle(Settle::Import { access, file }) => administration::import_settlements(&access, &file),
+        Command::Envoy(command) => Ok(run_envoy(command)?),
         Command::Filter(Filter::Export { file }) => {
-            std::fs::write(&file, envoy::FILTER).map_err(|error| format!("{}: {error}", file.display()))
+            Ok(std::fs::write(&file, envoy::FILTER).map_err(|error| format!("{}: {error}", file.display()))?)
+        }
+        Command::Completions { shell } => {
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Options::command(), "keyward", &mut script);
+            Ok(out(&String::from_utf8_lossy(&script))?)
+        }
+        Command::Man { directory } => {
+            let made = std::fs::create_dir_all(&directory).and_then(|()| clap_mangen::generate_to(Options::command(), &directory));
+            Ok(made.map_err(|error| format!("{}: {error}", directory.display()))?)
         }
     }
-}
-
-const KEY_COLUMNS: [&str; 7] = ["id", "label", "status", "budget_usd", "spent_usd", "reserved_usd", "in_flight"];
-
-fn run_keys(command: Keys) -> Result<(), String> {
-    match command {
-        Keys::Create { access, label, budget, models, endpoints, expires_in } => {
-            let budgets: Vec<_> = budget.iter().map(|usd| serde_json::json!({ "usd": usd, "window": "total" })).collect();
-            let body = serde_json::json!({
-                "label": label, "allow": { "models": models, "endpoints": endpoints }, "budgets": budgets, "expires_in": expires_in,
-            });
-            let key = access.client()?.post("/v1/keys", &body)?;
-            match access.output {
-                Output::Json => out(&format!("{key:#}\n")),
-                Output::Table => out(&format!("{}  {}\nThe token is shown this once.\n", text(&key, "id"), text(&key, "token"))),
-            }
-        }
-        Keys::List { access } => access.print(&access.client()?.list("/v1/keys")?, &KEY_COLUMNS),
-        Keys::Show { access, id } => access.print(&access.client()?.get(&format!("/v1/keys/{}", segment(&id)?))?, &KEY_COLUMNS),
-        Keys::Revoke { access, id } => access.client()?.delete(&format!("/v1/keys/{}", segment(&id)?)),
-    }
-}
-
-fn run_credentials(command: Credentials) -> Result<(), String> {
-    match command {
-        Credentials::Add { access, provider, from_env, label, account } => {
-            let secret = match from_env {
-                Some(name) => std::env::var(&name).map_err(|_| format!("the environment variable {name} is not set"))?,
-                None => {
-                    let mut text = String::new();
-                    std::io::stdin().read_to_string(&mut text).map_err(|error| error.to_string())?;
-                    text
-                }
-            };
-            let secret = zeroize::Zeroizing::new(secret);
-            let body = serde_json::json!({ "provider": provider, "label": label, "account": account, "secret": secret.trim() });
-            access.print(&access.client()?.post("/v1/credentials", &body)?, &["id", "provider", "label", "account"])
-        }
-        Credentials::List { access } => {
-            access.print(&access.client()?.list("/v1/credentials")?, &["id", "provider", "label", "account", "source"])
-        }
-        Credentials::Remove { access, id } => access.client()?.delete(&format!("/v1/credentials/{}", segment(&id)?)),
-    }
-}
-
-fn run_audit(command: Audit) -> Result<(), String> {
-    match command {
-        Audit::Tail { access, key, follow } => audit::tail(&access.client()?, segment(&key)?, follow),
-        Audit::Export { access, key } => out(&access.client()?.get_text(&format!("/v1/audit/{}/bundle", segment(&key)?))?),
-        Audit::Verify { file } => {
-            let text = if file.as_os_str() == "-" { std::io::read_to_string(std::io::stdin()) } else { std::fs::read_to_string(&file) };
-            let text = text.map_err(|error| format!("{}: {error}", file.display()))?;
-            let verified = audit::verify(&text)?;
-            out(&format!("ok: {verified}\n"))
-        }
-    }
-}
-
-/// Records sent in one call.
-const IMPORT_LINES: usize = 5_000;
-
-fn import_settlements(access: &Access, file: &std::path::Path) -> Result<(), String> {
-    let log = std::fs::read(file).map_err(|error| format!("{}: {error}", file.display()))?;
-    let record = |line: &[u8]| serde_json::from_slice::<serde_json::Value>(line).ok()?.get("settle")?.as_str().map(str::to_owned);
-    let records: Vec<String> = log.split(|&b| b == b'\n').filter_map(record).collect();
-    let client = access.client()?;
-    let (mut taken, mut rejected) = (0, 0);
-    for chunk in records.chunks(IMPORT_LINES) {
-        let answer = client.post_text("/v1/settlements/import", &chunk.join("\n"))?;
-        let count = |name: &str| answer.get(name).and_then(serde_json::Value::as_u64).unwrap_or(0);
-        taken += count("taken");
-        rejected += count("rejected");
-    }
-    out(&format!("{taken} records taken (those known already are ignored), {rejected} rejected\n"))?;
-    if rejected > 0 { Err("some records have a wrong MAC: the log was changed, or is another installation's".to_owned()) } else { Ok(()) }
 }
 
 fn run_envoy(command: Envoy) -> Result<(), String> {
@@ -349,6 +245,14 @@ fn rendering(options: RenderOptions) -> Result<Rendering, String> {
     let mut rendering = Rendering::example(options.envoy);
     if let Some(ca) = options.provider_ca {
         rendering.providers = Endpoint::public(&ca);
+    }
+    if let Some(file) = &options.config {
+        let manifest = Manifest::read(file).map_err(|mistakes| tell(&mistakes))?;
+        for (name, settings) in &manifest.document.providers {
+            if let Some(url) = &settings.url {
+                Endpoint::redirect(&mut rendering.providers, &format!("{name}={url}"))?;
+            }
+        }
     }
     for provider in &options.providers {
         Endpoint::redirect(&mut rendering.providers, provider)?;
@@ -375,16 +279,11 @@ fn rendering(options: RenderOptions) -> Result<Rendering, String> {
     if let (Some(certificate), Some(key)) = (options.listen_certificate, options.listen_key) {
         rendering.listen_tls = Some(envoy::ListenTls { certificate: certificate.display().to_string(), key: key.display().to_string() });
     }
+    rendering.trusted_hops = options.trusted_hops;
     Ok(rendering)
 }
 
-/// An id that may stand in a path.
-fn segment(id: &str) -> Result<&str, String> {
-    let fine = !id.is_empty() && id.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_');
-    if fine { Ok(id) } else { Err(format!("{id:?} is no id")) }
-}
-
-fn text(value: &serde_json::Value, field: &str) -> String {
+pub fn text(value: &serde_json::Value, field: &str) -> String {
     match value.get(field) {
         Some(serde_json::Value::String(text)) => text.clone(),
         None | Some(serde_json::Value::Null) => "-".to_owned(),

@@ -75,6 +75,8 @@ pub struct Rendering {
     pub listen_host: String,
     pub listen_port: u16,
     pub listen_tls: Option<ListenTls>,
+    /// Gateways in front of the listener whose x-forwarded-for and x-request-id are believed.
+    pub trusted_hops: u32,
     pub admin_host: String,
     pub admin_port: u16,
     pub policy_host: String,
@@ -97,6 +99,7 @@ impl Rendering {
             listen_host: "127.0.0.1".to_owned(),
             listen_port: 7800,
             listen_tls: None,
+            trusted_hops: 0,
             admin_host: "127.0.0.1".to_owned(),
             admin_port: 7809,
             policy_host: "127.0.0.1".to_owned(),
@@ -139,9 +142,12 @@ pub fn binary() -> PathBuf {
 pub fn minor_version(envoy: &Path) -> Result<u32, String> {
     let output = Command::new(envoy).arg("--version").output().map_err(|error| no_envoy(envoy, &error))?;
     let text = String::from_utf8_lossy(&output.stdout);
-    // `envoy  version: <commit>/1.40.0/Clean/RELEASE/BoringSSL`
-    let version = text.split('/').find_map(|part| part.strip_prefix("1.")?.split('.').next()?.parse().ok());
-    version.ok_or_else(|| format!("{} --version printed no version that is known", envoy.display()))
+    minor_of(&text).ok_or_else(|| format!("{} --version printed no version that is known", envoy.display()))
+}
+
+/// Minor version in what Envoy says of itself: `<commit>/1.40.0/Clean/RELEASE/BoringSSL`.
+pub fn minor_of(text: &str) -> Option<u32> {
+    text.split('/').find_map(|part| part.strip_prefix("1.")?.split('.').next()?.parse().ok())
 }
 
 fn no_envoy(envoy: &Path, error: &std::io::Error) -> String {

@@ -3,8 +3,13 @@
 mod audit;
 mod cli;
 mod client;
+mod commands;
 mod demo;
+mod doctor;
 mod envoy;
+mod failure;
+mod manifest;
+mod reference;
 mod up;
 mod vault;
 mod vault_string;
@@ -16,9 +21,11 @@ fn main() -> ExitCode {
     let options = cli::Options::parse();
     match cli::run(options) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(message) => {
-            eprintln!("keyward: {message}");
-            ExitCode::FAILURE
+        Err(failure) => {
+            if !failure.message.is_empty() {
+                eprintln!("keyward: {}", failure.message);
+            }
+            ExitCode::from(failure.code as u8)
         }
     }
 }

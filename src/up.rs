@@ -1,16 +1,18 @@
 //! `keyward up`: a working gateway on loopback, started and stopped in order.
 
 use crate::envoy::{self, Endpoint, FILTER, Rendering};
+use crate::manifest::{Manifest, Mistake, tell};
 use clap::Args;
 use keyward_policy_service::config::{Budget, Credential};
 use keyward_policy_service::logging::{self, LogFormat};
-use keyward_policy_service::service::Loan;
 use keyward_policy_service::service::access::{Principal, Role, TokenSpec};
 use keyward_policy_service::service::keys::KeySpec;
+use keyward_policy_service::service::{Loan, Service, ServiceError};
 use keyward_policy_service::store::Expect;
 use keyward_policy_service::{Config, Running, start};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::process::{Child, Command};
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -42,6 +44,9 @@ pub struct UpOptions {
     /// Certificate authorities that providers are verified with; default: the system's
     #[arg(long)]
     provider_ca: Option<PathBuf>,
+    /// Gateways of yours in front of the listener; only they may reach it
+    #[arg(long, default_value_t = 0)]
+    trusted_hops: u32,
     /// Longest wait for requests in flight when stopping, in seconds
     #[arg(long, default_value_t = 60)]
     drain_timeout: u64,
@@ -53,6 +58,9 @@ pub struct UpOptions {
     log_format: LogFormat,
     #[command(flatten)]
     lending: crate::vault::Lending,
+    /// Apply this configuration, and again whenever it changes
+    #[arg(long, short)]
+    config: Option<PathBuf>,
 }
 
 /// Starts everything, waits for a signal, stops everything.
@@ -60,10 +68,11 @@ pub fn run(options: UpOptions) -> Result<(), String> {
     logging::start(options.log_format, "warn");
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().map_err(|error| error.to_string())?;
     let loans = options.lending.open()?;
-    runtime.block_on(gateway(options, loans))
+    let manifest = options.config.as_deref().map(|file| read(file).map_err(|mistakes| tell(&mistakes))).transpose()?;
+    runtime.block_on(gateway(options, loans, manifest))
 }
 
-async fn gateway(options: UpOptions, loans: Vec<Loan>) -> Result<(), String> {
+async fn gateway(options: UpOptions, loans: Vec<Loan>, manifest: Option<Manifest>) -> Result<(), String> {
     let envoy_bin = envoy::binary();
     let minor = envoy::minor_version(&envoy_bin)?;
     if !envoy::VERSIONS.contains(&minor) {
@@ -91,12 +100,16 @@ async fn gateway(options: UpOptions, loans: Vec<Loan>) -> Result<(), String> {
         port => port,
     };
     let lent = service.service.lend_credentials(loans).await.map_err(|error| format!("the vault string can't be used: {error}"));
-    let ready = match lent {
+    let ready = match (lent, &manifest) {
+        (Ok(()), Some(manifest)) => apply(&service.service, manifest).await.map(drop),
+        (lent, _) => lent,
+    };
+    let ready = match ready {
         Ok(()) => keep_admin_token(&options, &service).await,
         Err(error) => Err(error),
     };
     let started = match ready {
-        Ok(()) => start_envoy(&options, &service, &envoy_bin, minor, envoy_admin).await,
+        Ok(()) => start_envoy(&options, manifest.as_ref(), &service, &envoy_bin, minor, envoy_admin).await,
         Err(error) => Err(error),
     };
     let mut envoy = match started {
@@ -110,6 +123,7 @@ async fn gateway(options: UpOptions, loans: Vec<Loan>) -> Result<(), String> {
     let result = match greeted {
         Ok(()) => tokio::select! {
             () = signals.next() => Ok(()),
+            () = watch(options.config.as_deref(), &service.service) => Ok(()),
             status = envoy.wait() => Err(format!("Envoy ended by itself: {status:?}; see {}", options.data.join("envoy.log").display())),
         },
         Err(error) => Err(error),
@@ -121,6 +135,47 @@ async fn gateway(options: UpOptions, loans: Vec<Loan>) -> Result<(), String> {
     }
     service.stop().await;
     result
+}
+
+/// Reads a configuration file and the secrets that it names.
+fn read(file: &Path) -> Result<Manifest, Vec<Mistake>> {
+    Manifest::read(file)?.with_secrets(file)
+}
+
+/// Makes the service's configuration what the file says. Gives how many objects changed.
+async fn apply(service: &Service, manifest: &Manifest) -> Result<usize, String> {
+    match service.apply(&Principal::local("keyward up"), &manifest.document, None).await {
+        Ok((_, changes)) => Ok(changes.len()),
+        Err(ServiceError::Faults(faults)) => Err(tell(&manifest.mistakes(&faults))),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+/// How often the configuration file is looked at.
+const WATCH: Duration = Duration::from_millis(500);
+
+/// Applies the configuration file whenever its content changes. What can't be applied is told, and what is in force stays.
+/// It never returns.
+async fn watch(file: Option<&Path>, service: &Arc<Service>) {
+    let Some(file) = file else { return std::future::pending().await };
+    // Its content and not its time: an editor may write the same file, and a secret file may have changed beside it.
+    let mut seen = std::fs::read(file).ok();
+    loop {
+        tokio::time::sleep(WATCH).await;
+        let now = std::fs::read(file).ok();
+        if now == seen || now.is_none() {
+            continue;
+        }
+        seen = now;
+        let result = match read(file) {
+            Ok(manifest) => apply(service, &manifest).await,
+            Err(mistakes) => Err(tell(&mistakes)),
+        };
+        match result {
+            Ok(changes) => println!("{}: {changes} objects changed", file.display()),
+            Err(error) => eprintln!("{error}\n{}: not applied; what was in force before stays", file.display()),
+        }
+    }
 }
 
 /// SIGINT and SIGTERM alike.
@@ -143,16 +198,30 @@ impl Signals {
     }
 }
 
-async fn start_envoy(options: &UpOptions, service: &Running, envoy_bin: &Path, minor: u32, envoy_admin: u16) -> Result<Child, String> {
+async fn start_envoy(
+    options: &UpOptions,
+    manifest: Option<&Manifest>,
+    service: &Running,
+    envoy_bin: &Path,
+    minor: u32,
+    envoy_admin: u16,
+) -> Result<Child, String> {
     let data = std::path::absolute(&options.data).map_err(|error| error.to_string())?;
     let filter = data.join("filter.wasm");
     write(&filter, FILTER)?;
     let mut rendering = Rendering::example(minor);
     rendering.providers = Endpoint::public(&options.provider_ca.clone().unwrap_or_else(envoy::system_ca));
+    let configured = manifest.into_iter().flat_map(|manifest| &manifest.document.providers);
+    for (name, settings) in configured {
+        if let Some(url) = &settings.url {
+            Endpoint::redirect(&mut rendering.providers, &format!("{name}={url}"))?;
+        }
+    }
     for provider in &options.providers {
         Endpoint::redirect(&mut rendering.providers, provider)?;
     }
     (rendering.listen_host, rendering.listen_port) = (options.listen.ip().to_string(), options.listen.port());
+    rendering.trusted_hops = options.trusted_hops;
     rendering.admin_port = envoy_admin;
     (rendering.policy_host, rendering.policy_port) = (service.edge.ip().to_string(), service.edge.port());
     rendering.edge_token_file = data.join("edge-token").display().to_string();
@@ -223,6 +292,11 @@ async fn greet(options: &UpOptions, service: &Running) -> Result<(), String> {
     let who = Principal::local("keyward up");
     for (name, provider) in FROM_ENVIRONMENT {
         let Some(secret) = std::env::var(name).ok().map(Zeroizing::new).filter(|secret| !secret.is_empty()) else { continue };
+        // Whoever exported a virtual key for their SDK starts the next gateway from the same shell.
+        if secret.starts_with(keyward_core::token::PREFIX) {
+            println!("{name} holds a virtual key and is left alone");
+            continue;
+        }
         if service.service.holds(&who, name, &secret).await.map_err(say)? {
             continue;
         }

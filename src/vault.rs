@@ -311,7 +311,7 @@ fn import(access: &Access, contents: &Contents) -> Result<(), String> {
                     Ok(row) => (text(&row, "id"), "stored".to_owned()),
                     Err(error) => {
                         failed += 1;
-                        ("-".to_owned(), format!("not stored: {error}"))
+                        ("-".to_owned(), format!("not stored: {}", error.message))
                     }
                 }
             }

@@ -2,7 +2,8 @@
 
 use crate::edge::Ask;
 use crate::money::Nanodollars;
-use crate::price::Price;
+use crate::operation::{Costs, OTHER, Operation, Provider};
+use crate::price::{Price, Unit, image_price};
 use crate::refusal::{Code, Refusal};
 use crate::usage::Usage;
 use serde::{Deserialize, Serialize};
@@ -13,6 +14,8 @@ const TOKENS_PER_IMAGE: u64 = 50_000;
 pub const MIN_OUTPUT_TOKENS: u64 = 16;
 /// Output that a provider may have made, unseen, by the time it notices that a stream was cut: per choice.
 pub const IN_FLIGHT_TOKENS: u64 = 256;
+/// Output tokens of a picture that is shown before it is finished (API reference, `partial_images`).
+const TOKENS_PER_PARTIAL_IMAGE: u64 = 100;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -29,8 +32,17 @@ pub enum Status {
 pub struct Allow {
     /// Globs over model names.
     pub models: Vec<String>,
-    /// Globs over `METHOD /path`, or `provider:METHOD /path`.
+    /// Globs over `METHOD /path`, or `provider:METHOD /path`. What is not in the table of operations must be spelled out
+    /// in its first two segments.
     pub endpoints: Vec<String>,
+    /// The key may let providers keep its answers and conversations, and refer to them.
+    #[serde(skip_serializing_if = "is_false")]
+    pub state: bool,
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde calls it with a reference")]
+fn is_false(flag: &bool) -> bool {
+    !flag
 }
 
 /// A key as the ledger has it at the moment of the decision.
@@ -58,16 +70,27 @@ pub struct Hold {
 }
 
 /// Decides one request. `upstream` is the provider's name of the model, where a route leads to another than was asked for.
-/// `price` is `None` when the operation or model has no price.
+/// `price` is `None` when the operation or model has no price. Whether what the request refers to is the key's own is for
+/// the ledger to say.
 pub fn decide(key: &KeyState, ask: &Ask, upstream: Option<&str>, price: Option<&Price>, now_ms: u64) -> Result<Hold, Refusal> {
+    let operation = operation(ask);
     check_standing(key, now_ms)?;
-    std::iter::once(&key.allow).chain(&key.limits).try_for_each(|allow| check_allowed(allow, ask, upstream))?;
-    reserve(key, ask, price)
+    check_allowed(&key.lists(), ask, upstream, operation)?;
+    check_state(&key.allow, ask, operation)?;
+    reserve(key, ask, operation, price)
 }
 
-/// Whether a list lets a model pass.
-pub fn allows_model(allow: &Allow, model: &str) -> bool {
-    allow.models.is_empty() || allow.models.iter().any(|pattern| glob(pattern, model))
+impl KeyState {
+    /// All lists that must allow a request.
+    pub fn lists(&self) -> Vec<&Allow> {
+        std::iter::once(&self.allow).chain(&self.limits).collect()
+    }
+}
+
+/// The operation asked for: of the table, or any other.
+pub fn operation(ask: &Ask) -> &'static Operation {
+    let dialect = Provider::by_name(&ask.provider).map(|provider| provider.dialect);
+    dialect.and_then(|dialect| Operation::by_endpoint(dialect, &ask.endpoint)).unwrap_or(&OTHER)
 }
 
 /// Whether the key may be used at all.
@@ -85,21 +108,67 @@ pub fn check_standing(key: &KeyState, now_ms: u64) -> Result<(), Refusal> {
     }
 }
 
-fn check_allowed(allow: &Allow, ask: &Ask, upstream: Option<&str>) -> Result<(), Refusal> {
-    let endpoint_fits = |pattern: &String| match pattern.split_once(':') {
-        Some((provider, rest)) if !provider.contains(' ') => provider == ask.provider && glob(rest, &ask.endpoint),
-        _ => glob(pattern, &ask.endpoint),
-    };
-    if !allow.endpoints.is_empty() && !allow.endpoints.iter().any(endpoint_fits) {
+/// Every list that names endpoints must name this one, and so with models. What is not in the table of operations must be
+/// spelled out in at least one list.
+fn check_allowed(lists: &[&Allow], ask: &Ask, upstream: Option<&str>, operation: &'static Operation) -> Result<(), Refusal> {
+    let fits =
+        |allow: &Allow, in_table| allow.endpoints.iter().any(|pattern| endpoint_fits(pattern, &ask.provider, &ask.endpoint, in_table));
+    let named = operation != &OTHER || lists.iter().any(|allow| fits(allow, false));
+    if !named || lists.iter().any(|allow| !allow.endpoints.is_empty() && !fits(allow, true)) {
         return Err(Refusal::new(Code::EndpointNotAllowed, format!("this virtual key may not call {}", ask.endpoint)));
     }
-    match &ask.model {
-        // Who may use a route's name may use what it leads to, and the other way round.
-        Some(model) if !allows_model(allow, model) && !upstream.is_some_and(|upstream| allows_model(allow, upstream)) => {
-            Err(Refusal::new(Code::ModelNotAllowed, format!("this virtual key may not use the model {model}")))
-        }
-        _ => Ok(()),
+    let Some(model) = &ask.model else { return Ok(()) };
+    // Who may use a route's name may use what it leads to, and the other way round.
+    let fits = |allow: &Allow| model_fits(allow, model) || upstream.is_some_and(|upstream| model_fits(allow, upstream));
+    if lists.iter().all(|allow| fits(allow)) {
+        return Ok(());
     }
+    Err(Refusal::new(Code::ModelNotAllowed, format!("this virtual key may not use the model {model}")))
+}
+
+/// Whether a key may use a model.
+pub fn model_fits(allow: &Allow, model: &str) -> bool {
+    allow.models.is_empty() || allow.models.iter().any(|pattern| glob(pattern, model))
+}
+
+/// Whether a key may call an operation of the table.
+pub fn operation_fits(allow: &Allow, provider: &str, operation: &Operation) -> bool {
+    let endpoint = format!("{} {}", operation.method, operation.path);
+    allow.endpoints.is_empty() || allow.endpoints.iter().any(|pattern| endpoint_fits(pattern, provider, &endpoint, true))
+}
+
+fn endpoint_fits(pattern: &str, provider: &str, endpoint: &str, in_table: bool) -> bool {
+    let pattern = match pattern.split_once(':') {
+        Some((of, rest)) if !of.contains([' ', '/']) => {
+            if of != provider {
+                return false;
+            }
+            rest
+        }
+        _ => pattern,
+    };
+    glob(pattern, endpoint) && (in_table || spells_out(pattern, endpoint))
+}
+
+/// Whether the first two segments of the endpoint's path stand in the pattern literally: what nobody has looked at is not
+/// opened by a `*`.
+fn spells_out(pattern: &str, endpoint: &str) -> bool {
+    let path = |text: &'_ str| text.split_once(' ').map(|(_, path)| path.to_owned()).unwrap_or_default();
+    let (pattern, path) = (path(pattern), path(endpoint));
+    let literal = pattern.split('*').next().unwrap_or_default();
+    let second_ends = path.match_indices('/').nth(2).map_or(path.len(), |(at, _)| at);
+    path.matches('/').count() >= 2 && path.get(..second_ends).is_some_and(|start| literal.starts_with(start))
+}
+
+fn check_state(allow: &Allow, ask: &Ask, operation: &'static Operation) -> Result<(), Refusal> {
+    if ask.keeps && !allow.state {
+        return Err(Refusal::new(Code::StateNotOwned, "this virtual key may not keep state at the provider"));
+    }
+    // Without an object of its own, such a request shows or changes what others made with the same account.
+    if operation == &OTHER && ask.refs.is_empty() && !ask.endpoint.starts_with("POST ") {
+        return Err(Refusal::new(Code::StateNotOwned, format!("{} does not name an object of this virtual key", ask.endpoint)));
+    }
+    Ok(())
 }
 
 /// `*` stands for any run of characters; everything else for itself.
@@ -114,23 +183,31 @@ fn glob(pattern: &str, text: &str) -> bool {
     rest.ends_with(last)
 }
 
-fn reserve(key: &KeyState, ask: &Ask, price: Option<&Price>) -> Result<Hold, Refusal> {
-    if ask.model.is_none() {
+fn reserve(key: &KeyState, ask: &Ask, operation: &'static Operation, price: Option<&Price>) -> Result<Hold, Refusal> {
+    if operation.costs == Costs::Free {
         return Ok(Hold::default());
     }
-    let (Some(cap), price) = (key.cap, price) else {
+    // A model that is not made for this operation has no price in it.
+    let price = price.filter(|price| operation.models.contains(&price.mode));
+    let Some(cap) = key.cap else {
         // Without a budget nothing is clamped: the hold only tells what may come.
-        return Ok(price.map_or(Hold::default(), |price| Hold { clamp: None, ..bound(ask, price, None) }));
+        let hold = price.and_then(|price| bound(ask, operation, price, None).or_else(|| guess(ask, operation, price)));
+        return Ok(hold.map_or(Hold::default(), |hold| Hold { clamp: None, ..hold }));
     };
-    if let Some(what) = &ask.unbounded {
-        return Err(Refusal::new(Code::UnboundedInput, format!("a key with a budget can't use {what}: its cost has no bound")));
+    let unbounded = |message: String| Refusal::new(Code::UnboundedInput, message);
+    if operation.costs == Costs::Unknown {
+        return Err(unbounded(format!("no price is known for {}, and this key has a budget", ask.endpoint)));
     }
-    let Some(price) = price else {
-        let model = ask.model.as_deref().unwrap_or_default();
-        return Err(Refusal::new(Code::UnboundedInput, format!("no price is known for the model {model}, and this key has a budget")));
-    };
+    if let Some(what) = &ask.unbounded {
+        return Err(unbounded(format!("a key with a budget can't use {what}: its cost has no bound")));
+    }
+    let model = ask.model.as_deref().unwrap_or_default();
+    let price = price.ok_or_else(|| unbounded(format!("no price is known for the model {model} here, and this key has a budget")))?;
+    let no_bound = || unbounded(format!("the cost of this request to {model} has no bound, and this key has a budget"));
+    let full = bound(ask, operation, price, None).ok_or_else(no_bound)?;
+    let clamps = !operation.limits().is_empty();
     let least = MIN_OUTPUT_TOKENS.max(ask.thinking_budget.saturating_add(1)).min(asked_output(ask, price));
-    let needed = bound(ask, price, Some(least)).total;
+    let needed = if clamps { bound(ask, operation, price, Some(least)).ok_or_else(no_bound)?.total } else { full.total };
     let left = cap.minus(key.spent);
     if needed > left {
         return Err(Refusal::new(
@@ -142,32 +219,73 @@ fn reserve(key: &KeyState, ask: &Ask, price: Option<&Price>) -> Result<Hold, Ref
     if needed > unheld {
         return Err(Refusal::new(Code::CapReserved, "what is left of this key's budget is reserved by requests in flight").retry_after(1));
     }
-    let full = bound(ask, price, None);
     let share = Nanodollars(unheld.0 / i64::try_from(key.in_flight.saturating_add(1)).unwrap_or(i64::MAX)).max(needed);
-    if full.total <= share {
+    if full.total <= share || !clamps {
         return Ok(full);
     }
     let per_token = Nanodollars(price.dearest_output().0.saturating_mul(i64::try_from(ask.choices.max(1)).unwrap_or(i64::MAX)));
     let clamp = share.minus(full.input).buys(per_token).unwrap_or(u64::MAX).max(least);
-    Ok(bound(ask, price, Some(clamp)))
+    bound(ask, operation, price, Some(clamp)).ok_or_else(no_bound)
 }
 
 fn asked_output(ask: &Ask, price: &Price) -> u64 {
-    ask.max_tokens.unwrap_or(price.max_output).min(price.max_output.max(1))
+    let most = price.max_output.unwrap_or(u64::MAX);
+    ask.max_tokens.unwrap_or(most).min(most.max(1))
 }
 
-/// The most the request can cost when its output is limited to `clamp` tokens a choice. The hold rests on a limit that
-/// stands in the body: one that the caller did not set, or set higher than the model's own, is written into it.
-fn bound(ask: &Ask, price: &Price, clamp: Option<u64>) -> Hold {
-    let input_tokens = ask.bytes.saturating_add(ask.images.saturating_mul(TOKENS_PER_IMAGE)).min(price.context.unwrap_or(u64::MAX));
-    let limit = clamp.unwrap_or(u64::MAX).min(asked_output(ask, price));
+/// The most the request can cost; `None` when nothing bounds it. Where output has a limit that stands in the body, it is
+/// limited to `clamp` tokens a choice: a limit that the caller did not set, or set higher than the model's own, is written.
+fn bound(ask: &Ask, operation: &'static Operation, price: &Price, clamp: Option<u64>) -> Option<Hold> {
+    let whole = |total| Some(Hold { total, input: total, clamp: None });
+    match (operation.costs, &price.unit) {
+        (Costs::Tokens, Unit::Tokens) => tokens_bound(ask, operation, price, clamp),
+        (Costs::Speech, Unit::Characters(each)) => whole(Nanodollars::of_tokens(&[(ask.characters, *each)])),
+        (Costs::Images, Unit::Images(prices)) => {
+            let each = image_price(prices, ask.size.as_deref(), ask.quality.as_deref())?;
+            whole(Nanodollars(each.0.saturating_mul(i64::try_from(ask.choices.max(1)).unwrap_or(i64::MAX))))
+        }
+        (Costs::Images, Unit::Tokens) => {
+            let each = price.max_output?.saturating_add(ask.partial_images.saturating_mul(TOKENS_PER_PARTIAL_IMAGE));
+            let pictures = (each.saturating_mul(ask.choices.max(1)), price.dearest_output());
+            whole(Nanodollars::of_tokens(&[(ask.bytes, price.dearest_input()), pictures]))
+        }
+        (Costs::Recording, Unit::Seconds(each)) => whole(Nanodollars::of_tokens(&[(ask.seconds?, *each)])),
+        // Whatever its length, the model takes and gives no more than that.
+        (Costs::Recording, Unit::Tokens) => {
+            whole(Nanodollars::of_tokens(&[(price.context?, price.dearest_input()), (price.max_output?, price.dearest_output())]))
+        }
+        _ => None,
+    }
+}
+
+fn tokens_bound(ask: &Ask, operation: &'static Operation, price: &Price, clamp: Option<u64>) -> Option<Hold> {
+    let seen = ask.bytes.saturating_add(ask.images.saturating_mul(TOKENS_PER_IMAGE));
+    let context = price.context.map(|context| context.saturating_mul(ask.texts.max(1)));
+    // What the provider remembers is not in the body.
+    let input_tokens = if ask.history { context? } else { seen.min(context.unwrap_or(u64::MAX)) };
+    let limit = clamp.unwrap_or(u64::MAX).min(asked_output(ask, price)).min(price.max_output?.max(1));
+    let limit = if operation.limits().is_empty() { price.max_output? } else { limit };
     let input = (input_tokens, price.dearest_input());
     let output = (limit.saturating_mul(ask.choices.max(1)), price.dearest_output());
-    Hold {
+    let written = ask.max_tokens.is_none_or(|asked| asked > limit) && !operation.limits().is_empty();
+    Some(Hold {
         total: Nanodollars::of_tokens(&[input, output]),
         input: Nanodollars::of_tokens(&[input]),
-        clamp: Some(limit).filter(|limit| ask.max_tokens.is_none_or(|asked| asked > *limit)),
-    }
+        clamp: Some(limit).filter(|_| written),
+    })
+}
+
+/// What a request may cost that has no bound: an estimate, for keys without a budget. Recordings at 8 kbit/s; of speech that
+/// is paid by tokens, four to a character.
+fn guess(ask: &Ask, operation: &'static Operation, price: &Price) -> Option<Hold> {
+    let total = match (operation.costs, &price.unit) {
+        (Costs::Recording, Unit::Seconds(each)) => Nanodollars::of_tokens(&[(ask.bytes.div_ceil(1_000), *each)]),
+        (Costs::Speech, Unit::Tokens) => {
+            Nanodollars::of_tokens(&[(ask.bytes, price.dearest_input()), (ask.characters.saturating_mul(4), price.dearest_output())])
+        }
+        _ => return None,
+    };
+    Some(Hold { total, input: total, clamp: None })
 }
 
 /// How a request ended, as far as its price goes.
@@ -199,12 +317,17 @@ pub fn charge(hold: &Hold, price: Option<&Price>, ended: &Ended<'_>) -> Charge {
     let exactly = |amount| Charge { amount, estimated: false };
     let about = |amount| Charge { amount, estimated: true };
     let Some(price) = price else { return exactly(Nanodollars::ZERO) };
-    match (ended.sent, ended.status, ended.usage) {
+    let told = ended.usage.and_then(|usage| price.cost(usage));
+    match (ended.sent, ended.status, told) {
         (false, _, _) => exactly(Nanodollars::ZERO),
-        (true, _, Some(usage)) => exactly(price.cost(usage)),
+        (true, _, Some(cost)) => exactly(cost),
         // Sent, and nobody knows what became of it.
         (true, None, None) => about(hold.total),
         (true, Some(status), None) if status >= 300 => exactly(Nanodollars::ZERO),
+        // Free, or paid by what was known beforehand.
+        (true, Some(_), None) if hold.total == Nanodollars::ZERO || matches!(price.unit, Unit::Characters(_) | Unit::Images(_)) => {
+            exactly(hold.total)
+        }
         (true, Some(_), None) => about(cut(hold, price, ended)),
     }
 }
@@ -212,7 +335,7 @@ pub fn charge(hold: &Hold, price: Option<&Price>, ended: &Ended<'_>) -> Charge {
 /// The charge of an answer that stopped without telling usage.
 fn cut(hold: &Hold, price: &Price, ended: &Ended<'_>) -> Nanodollars {
     let Some(bytes) = ended.visible_bytes.filter(|_| ended.stream && !price.reasoning) else { return hold.total };
-    let input = ended.input.map_or(hold.input, |usage| price.cost(usage));
+    let input = ended.input.and_then(|usage| price.cost(usage)).unwrap_or(hold.input);
     let output = bytes.saturating_add(IN_FLIGHT_TOKENS.saturating_mul(ended.choices.max(1)));
     hold.total.min(input.plus(Nanodollars::of_tokens(&[(output, price.dearest_output())])))
 }
@@ -251,7 +374,7 @@ mod tests {
     }
 
     fn price() -> Price {
-        *PriceTable::built_in().unwrap().find("openai", "gpt-4o").unwrap()
+        PriceTable::built_in().unwrap().find("openai", "gpt-4o").unwrap().clone()
     }
 
     #[test]
@@ -288,6 +411,7 @@ mod tests {
             allow: Allow {
                 models: models.iter().map(|s| (*s).into()).collect(),
                 endpoints: endpoints.iter().map(|s| (*s).into()).collect(),
+                state: false,
             },
             ..key(None)
         };
@@ -332,7 +456,8 @@ mod tests {
     #[test]
     fn every_ending_has_its_charge() {
         let price = price();
-        let hold = bound(&ask("gpt-4o", 100, Some(1_000)), &price, None);
+        let asked = ask("gpt-4o", 100, Some(1_000));
+        let hold = bound(&asked, operation(&asked), &price, None).unwrap();
         let usage = Usage { input: 10, output: 20, ..Usage::default() };
         let base = Ended { sent: true, status: Some(200), stream: true, usage: None, input: None, visible_bytes: Some(40), choices: 1 };
         let of = |ended: Ended<'_>| charge(&hold, Some(&price), &ended);
@@ -343,8 +468,72 @@ mod tests {
         assert_eq!(of(base), Charge { amount: Nanodollars(250_000 + (40 + 256) * 10_000), estimated: true });
         assert_eq!(of(Ended { visible_bytes: None, ..base }).amount, hold.total, "an unreadable answer");
         assert_eq!(of(Ended { stream: false, ..base }).amount, hold.total, "a buffered answer cut short was made in full");
-        let thinker = Price { reasoning: true, ..price };
+        let thinker = Price { reasoning: true, ..price.clone() };
         assert_eq!(charge(&hold, Some(&thinker), &base).amount, hold.total, "hidden output can't be estimated");
+    }
+
+    #[test]
+    fn what_is_not_in_the_table_must_be_spelled_out() {
+        let code = |endpoints: &[&str], endpoint: &str, refs: &[&str]| {
+            let allow = Allow { endpoints: endpoints.iter().map(|s| (*s).into()).collect(), ..Allow::default() };
+            let asked =
+                Ask { endpoint: endpoint.into(), model: None, refs: refs.iter().map(|s| (*s).into()).collect(), ..ask("", 10, None) };
+            decide(&KeyState { allow, ..key(None) }, &asked, None, None, 0).err().map(|refusal| refusal.code)
+        };
+        for open in
+            ["*", "POST *", "POST /v1/*", "POST /v1/fil*", "POST /v1/f*iles", "anthropic:POST /v1/files", "GET /v1/files", "", "/v1/files"]
+        {
+            assert_eq!(code(&[open], "POST /v1/files", &[]), Some(Code::EndpointNotAllowed), "{open}");
+        }
+        assert_eq!(code(&[], "POST /v1/files", &[]), Some(Code::EndpointNotAllowed), "no list is no permission for what nobody knows");
+        for spelled in ["POST /v1/files", "* /v1/files*", "openai:POST /v1/files", "POST /v1/files*"] {
+            assert_eq!(code(&["*", spelled], "POST /v1/files", &[]), None, "{spelled}");
+        }
+        assert_eq!(code(&["POST /v1/files*"], "POST /v1/filesets", &[]), Some(Code::EndpointNotAllowed));
+        assert_eq!(code(&["GET /v1/files/*"], "GET /v1/files/file-1", &["file-1"]), None);
+        assert_eq!(code(&["GET /v1/files"], "GET /v1/files", &[]), Some(Code::StateNotOwned), "a list shows what others made");
+        assert_eq!(code(&["DELETE /v1/files"], "DELETE /v1/files", &[]), Some(Code::StateNotOwned));
+        assert_eq!(code(&["*"], "GET /v1/responses/{id}", &["resp_1"]), None, "the table opens its own");
+    }
+
+    #[test]
+    fn every_operation_is_free_priced_or_refused_on_a_budget() {
+        let prices = PriceTable::built_in().unwrap();
+        let rich = key(Some(1 << 50));
+        let of = |endpoint: &str, model: &str, change: fn(&mut Ask)| {
+            let mut asked = Ask { endpoint: endpoint.into(), ..ask(model, 1_000, None) };
+            change(&mut asked);
+            decide(&rich, &asked, None, prices.find("openai", model), 0).map(|hold| (hold.total.to_usd(), hold.clamp)).map_err(|r| r.code)
+        };
+        let held = |usd: &str| Ok((usd.to_owned(), None));
+        assert_eq!(of("POST /v1/moderations", "omni-moderation-latest", |_| ()), held("0.00"));
+        assert_eq!(of("POST /v1/moderations", "no-such-model", |_| ()), held("0.00"), "free whatever it names");
+        assert_eq!(of("POST /v1/embeddings", "text-embedding-3-small", |_| ()), held("0.00002"));
+        assert_eq!(of("POST /v1/embeddings", "text-embedding-3-small", |a| a.bytes = 20_000), held("0.00016382"));
+        assert_eq!(of("POST /v1/embeddings", "text-embedding-3-small", |a| (a.bytes, a.texts) = (20_000, 3)), held("0.0004"));
+        assert_eq!(of("POST /v1/audio/speech", "tts-1", |a| a.characters = 1_000), held("0.015"));
+        assert_eq!(of("POST /v1/audio/speech", "gpt-4o-mini-tts", |a| a.characters = 10), Err(Code::UnboundedInput));
+        assert_eq!(of("POST /v1/audio/transcriptions", "whisper-1", |a| a.seconds = Some(60)), held("0.006"));
+        assert_eq!(of("POST /v1/audio/transcriptions", "whisper-1", |_| ()), Err(Code::UnboundedInput));
+        assert_eq!(of("POST /v1/audio/transcriptions", "gpt-4o-transcribe", |_| ()), held("0.116"));
+        assert_eq!(of("POST /v1/images/generations", "dall-e-3", |a| a.choices = 2), held("0.08"));
+        assert_eq!(of("POST /v1/images/generations", "dall-e-3", |a| a.quality = Some("hd".into())), held("0.08"));
+        assert_eq!(of("POST /v1/images/generations", "gpt-image-1.5", |_| ()), Err(Code::UnboundedInput));
+        assert_eq!(of("POST /v1/chat/completions", "dall-e-3", |_| ()), Err(Code::UnboundedInput), "not made for that");
+        assert_eq!(of("GET /v1/responses/{id}", "", |a| (a.model, a.refs) = (None, vec!["resp_1".into()])), held("0.00"));
+        let other = of("POST /v1/files", "", |a| a.model = None);
+        assert_eq!(other, Err(Code::EndpointNotAllowed));
+    }
+
+    /// What the provider remembers is not in the body: the hold is for all that the model can read.
+    #[test]
+    fn an_earlier_answer_fills_the_context() {
+        let asked = |history| Ask { endpoint: "POST /v1/responses".into(), history, ..ask("gpt-4o", 100, Some(10)) };
+        let hold = |history| decide(&key(Some(1 << 50)), &asked(history), None, Some(&price()), 0).unwrap();
+        assert_eq!(hold(false).input, Nanodollars(100 * 2_500));
+        assert_eq!(hold(true).input, Nanodollars(128_000 * 2_500));
+        let boundless = Price { context: None, ..price() };
+        assert_eq!(decide(&key(Some(1 << 50)), &asked(true), None, Some(&boundless), 0).unwrap_err().code, Code::UnboundedInput);
     }
 
     proptest! {
@@ -357,12 +546,80 @@ mod tests {
             let price = price();
             if let Ok(hold) = decide(&state, &asked, None, Some(&price), 0) {
                 prop_assert!(spent + reserved + hold.total.0 <= cap);
-                let output = hold.clamp.or(max).unwrap_or(price.max_output).min(price.max_output);
+                let output = hold.clamp.or(max).unwrap_or(u64::MAX).min(price.max_output.unwrap());
                 let input = bytes.min(price.context.unwrap());
-                let worst = price.cost(&Usage { input, output: output * choices, ..Usage::default() });
+                let worst = price.cost(&Usage { input, output: output * choices, ..Usage::default() }).unwrap();
                 prop_assert!(worst <= hold.total);
                 if let (Some(clamp), Some(max)) = (hold.clamp, max) { prop_assert!(clamp < max); }
             }
+        }
+
+        /// I2 for every operation and every model on the list: what a provider can truly charge within its own limits is held.
+        #[test]
+        fn no_operation_can_cost_more_than_its_hold(
+            pick in 0usize..10_000, bytes in 1u64..300_000, max in proptest::option::of(1u64..50_000), choices in 1u64..5, texts in 1u64..5,
+            images in 0u64..3, history: bool, characters in 0u64..5_000, seconds in proptest::option::of(1u64..10_000), partial_images in 0u64..4,
+            shares in proptest::collection::vec(0u64..100, 8), size in 0usize..4, quality in 0usize..4,
+        ) {
+            let table = PriceTable::built_in().unwrap();
+            let mut cases: Vec<(&str, &Price, &'static Operation)> = Vec::new();
+            for provider in &crate::operation::PROVIDERS {
+                for (model, price) in table.models(provider.name) {
+                    let fits = |op: &&Operation| op.dialect == provider.dialect && op.models.contains(&price.mode) && op.costs != Costs::Free;
+                    cases.extend(crate::operation::OPERATIONS.iter().filter(fits).map(|op| (model, price, op)));
+                }
+            }
+            cases.sort_by_key(|(model, _, op)| (*model, op.path));
+            let (model, price, op) = cases[pick % cases.len()];
+            let provider = if op.dialect == crate::operation::Dialect::OpenAi { "openai" } else { "anthropic" };
+            let asked = Ask {
+                provider: provider.into(), endpoint: format!("{} {}", op.method, op.path), choices: choices * if op.name == "completions" { texts } else { 1 },
+                texts, images, history, characters, seconds, partial_images,
+                size: [None, Some("1024x1024"), Some("1792x1024"), Some("odd")][size].map(str::to_owned),
+                quality: [None, Some("hd"), Some("standard"), Some("odd")][quality].map(str::to_owned),
+                ..ask(model, bytes, max)
+            };
+            prop_assume!(operation(&asked) == op);
+            let Ok(hold) = decide(&key(Some(1 << 60)), &asked, None, Some(price), 0) else { return Ok(()) };
+            let context = price.context.unwrap_or(u64::MAX).saturating_mul(texts);
+            let share = |n: u64, i: usize| {
+                let all = if i < 6 { 0..6 } else { 6..8 };
+                n * shares[i] / shares[all].iter().sum::<u64>().max(1)
+            };
+            let input = match (op.costs, history) {
+                (Costs::Tokens, true) => price.context.unwrap(),
+                (Costs::Tokens, false) => (bytes + images * TOKENS_PER_IMAGE).min(context),
+                (Costs::Recording, _) => price.context.unwrap_or(0),
+                _ => bytes,
+            };
+            let output = match op.costs {
+                Costs::Images => price.max_output.unwrap_or(0) * choices + partial_images * TOKENS_PER_PARTIAL_IMAGE * choices,
+                Costs::Recording => price.max_output.unwrap_or(0),
+                _ => hold.clamp.or(max).unwrap_or(u64::MAX).min(price.max_output.unwrap_or(0)).saturating_mul(asked.choices),
+            };
+            let usage = match price.unit {
+                Unit::Seconds(_) => Usage { seconds: seconds.unwrap(), ..Usage::default() },
+                _ => Usage {
+                    input: share(input, 0), cache_read: share(input, 1), cache_write: share(input, 2), cache_write_1h: share(input, 3),
+                    audio_input: share(input, 4), image_input: share(input, 5), output: share(output, 6), media_output: share(output, 7),
+                    ..Usage::default()
+                },
+            };
+            let worst = match &price.unit {
+                Unit::Characters(each) => Nanodollars::of_tokens(&[(characters, *each)]),
+                Unit::Images(listed) => {
+                    let one = image_price(listed, asked.size.as_deref(), asked.quality.as_deref()).unwrap();
+                    Nanodollars(one.0 * i64::try_from(choices).unwrap())
+                }
+                Unit::Tokens | Unit::Seconds(_) => price.cost(&usage).unwrap(),
+            };
+            prop_assert!(worst <= hold.total, "{model} at {}: {worst:?} above {:?}", op.path, hold.total);
+            // What the record tells is charged, and nothing else tells less.
+            let told = Some(&usage).filter(|_| matches!(price.unit, Unit::Tokens | Unit::Seconds(_)));
+            let ended = Ended { sent: true, status: Some(200), stream: false, usage: told, input: None, visible_bytes: None, choices };
+            prop_assert_eq!(charge(&hold, Some(price), &ended).amount, worst);
+            let untold = charge(&hold, Some(price), &Ended { usage: None, ..ended }).amount;
+            prop_assert!(untold >= worst && untold <= hold.total);
         }
     }
 }

@@ -4,7 +4,8 @@
 use crate::credentials::{CREDENTIAL_HEADERS, NETWORK_HEADERS};
 use crate::edge::Try;
 use crate::gate::{Headers, Permit, header};
-use crate::operation::{AuthScheme, Takes};
+use crate::operation::AuthScheme;
+use std::borrow::Cow;
 
 /// A permitted request on its way: the permit, and what became of its tries.
 #[derive(Debug)]
@@ -42,7 +43,7 @@ struct Running {
 pub struct RequestEdits {
     /// Names of headers that must go, of those that are there.
     pub remove: Vec<Vec<u8>>,
-    pub set: Vec<(&'static str, String)>,
+    pub set: Vec<(&'static str, Cow<'static, str>)>,
 }
 
 impl Flight {
@@ -55,7 +56,7 @@ impl Flight {
         let target = self.permit.target();
         let credential = self.permit.plan().targets.first()?.credentials.first()?;
         let auth = match target.provider.auth {
-            AuthScheme::Bearer => ("authorization", format!("Bearer {}", credential.secret.0)),
+            AuthScheme::Bearer => ("authorization", ["Bearer ", &credential.secret.0].concat()),
             AuthScheme::Header(name) => (name, credential.secret.0.clone()),
         };
         // Whatever tells callers apart, or told them apart in an earlier try, goes.
@@ -63,19 +64,19 @@ impl Flight {
             |name: &[u8]| CREDENTIAL_HEADERS.iter().chain(&NETWORK_HEADERS).any(|other| other.as_bytes() == name && *other != auth.0);
         let remove =
             headers.iter().filter(|(name, _)| goes(name) || name.starts_with(b"x-envoy-")).map(|(name, _)| name.to_vec()).collect();
-        let mut set = vec![
-            (":authority", target.provider.host.to_owned()),
-            (":path", target.operation.path.to_owned()),
-            ("accept-encoding", "identity".to_owned()),
+        let mut set = Vec::with_capacity(6);
+        set.extend([
+            (":authority", Cow::Borrowed(target.provider.host)),
+            (":path", target.path.to_string().into()),
+            ("accept-encoding", "identity".into()),
             // The id under which the audit chain has this request; OpenAI documents the header for exactly that.
-            ("x-client-request-id", self.permit.id().to_string()),
-        ];
-        if target.operation.takes != Takes::Nothing {
-            // A charset of the caller's would make another document of the bytes that the gate has read.
-            set.push(("content-type", "application/json".to_owned()));
+            ("x-client-request-id", self.permit.id().to_string().into()),
+        ]);
+        if let Some(content_type) = self.permit.content_type() {
+            set.push(("content-type", content_type.to_owned().into()));
         }
         set.retain(|(name, value)| header(headers, name) != Some(value.as_bytes()));
-        set.push(auth);
+        set.push((auth.0, auth.1.into()));
         let edits = RequestEdits { remove, set };
         self.tries.push(Running {
             credential: credential.id.clone(),

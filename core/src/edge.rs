@@ -25,7 +25,8 @@ impl RequestId {
 
 impl std::fmt::Display for RequestId {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "req_{}", hex::encode(&self.0))
+        f.write_str("req_")?;
+        f.write_str(hex::Hex::of(&self.0).as_str())
     }
 }
 
@@ -76,6 +77,34 @@ pub struct Ask {
     /// The first thing found whose cost has no bound.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub unbounded: Option<String>,
+    /// Objects at the provider that the request refers to, in path, query or body.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub refs: Vec<String>,
+    /// There is input at the provider that the body does not show.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub history: bool,
+    /// The provider is to go on by itself after it has answered, or to keep a conversation.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub keeps: bool,
+    /// Texts that are each taken by themselves; 0 means 1.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub texts: u64,
+    /// Characters to speak.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub characters: u64,
+    /// Longest that a recording can last; `None`: its form does not tell.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seconds: Option<u64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub size: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub quality: Option<String>,
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub partial_images: u64,
+}
+
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -115,6 +144,12 @@ pub struct Plan {
     /// Output tokens to write into the body; `None`: as the caller asked.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub clamp: Option<u64>,
+    /// The provider may keep what it answers: the key is allowed state.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub state: bool,
+    /// The whole answer, JSON: the gate gives it and nothing is forwarded.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub answer: Option<String>,
     pub targets: Vec<PlanTarget>,
 }
 
@@ -176,6 +211,12 @@ pub struct Settlement {
     pub visible: Option<u64>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub tries: Vec<Try>,
+    /// Ids of objects that the provider made for this request and keeps.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub created: Vec<String>,
+    /// Id of the object that the provider deleted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub deleted: Option<String>,
     /// Milliseconds from the request's headers to its end.
     pub ms: u64,
     /// Unix milliseconds at the end.
@@ -210,6 +251,9 @@ impl EdgeKey {
     }
 }
 
+/// Room for a record's payload that is rarely exceeded.
+const USUAL_PAYLOAD: usize = 512;
+
 fn record_mac(mut keyed: Hmac<Sha256>, seq: u64, prev: &[u8; 32], payload: &[u8]) -> [u8; 32] {
     for part in [seq.to_be_bytes().as_slice(), prev, payload] {
         keyed.update(part);
@@ -239,7 +283,10 @@ impl EdgeChain {
 
     /// Numbers and MACs the next record.
     pub fn seal(&mut self, settlement: &Settlement) -> Record {
-        let payload = serde_json::to_string(settlement).unwrap_or_default();
+        let mut payload = Vec::with_capacity(USUAL_PAYLOAD);
+        // Writing to memory can't fail.
+        let _ = serde_json::to_writer(&mut payload, settlement);
+        let payload = String::from_utf8(payload).unwrap_or_default();
         let (seq, prev) = (self.seq + 1, self.mac);
         let mac = record_mac(self.keyed.clone(), seq, &prev, payload.as_bytes());
         (self.seq, self.mac) = (seq, mac);
@@ -261,7 +308,21 @@ pub struct Record {
 impl Record {
     /// `KS1 vm seq prev mac payload`, without a line end.
     pub fn line(&self) -> String {
-        format!("KS1 {} {} {} {} {}", hex::encode(&self.vm.0), self.seq, hex::encode(&self.prev), hex::encode(&self.mac), self.payload)
+        let mut line = Vec::with_capacity(192 + self.payload.len());
+        self.append_line(&mut line);
+        String::from_utf8(line).unwrap_or_default()
+    }
+
+    /// Appends [`Self::line`].
+    pub fn append_line(&self, out: &mut Vec<u8>) {
+        out.extend_from_slice(b"KS1 ");
+        hex::append(&self.vm.0, out);
+        out.extend_from_slice(format!(" {} ", self.seq).as_bytes());
+        hex::append(&self.prev, out);
+        out.push(b' ');
+        hex::append(&self.mac, out);
+        out.push(b' ');
+        out.extend_from_slice(self.payload.as_bytes());
     }
 
     pub fn parse(line: &str) -> Option<Self> {
@@ -312,6 +373,8 @@ mod tests {
             input: None,
             visible: Some(9),
             tries: vec![Try { credential: "cred_a".into(), status: Some(200), ms: 12 }],
+            created: vec!["resp_1".into()],
+            deleted: None,
             ms: 20,
             at: 1_700_000_000_000,
         }
@@ -326,6 +389,8 @@ mod tests {
         let second = chain.seal(&settlement());
         assert_eq!((first.seq, second.seq, second.prev), (1, 2, first.mac));
         let line = second.line();
+        let [vm, prev, mac] = [hex::encode(&vm.0), hex::encode(&first.mac), hex::encode(&second.mac)];
+        assert_eq!(line, format!("KS1 {vm} 2 {prev} {mac} {}", second.payload));
         assert_eq!(Record::parse(&line).unwrap().open(&key), Some(settlement()));
         for at in 0..line.len() {
             let mut bytes = line.clone().into_bytes();

@@ -2,14 +2,17 @@
 //! needs, and moving on consumes it. Nothing can be forwarded without the [`Permit`] that only an admission makes.
 
 use crate::attempt::{AnswerHead, Flight};
-use crate::body::{BodyFacts, BodyReader, Edits, Splice};
+use crate::body::{BodyError, BodyFacts, BodyReader, Edits, Splice};
 use crate::credentials::{self, Found};
 use crate::edge::{AdmitAnswer, AdmitRequest, Ask, Outcome, Plan, RequestId, Settlement, VmId};
 use crate::meter::{Measured, Meter, Passed};
-use crate::operation::{Dialect, NoTarget, Provider, Takes, Target, find};
+use crate::multipart::{MultipartReader, boundary};
+use crate::operation::{Costs, Dialect, Form, MAX_REFS, NoTarget, OTHER, Provider, Takes, Target, Tells, find};
 use crate::refusal::{Answer, Code, Refusal};
 use crate::token::TokenHash;
 use crate::trace::TraceContext;
+use crate::usage::Looks;
+use std::borrow::Cow;
 
 /// Raw header names and values, pseudo-headers included, as the wire had them.
 pub type Headers<'a> = [(&'a [u8], &'a [u8])];
@@ -48,7 +51,7 @@ pub fn request_headers(headers: &Headers<'_>, limits: Limits, id: RequestId) -> 
     let (path, query) = split_query(raw_path);
     let path = std::str::from_utf8(path).unwrap_or_default();
     let anthropic_version = header(headers, "anthropic-version").is_some();
-    let target = find(method, path, anthropic_version);
+    let target = find(method, path, query, anthropic_version);
     let dialect = match &target {
         Ok(target) => target.provider.dialect,
         Err(NoTarget::UnknownProvider(dialect) | NoTarget::UnknownEndpoint(dialect)) => *dialect,
@@ -63,7 +66,7 @@ pub fn request_headers(headers: &Headers<'_>, limits: Limits, id: RequestId) -> 
     };
     let target = target.map_err(|none| match none {
         NoTarget::UnknownProvider(_) => refuse(Code::UnknownProvider, "no such provider"),
-        NoTarget::UnknownEndpoint(_) => refuse(Code::EndpointNotAllowed, "this endpoint is not in the table of operations"),
+        NoTarget::UnknownEndpoint(_) => refuse(Code::EndpointNotAllowed, "this is no path of an endpoint"),
     })?;
     if header(headers, "content-encoding").is_some_and(|e| !e.eq_ignore_ascii_case(b"identity")) {
         return Err(refuse(Code::BadRequest, "a request body must not be content-encoded"));
@@ -72,10 +75,7 @@ pub fn request_headers(headers: &Headers<'_>, limits: Limits, id: RequestId) -> 
     if announced.is_some_and(|n| n > limits.max_body_bytes) {
         return Err(too_large(dialect, limits, id));
     }
-    let body = match target.operation.takes {
-        Takes::Nothing => None,
-        Takes::Generation { .. } => Some(Box::default()),
-    };
+    let body = Body::expected(target.operation.takes, headers).map_err(|message| refuse(Code::BadRequest, message))?;
     Ok(Reading { id, token, target, limits, body, trace: TraceContext::of(headers) })
 }
 
@@ -91,6 +91,64 @@ fn too_large(dialect: Dialect, limits: Limits, id: RequestId) -> Refused {
     Refused { refusal, dialect, request_id: id, asked: false }
 }
 
+/// What reads the body.
+#[derive(Debug)]
+enum Body {
+    Nothing,
+    Json(Box<BodyReader>),
+    Form(Box<MultipartReader>, String),
+}
+
+impl Body {
+    /// By what the operation takes and, where it takes several, by what the headers announce.
+    fn expected(takes: Takes, headers: &Headers<'_>) -> Result<Self, &'static str> {
+        let announced = || header(headers, "content-type").unwrap_or_default();
+        let form = || boundary(announced()).map(|boundary| Body::Form(Box::new(MultipartReader::new(&boundary)), boundary));
+        match takes {
+            Takes::Nothing => Ok(Body::Nothing),
+            Takes::Json(form) => Ok(Body::Json(Box::new(BodyReader::new(form)))),
+            Takes::Recording => form().ok_or("this endpoint takes multipart/form-data with a plain boundary"),
+            Takes::Anything => {
+                let kind = announced().split(|&b| b == b';').next().unwrap_or_default().trim_ascii().to_ascii_lowercase();
+                match kind.as_slice() {
+                    b"" | b"application/json" => Ok(Body::Json(Box::new(BodyReader::new(Form::Other)))),
+                    _ => form().ok_or("only JSON and multipart/form-data can be sent to this endpoint"),
+                }
+            }
+        }
+    }
+
+    fn position(&self) -> u64 {
+        match self {
+            Body::Nothing => 0,
+            Body::Json(reader) => reader.position(),
+            Body::Form(reader, _) => reader.position(),
+        }
+    }
+
+    fn feed(&mut self, piece: &[u8]) -> Result<(), String> {
+        match self {
+            Body::Nothing if piece.is_empty() => Ok(()),
+            Body::Nothing => Err("this endpoint takes no request body".to_owned()),
+            Body::Json(reader) => reader.feed(piece).map_err(|error| error.message()),
+            Body::Form(reader, _) => reader.feed(piece).map_err(|error| error.message()),
+        }
+    }
+
+    /// What the body told, and the content-type under which it goes on.
+    fn finish(self, takes: Takes) -> Result<(BodyFacts, Option<Cow<'static, str>>), BodyError> {
+        match self {
+            Body::Nothing => Ok((BodyFacts::default(), None)),
+            _ if takes == Takes::Anything && self.position() == 0 => Ok((BodyFacts::default(), None)),
+            // A charset of the caller's would make another document of the bytes that the gate has read.
+            Body::Json(reader) => Ok((reader.finish()?, Some(Cow::Borrowed("application/json")))),
+            Body::Form(reader, boundary) => {
+                Ok((reader.finish()?, Some(Cow::Owned(format!("multipart/form-data; boundary=\"{boundary}\"")))))
+            }
+        }
+    }
+}
+
 /// Stage 2: the body is being read, in pieces.
 #[derive(Debug)]
 pub struct Reading {
@@ -98,14 +156,14 @@ pub struct Reading {
     token: TokenHash,
     target: Target,
     limits: Limits,
-    body: Option<Box<BodyReader>>,
+    body: Body,
     trace: Option<TraceContext>,
 }
 
 impl Reading {
     /// Bytes of the body read so far.
     pub fn position(&self) -> u64 {
-        self.body.as_ref().map_or(0, |body| body.position())
+        self.body.position()
     }
 
     pub fn dialect(&self) -> Dialect {
@@ -116,29 +174,30 @@ impl Reading {
         if self.position().saturating_add(piece.len() as u64) > self.limits.max_body_bytes {
             return Err(too_large(self.dialect(), self.limits, self.id));
         }
-        let result = match &mut self.body {
-            Some(body) => body.feed(piece).map_err(|error| error.message()),
-            None if piece.is_empty() => Ok(()),
-            None => Err("this endpoint takes no request body".to_owned()),
-        };
-        result.map_err(|message| self.bad_request(message))
+        self.body.feed(piece).map_err(|message| self.bad_request(message))
     }
 
     /// The body has ended: what is asked for is known.
-    pub fn end(mut self) -> Result<Asking, Refused> {
-        let body = self.body.take().map(|body| body.finish()).transpose();
-        let facts = body.map_err(|error| self.bad_request(error.message()))?;
-        if matches!(self.target.operation.takes, Takes::Generation { .. })
-            && facts.as_ref().is_none_or(|f| f.model.as_deref().unwrap_or_default().is_empty())
-        {
-            return Err(self.bad_request("\"model\" is required".to_owned()));
+    pub fn end(self) -> Result<Asking, Refused> {
+        let Reading { id, token, target, body, trace, .. } = self;
+        let operation = target.operation;
+        let refuse = |message: String| bad_request(&target, id, message);
+        let (mut facts, content_type) = body.finish(operation.takes).map_err(|error| refuse(error.message()))?;
+        if facts.model.as_deref() == Some("") {
+            return Err(refuse("\"model\" is required".to_owned()));
         }
-        let facts = facts.unwrap_or_default();
-        let max_tokens = match self.target.operation.takes {
-            Takes::Generation { limits, .. } => facts.max_tokens(limits).map_err(|error| self.bad_request(error.message()))?,
-            Takes::Nothing => None,
-        };
-        Ok(Asking { id: self.id, token: self.token, target: self.target, facts, max_tokens, trace: self.trace })
+        let named = target.model.clone().or_else(|| facts.model.clone());
+        if named.is_none() && operation.needs_model() {
+            return Err(refuse("\"model\" is required".to_owned()));
+        }
+        let model = named.or_else(|| operation.default_model().map(str::to_owned));
+        facts.refs.extend(target.refs.iter().cloned());
+        if facts.refs.len() > MAX_REFS {
+            return Err(refuse(BodyError::TooManyReferences.message()));
+        }
+        let own_limit = facts.max_tokens(operation.limits()).map_err(|error| refuse(error.message()))?;
+        let max_tokens = own_limit.or(operation.default_limit());
+        Ok(Asking { id, token, target, facts, model, content_type, max_tokens, trace })
     }
 
     /// This worker can't take the request on now.
@@ -148,8 +207,12 @@ impl Reading {
     }
 
     fn bad_request(&self, message: String) -> Refused {
-        Refused { refusal: Refusal::new(Code::BadRequest, message), dialect: self.dialect(), request_id: self.id, asked: false }
+        bad_request(&self.target, self.id, message)
     }
+}
+
+fn bad_request(target: &Target, request_id: RequestId, message: String) -> Refused {
+    Refused { refusal: Refusal::new(Code::BadRequest, message), dialect: target.provider.dialect, request_id, asked: false }
 }
 
 /// Stage 3: the policy service has been asked.
@@ -159,8 +222,18 @@ pub struct Asking {
     token: TokenHash,
     target: Target,
     facts: BodyFacts,
+    model: Option<String>,
+    content_type: Option<Cow<'static, str>>,
     max_tokens: Option<u64>,
     trace: Option<TraceContext>,
+}
+
+/// What the service's yes means.
+#[derive(Debug)]
+pub enum Decided {
+    Forward(Box<Admitted>),
+    /// The service itself has answered.
+    Answer(Told),
 }
 
 impl Asking {
@@ -183,8 +256,8 @@ impl Asking {
             need_key,
             ask: Ask {
                 provider: self.target.provider.name.to_owned(),
-                endpoint: self.target.operation.endpoint(),
-                model: facts.model.clone(),
+                endpoint: self.target.endpoint().into_owned(),
+                model: self.model.clone(),
                 stream: facts.stream,
                 bytes: facts.bytes,
                 max_tokens: self.max_tokens,
@@ -192,15 +265,27 @@ impl Asking {
                 thinking_budget: facts.thinking_budget,
                 images: facts.images,
                 unbounded: facts.unbounded.map(str::to_owned),
+                refs: facts.refs.clone(),
+                history: facts.history,
+                keeps: facts.background,
+                texts: if facts.texts > 1 { facts.texts } else { 0 },
+                characters: facts.characters,
+                seconds: facts.seconds,
+                size: facts.size.clone(),
+                quality: facts.quality.clone(),
+                partial_images: facts.partial_images,
             },
         }
     }
 
     /// The service has answered. Anything but a plan that can be carried out is a refusal.
-    pub fn answered(self, answer: Option<AdmitAnswer>) -> Result<Admitted, Refused> {
+    pub fn answered(self, answer: Option<AdmitAnswer>) -> Result<Decided, Refused> {
         let (plan, refusal) = answer.map_or((None, None), |a| (a.plan, a.refusal));
         match (plan, refusal) {
-            (Some(plan), None) => self.admitted(plan),
+            (Some(Plan { answer: Some(body), .. }), None) if self.target.operation.lists_models() => {
+                Ok(Decided::Answer(Told { id: self.id, body }))
+            }
+            (Some(plan), None) if !self.target.operation.lists_models() => Ok(Decided::Forward(Box::new(self.admitted(plan)?))),
             (None, Some(refusal)) => Err(self.refused(refusal)),
             _ => Err(self.unavailable()),
         }
@@ -212,20 +297,33 @@ impl Asking {
         if target.provider != self.target.provider.name {
             return Err(self.unavailable());
         }
-        let (limits, asks_for_usage) = match self.target.operation.takes {
-            Takes::Generation { limits, asks_for_usage } => (limits, asks_for_usage),
-            Takes::Nothing => (&[][..], false),
+        let operation = self.target.operation;
+        let add_usage = operation.asks_for_usage() && self.facts.stream;
+        let may_store = operation.may_store() && self.target.provider.stores_answers();
+        // A limit that the provider would set by itself is written down, since the hold rests on it.
+        let own_limit = self.max_tokens.filter(|_| operation.default_limit().is_some());
+        let edits = Edits {
+            model: target.model.as_deref(),
+            max_tokens: plan.clamp.or(own_limit),
+            limits: operation.limits(),
+            include_usage: add_usage,
+            no_store: may_store && !plan.state,
         };
-        let add_usage = asks_for_usage && self.facts.stream;
-        let edits = Edits { model: target.model.as_deref(), max_tokens: plan.clamp, limits, include_usage: add_usage };
-        let splices = self.facts.splices(&edits);
+        let splices = if self.facts.bytes > 0 { self.facts.splices(&edits) } else { Vec::new() };
+        let creates = if operation == &OTHER {
+            self.target.endpoint().starts_with("POST ")
+        } else {
+            may_store && plan.state && self.facts.lets_store()
+        };
         Ok(Admitted {
             body_bytes: self.facts.bytes,
             splices,
             clamp: plan.clamp,
             withhold_usage: add_usage && !self.facts.include_usage,
             stream: self.facts.stream,
-            permit: Permit { id: self.id, target: self.target, plan },
+            choices: self.facts.choices,
+            creates,
+            permit: Permit { id: self.id, target: self.target, content_type: self.content_type, plan },
         })
     }
 
@@ -244,6 +342,7 @@ impl Asking {
 pub struct Permit {
     id: RequestId,
     target: Target,
+    content_type: Option<Cow<'static, str>>,
     plan: Plan,
 }
 
@@ -252,12 +351,37 @@ impl Permit {
         self.id
     }
 
-    pub fn target(&self) -> Target {
-        self.target
+    pub fn target(&self) -> &Target {
+        &self.target
+    }
+
+    /// The content-type of what was read; `None`: there is no body.
+    pub fn content_type(&self) -> Option<&str> {
+        self.content_type.as_deref()
     }
 
     pub fn plan(&self) -> &Plan {
         &self.plan
+    }
+}
+
+/// An answer that the service gave in the provider's place.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Told {
+    pub id: RequestId,
+    /// JSON.
+    pub body: String,
+}
+
+impl Told {
+    pub fn answer(&self) -> Answer {
+        let headers = vec![("content-type", "application/json".to_owned()), ("x-keyward-request-id", self.id.to_string())];
+        Answer { status: 200, headers, body: self.body.clone() }
+    }
+
+    /// The record of a request that was answered without a provider.
+    pub fn settlement(&self, ms: u64, at: u64) -> Settlement {
+        Settlement { outcome: Outcome::Complete, ..void(self.id, ms, at) }
     }
 }
 
@@ -272,12 +396,22 @@ pub struct Admitted {
     pub clamp: Option<u64>,
     withhold_usage: bool,
     stream: bool,
+    choices: u64,
+    creates: bool,
 }
 
 impl Admitted {
     /// The request goes on: its permit becomes a flight, which the attempts work from.
     pub fn forward(self) -> (Answering, Flight) {
+        let target = &self.permit.target;
+        let operation = target.operation;
+        // Every picture of a stream tells its own usage: of several, the sum is not known.
+        let tells = if operation.costs == Costs::Images && self.stream && self.choices > 1 { Tells::Nothing } else { operation.tells };
+        let deletes = target.endpoint().starts_with("DELETE ") && target.refs.len() == 1;
         let answering = Answering {
+            looks: Looks { tells, ids: self.creates },
+            is_text: !operation.limits().is_empty(),
+            deletes: target.refs.first().filter(|_| deletes).cloned(),
             dialect: self.permit.target.provider.dialect,
             id: self.permit.id,
             clamp: self.clamp,
@@ -298,6 +432,11 @@ pub struct Answering {
     clamp: Option<u64>,
     withhold_usage: bool,
     stream: bool,
+    looks: Looks,
+    /// What passes as text is what is paid.
+    is_text: bool,
+    /// The object that is gone if the provider says yes.
+    deletes: Option<String>,
     meter: Option<Meter>,
     complete: bool,
 }
@@ -319,7 +458,7 @@ impl Answering {
             return Err(Refused { refusal, dialect: self.dialect, request_id: self.id, asked: true });
         }
         let head = head.unwrap_or_default();
-        let meter = Meter::new(&head.content_type, head.encoded, self.withhold_usage);
+        let meter = Meter::new(&head.content_type, head.encoded, self.withhold_usage, self.looks);
         let mut edits = HeaderEdits { remove: Vec::new(), set: vec![("x-keyward-request-id", self.id.to_string())] };
         if meter.rewrites() {
             edits.remove.push("content-length");
@@ -359,15 +498,19 @@ impl Answering {
         let measured = self.meter.map_or(Measured::default(), Meter::finish);
         // A stream's usage is final once it was told, whatever follows; a document's only when the document is whole.
         let usage = measured.usage.filter(|_| measured.is_final && (self.complete || self.stream));
+        let status = flight.status();
+        let done = status.is_some_and(|status| (200..300).contains(&status));
         Settlement {
             req: self.id,
             outcome: if self.complete { Outcome::Complete } else { Outcome::Cut },
             sent: flight.may_have_been_sent(),
-            status: flight.status(),
+            status,
             usage,
             input: measured.input.filter(|_| usage.is_none()),
-            visible: Some(measured.visible_bytes).filter(|_| readable && usage.is_none()),
+            visible: Some(measured.visible_bytes).filter(|_| readable && usage.is_none() && self.is_text),
             tries: flight.tries(ms),
+            created: if done { measured.ids } else { Vec::new() },
+            deleted: self.deletes.filter(|_| done && self.complete),
             ms,
             at,
         }
@@ -385,6 +528,8 @@ pub fn void(id: RequestId, ms: u64, at: u64) -> Settlement {
         input: None,
         visible: None,
         tries: Vec::new(),
+        created: Vec::new(),
+        deleted: None,
         ms,
         at,
     }
@@ -418,19 +563,47 @@ mod tests {
     const STREAM: &Headers<'_> = &[(b":status", b"200"), (b"content-type", b"text/event-stream")];
 
     fn asking(body: &str) -> Result<Asking, Refused> {
-        let mut reading = with_headers(&[], |headers| request_headers(headers, LIMITS, RequestId([9; 16])))?;
+        asking_at(&[], body)
+    }
+
+    fn asking_at(extra: &[(&str, &str)], body: &str) -> Result<Asking, Refused> {
+        let mut reading = with_headers(extra, |headers| request_headers(headers, LIMITS, RequestId([9; 16])))?;
         reading.piece(body.as_bytes())?;
         reading.end()
+    }
+
+    fn ask_at(extra: &[(&str, &str)], body: &str) -> Ask {
+        asking_at(extra, body).unwrap().admit_request(VmId([1; 16]), String::new(), false).ask
     }
 
     fn plan(clamp: Option<u64>) -> Plan {
         let credential = PlanCredential { id: "cred_a".into(), secret: Secret("sk-real".into()) };
         let target = PlanTarget { provider: "openai".into(), model: Some("gpt-4o".into()), credentials: vec![credential] };
-        Plan { key: "key_1".into(), rev: 1, clamp, targets: vec![target] }
+        Plan { key: "key_1".into(), rev: 1, clamp, state: false, answer: None, targets: vec![target] }
     }
 
     fn admitted(body: &str) -> Admitted {
-        asking(body).unwrap().answered(Some(AdmitAnswer { plan: Some(plan(None)), ..AdmitAnswer::default() })).unwrap()
+        admitted_at(&[], body, plan(None))
+    }
+
+    fn admitted_at(extra: &[(&str, &str)], body: &str, plan: Plan) -> Admitted {
+        match asking_at(extra, body).unwrap().answered(Some(AdmitAnswer { plan: Some(plan), ..AdmitAnswer::default() })).unwrap() {
+            Decided::Forward(admitted) => *admitted,
+            Decided::Answer(told) => panic!("{told:?}"),
+        }
+    }
+
+    fn messages(body: &str) -> Admitted {
+        let mut plan = plan(None);
+        plan.targets[0].provider = "anthropic".into();
+        admitted_at(&[(":path", "/v1/messages")], body, plan)
+    }
+
+    /// The body that goes on.
+    fn forwarded(admitted: &Admitted, body: &str) -> serde_json::Value {
+        let mut out = Vec::new();
+        crate::body::splice_piece(body.as_bytes(), 0, &admitted.splices, &mut out);
+        serde_json::from_slice(&out).unwrap()
     }
 
     fn code(result: Result<impl Sized, Refused>) -> Code {
@@ -444,7 +617,9 @@ mod tests {
         assert_eq!(at(&[("authorization", "Bearer vk_nope")]), Code::UnknownKey);
         assert_eq!(at(&[("x-api-key", VirtualKey::generate([2; 32]).reveal())]), Code::BadRequest);
         assert_eq!(at(&[(":path", "/nowhere/v1/x")]), Code::UnknownProvider);
-        assert_eq!(at(&[(":path", "/v1/files")]), Code::EndpointNotAllowed);
+        assert_eq!(at(&[(":path", "/v1//files")]), Code::EndpointNotAllowed);
+        assert_eq!(at(&[(":path", "/v1/audio/transcriptions")]), Code::BadRequest);
+        assert_eq!(at(&[(":path", "/v1/files"), ("content-type", "application/x-www-form-urlencoded")]), Code::BadRequest);
         assert_eq!(at(&[("content-encoding", "gzip")]), Code::BadRequest);
         assert_eq!(at(&[("content-length", "1001")]), Code::BodyTooLarge);
         assert_eq!(code(asking("{\"model\":\"a\",\"model\":\"b\"}")), Code::BadRequest);
@@ -473,11 +648,11 @@ mod tests {
         let (_, mut flight) = admitted("{\"model\":\"gpt-4o\"}").forward();
         let shared = [("x-api-key", "left by an earlier try"), ("x-forwarded-for", "10.0.0.1"), ("x-other", "stays")];
         let edits = with_headers(&shared, |headers| flight.begin(headers, 0).unwrap());
-        assert!(edits.set.contains(&("authorization", "Bearer sk-real".to_owned())));
-        assert!(edits.set.contains(&(":authority", "api.openai.com".to_owned())));
+        assert!(edits.set.contains(&("authorization", "Bearer sk-real".into())));
+        assert!(edits.set.contains(&(":authority", "api.openai.com".into())));
         assert_eq!(edits.remove, [b"x-api-key".to_vec(), b"x-forwarded-for".to_vec()]);
         let edits = with_headers(&[(":path", "/openai/v1/chat/completions?key=x")], |headers| flight.begin(headers, 0).unwrap());
-        assert!(edits.set.contains(&(":path", "/v1/chat/completions".to_owned())));
+        assert!(edits.set.contains(&(":path", "/v1/chat/completions".into())));
         let leak = flight.answered(&[(b":status", b"200"), (b"x-echo", b"Bearer sk-real")], 5);
         assert_eq!(leak, [b"x-echo".to_vec()]);
         assert_eq!(flight.hand_over().map(|head| head.status), Some(200));
@@ -503,7 +678,7 @@ mod tests {
 
     #[test]
     fn a_cut_anthropic_stream_tells_its_input_only() {
-        let (mut answering, mut flight) = admitted("{\"model\":\"gpt-4o\",\"stream\":true}").forward();
+        let (mut answering, mut flight) = messages("{\"model\":\"gpt-4o\",\"stream\":true}").forward();
         flight.begin(&[], 0);
         flight.answered(STREAM, 1);
         answering.headers(flight.hand_over()).unwrap();
@@ -516,7 +691,7 @@ mod tests {
     /// An error in the middle of an Anthropic stream ends it whole, but the usage told so far is only its beginning.
     #[test]
     fn a_stream_that_ends_in_an_error_tells_no_final_usage() {
-        let (mut answering, mut flight) = admitted("{\"model\":\"gpt-4o\",\"stream\":true}").forward();
+        let (mut answering, mut flight) = messages("{\"model\":\"gpt-4o\",\"stream\":true}").forward();
         flight.begin(&[], 0);
         flight.answered(STREAM, 1);
         answering.headers(flight.hand_over()).unwrap();
@@ -531,5 +706,140 @@ mod tests {
         let head = AnswerHead { status: 401, ..AnswerHead::default() };
         assert_eq!(code(answering.headers(Some(head))), Code::ProviderCredentialRejected);
         assert!(answering.headers(None).is_ok(), "Envoy's own 401 would not be the provider's");
+    }
+
+    #[test]
+    fn nothing_is_kept_unless_the_policy_says_so() {
+        let responses = [(":path", "/v1/responses")];
+        for (extra, body) in [
+            (&responses[..], r#"{"model":"gpt-4o","input":"hi"}"#),
+            (&responses, r#"{"store":true,"model":"gpt-4o","input":"hi"}"#),
+            (&responses, r#"{"model":"gpt-4o","store":null}"#),
+            (&[], r#"{"model":"gpt-4o","store":true}"#),
+            (&[], r#"{"model":"gpt-4o"}"#),
+        ] {
+            let kept = admitted_at(extra, body, Plan { state: true, ..plan(None) });
+            assert!(kept.splices.is_empty() && kept.creates, "{body}");
+            let admitted = admitted_at(extra, body, plan(None));
+            assert_eq!(forwarded(&admitted, body)["store"], false, "{body}");
+            assert!(!admitted.creates);
+        }
+        let own_wish = admitted_at(&responses, r#"{"model":"gpt-4o","store":false}"#, Plan { state: true, ..plan(None) });
+        assert!(!own_wish.creates);
+        let body = r#"{"model":"gpt-4o"}"#;
+        assert!(forwarded(&messages(body), body).get("store").is_none(), "Anthropic knows no such field");
+    }
+
+    /// A hold rests on a limit that stands in the body: of legacy completions, the provider's own default.
+    #[test]
+    fn a_default_limit_is_written_down() {
+        let body = r#"{"model":"gpt-3.5-turbo-instruct","prompt":["a","b"],"n":2}"#;
+        let admitted = admitted_at(&[(":path", "/v1/completions")], body, plan(None));
+        assert_eq!(forwarded(&admitted, body)["max_tokens"], 16);
+        let ask = ask_at(&[(":path", "/v1/completions")], body);
+        assert_eq!((ask.max_tokens, ask.choices, ask.texts), (Some(16), 4, 2));
+        let own = r#"{"model":"m","prompt":"a","max_tokens":5}"#;
+        assert_eq!(forwarded(&admitted_at(&[(":path", "/v1/completions")], own, plan(None)), own)["max_tokens"], 5);
+    }
+
+    #[test]
+    fn a_model_that_goes_without_saying_is_said() {
+        let body = r#"{"input":"x"}"#;
+        let ask = ask_at(&[(":path", "/v1/moderations")], body);
+        assert_eq!(ask.model.as_deref(), Some("omni-moderation-latest"));
+        let mut named = plan(None);
+        named.targets[0].model = ask.model;
+        assert_eq!(forwarded(&admitted_at(&[(":path", "/v1/moderations")], body, named), body)["model"], "omni-moderation-latest");
+        assert_eq!(code(asking_at(&[(":path", "/v1/embeddings")], body)), Code::BadRequest);
+    }
+
+    #[test]
+    fn references_of_path_and_body_are_asked_together() {
+        let body = r#"{"model":"gpt-4o","previous_response_id":"resp_1","input":[{"type":"item_reference","id":"msg_2"}]}"#;
+        let ask = ask_at(&[(":path", "/v1/responses")], body);
+        assert_eq!((ask.refs, ask.history), (vec!["resp_1".to_owned(), "msg_2".to_owned()], true));
+        let other = ask_at(&[(":path", "/v1/vector_stores/vs_1/files")], r#"{"file_id":"file-Ab12"}"#);
+        assert_eq!((other.endpoint.as_str(), other.refs.len()), ("POST /v1/vector_stores/vs_1/files", 2));
+        let get = ask_at(&[(":method", "GET"), (":path", "/v1/responses/resp_9"), ("content-type", "application/json")], "");
+        assert_eq!((get.endpoint.as_str(), get.refs), ("GET /v1/responses/{id}", vec!["resp_9".to_owned()]));
+        let many: Vec<String> = (0..65).map(|n| format!("{{\"type\":\"item_reference\",\"id\":\"i{n}\"}}")).collect();
+        let limits = Limits { max_body_bytes: 100_000 };
+        let mut reading = with_headers(&[(":path", "/v1/responses")], |h| request_headers(h, limits, RequestId([9; 16]))).unwrap();
+        let body = format!("{{\"model\":\"m\",\"input\":[{}]}}", many.join(","));
+        assert_eq!(code(reading.piece(body.as_bytes())), Code::BadRequest);
+    }
+
+    #[test]
+    fn what_the_provider_made_is_told() {
+        let stored = |body: &str| admitted_at(&[(":path", "/v1/responses")], body, Plan { state: true, ..plan(None) }).forward();
+        let (mut answering, mut flight) = stored(r#"{"model":"gpt-4o","stream":true}"#);
+        flight.begin(&[], 0);
+        flight.answered(STREAM, 1);
+        answering.headers(flight.hand_over()).unwrap();
+        for event in [
+            r#"{"type":"response.created","response":{"id":"resp_7","output":[],"usage":null,"error":null}}"#,
+            r#"{"type":"response.output_text.delta","item_id":"msg_8","delta":"Hello"}"#,
+            r#"{"type":"response.completed","response":{"id":"resp_7","output":[{"id":"msg_8","type":"message"}],
+                "usage":{"input_tokens":30,"input_tokens_details":{"cached_tokens":10},"output_tokens":5,"output_tokens_details":{"reasoning_tokens":2}}}}"#,
+        ] {
+            answering.piece(format!("event: x\ndata: {}\n\n", event.replace('\n', "")).as_bytes(), false, 1_000);
+        }
+        let settled = answering.over(&flight, 30, 1_000);
+        assert_eq!(settled.created, ["resp_7", "msg_8"]);
+        assert_eq!(settled.usage, Some(Usage { input: 20, cache_read: 10, output: 5, reasoning: 2, ..Usage::default() }));
+        assert_eq!(settled.outcome, Outcome::Cut, "usage is final although the stream was cut after it");
+
+        let (mut answering, mut flight) = stored(r#"{"model":"gpt-4o"}"#);
+        flight.begin(&[], 0);
+        flight.answered(&[(b":status", b"400"), (b"content-type", b"application/json")], 1);
+        answering.headers(flight.hand_over()).unwrap();
+        answering.piece(br#"{"id":"resp_7"}"#, true, 1_000);
+        assert_eq!(answering.over(&flight, 30, 1_000).created, [""; 0], "an error makes nothing");
+    }
+
+    #[test]
+    fn what_the_provider_deleted_is_told() {
+        let delete = [(":method", "DELETE"), (":path", "/v1/responses/resp_7")];
+        for (status, gone) in [("200", Some("resp_7".to_owned())), ("404", None)] {
+            let (mut answering, mut flight) = admitted_at(&delete, "", plan(None)).forward();
+            flight.begin(&[], 0);
+            flight.answered(&[(b":status", status.as_bytes())], 1);
+            answering.headers(flight.hand_over()).unwrap();
+            answering.ended();
+            assert_eq!(answering.over(&flight, 30, 1_000).deleted, gone);
+        }
+    }
+
+    #[test]
+    fn the_service_answers_for_models_and_for_nothing_else() {
+        let told = |extra: &[(&str, &str)], body: &str, answer: Option<&str>| {
+            let plan = Plan { answer: answer.map(str::to_owned), ..plan(None) };
+            asking_at(extra, body).unwrap().answered(Some(AdmitAnswer { plan: Some(plan), ..AdmitAnswer::default() }))
+        };
+        let models = [(":method", "GET"), (":path", "/v1/models")];
+        let Ok(Decided::Answer(list)) = told(&models, "", Some("{}")) else { panic!("no answer") };
+        assert_eq!((list.answer().status, list.answer().body.as_str()), (200, "{}"));
+        assert!(!list.settlement(1, 2).sent);
+        assert_eq!(code(told(&models, "", None)), Code::PolicyUnavailable, "a list never comes from the provider");
+        let chat = told(&[], r#"{"model":"gpt-4o"}"#, Some("{}"));
+        assert!(matches!(chat, Ok(Decided::Forward(_)) | Err(_)));
+        assert!(!matches!(chat, Ok(Decided::Answer(_))));
+    }
+
+    #[test]
+    fn a_form_goes_on_as_a_form() {
+        let form = "--X1\r\ncontent-disposition: form-data; name=\"model\"\r\n\r\nwhisper-1\r\n--X1\r\ncontent-disposition: form-data; name=\"file\"; filename=\"a\"\r\n\r\nOggS\r\n--X1--\r\n";
+        let transcription = [(":path", "/v1/audio/transcriptions"), ("content-type", "multipart/form-data; boundary=X1")];
+        let ask = ask_at(&transcription, form);
+        assert_eq!((ask.model.as_deref(), ask.seconds, ask.bytes), (Some("whisper-1"), None, form.len() as u64));
+        let mut routed = plan(None);
+        routed.targets[0].model = Some("other".into());
+        let admitted = admitted_at(&transcription, form, routed);
+        let mut out = Vec::new();
+        crate::body::splice_piece(form.as_bytes(), 0, &admitted.splices, &mut out);
+        assert_eq!(String::from_utf8(out).unwrap(), form.replace("whisper-1", "other"));
+        let (_, mut flight) = admitted.forward();
+        let edits = with_headers(&transcription, |headers| flight.begin(headers, 0).unwrap());
+        assert!(edits.set.contains(&("content-type", "multipart/form-data; boundary=\"X1\"".into())));
     }
 }

@@ -1,13 +1,44 @@
 //! Lower-case hexadecimal, for ids and hashes on the wire.
 
+/// The two digits of every byte.
+static DIGITS: [[u8; 2]; 256] = {
+    let mut table = [[0; 2]; 256];
+    let mut n = 0;
+    while n < 256 {
+        table[n] = [b"0123456789abcdef"[n / 16], b"0123456789abcdef"[n % 16]];
+        n += 1;
+    }
+    table
+};
+
+/// The two digits of a byte.
+pub fn digits(byte: u8) -> [u8; 2] {
+    DIGITS[usize::from(byte)]
+}
+
 /// Writes bytes as lower-case hex.
 pub fn encode(bytes: &[u8]) -> String {
-    let digit = |n: u8| if n < 10 { b'0' + n } else { b'a' + n - 10 };
-    let mut out = Vec::with_capacity(2 * bytes.len());
-    for &byte in bytes {
-        out.extend_from_slice(&[digit(byte >> 4), digit(byte & 15)]);
-    }
+    let mut out = Vec::new();
+    append(bytes, &mut out);
     String::from_utf8(out).unwrap_or_default()
+}
+
+/// Appends bytes as lower-case hex.
+pub fn append(bytes: &[u8], out: &mut Vec<u8>) {
+    out.extend(bytes.iter().flat_map(|&byte| digits(byte)));
+}
+
+/// Bytes as lower-case hex, without an allocation.
+pub struct Hex<const N: usize>([[u8; 2]; N]);
+
+impl<const N: usize> Hex<N> {
+    pub fn of(bytes: &[u8; N]) -> Self {
+        Hex(bytes.map(digits))
+    }
+
+    pub fn as_str(&self) -> &str {
+        std::str::from_utf8(self.0.as_flattened()).unwrap_or_default()
+    }
 }
 
 /// Reads exactly `N` bytes of lower-case hex; anything else is `None`.
@@ -38,7 +69,7 @@ pub mod serde_hex {
     use serde::{Deserialize, Deserializer, Serializer, de::Error};
 
     pub fn serialize<S: Serializer, const N: usize>(bytes: &[u8; N], s: S) -> Result<S::Ok, S::Error> {
-        s.serialize_str(&super::encode(bytes))
+        s.serialize_str(super::Hex::of(bytes).as_str())
     }
 
     pub fn deserialize<'de, D: Deserializer<'de>, const N: usize>(d: D) -> Result<[u8; N], D::Error> {
@@ -57,6 +88,10 @@ mod tests {
     fn round_trip_and_strictness() {
         assert_eq!(encode(&[0, 0xa5, 0xff]), "00a5ff");
         assert_eq!(decode::<3>("00a5ff"), Some([0, 0xa5, 0xff]));
+        for byte in 0..=255u8 {
+            let text = format!("{byte:02x}");
+            assert_eq!((encode(&[byte]).as_str(), Hex::of(&[byte]).as_str()), (text.as_str(), text.as_str()));
+        }
         for bad in ["00a5f", "00A5ff", "00a5fg", "00a5ff00"] {
             assert_eq!(decode::<3>(bad), None, "{bad}");
             assert_ne!(decode_vec(bad), Some(vec![0, 0xa5, 0xff]), "{bad}");

@@ -127,7 +127,7 @@ pub struct Scanner {
     state: State,
     at: u64,
     depth: u32,
-    /// Bit `d` is set when level `d` is an object.
+    /// One bit a level, the innermost lowest: set when it is an object.
     kinds: u128,
     start: u64,
     is_key: bool,
@@ -164,24 +164,35 @@ impl Scanner {
         self.at
     }
 
-    /// Reads the next piece.
+    /// Forgets the document and begins another; what memory it holds stays.
+    pub fn reset(&mut self) {
+        *self = Scanner { text: std::mem::take(&mut self.text), ..Scanner::default() };
+    }
+
+    /// Reads the next piece. What most documents are made of is taken a token at a time, the rest byte by byte.
     pub fn feed<V: Visitor>(&mut self, piece: &[u8], visitor: &mut V) -> Result<(), V::Error> {
         let mut rest = piece;
         while let Some((&byte, tail)) = rest.split_first() {
-            if self.state == State::Str {
-                let taken = self.string_run(rest)?;
-                if taken > 0 {
-                    rest = rest.get(taken..).unwrap_or_default();
-                    continue;
+            let mut taken = match self.state {
+                State::Str => self.string_run(rest),
+                State::Value | State::FirstItemOrEnd => self.value_token(byte, rest, visitor)?,
+                State::Key | State::FirstKeyOrEnd if byte == b'"' => self.key_token(tail, visitor)?,
+                State::CommaOrEnd if byte == b',' => {
+                    self.state = if self.in_object() { State::Key } else { State::Value };
+                    1 + one_space(tail)
                 }
+                State::CommaOrEnd if byte == if self.in_object() { b'}' } else { b']' } => {
+                    self.pop(visitor)?;
+                    1
+                }
+                _ => 0,
+            };
+            if taken == 0 {
+                self.byte(byte, visitor)?;
+                taken = 1;
             }
-            if let Some(taken) = self.whole_token(byte, tail, visitor)? {
-                rest = tail.get(taken..).unwrap_or_default();
-                continue;
-            }
-            self.byte(byte, visitor)?;
-            self.at += 1;
-            rest = tail;
+            self.at += taken as u64;
+            rest = rest.get(taken..).unwrap_or_default();
         }
         Ok(())
     }
@@ -197,72 +208,69 @@ impl Scanner {
         }
     }
 
-    /// The short way for what most documents are made of: a string without escapes, an integer or a literal that lies whole
-    /// in this piece. Gives how much of `tail` it took; `None` leaves everything to [`Self::byte`].
+    /// Takes a value's first token as far as this piece shows it whole; of a string at least its plain beginning. Gives how many
+    /// bytes; 0 leaves it to [`Self::byte`].
     #[inline]
-    fn whole_token<V: Visitor>(&mut self, byte: u8, tail: &[u8], visitor: &mut V) -> Result<Option<usize>, V::Error> {
-        let key = matches!(self.state, State::FirstKeyOrEnd | State::Key);
-        if !key && !matches!(self.state, State::Value | State::FirstItemOrEnd) {
-            return Ok(None);
-        }
-        let start = self.at;
-        if byte == b'"' {
-            let run = plain_run(tail);
-            let (Some(text), Some(b'"')) = (tail.get(..run), tail.get(run)) else { return Ok(None) };
-            let mut taken = run + 1;
-            if key {
-                let colon = tail.get(taken) == Some(&b':');
-                taken += usize::from(colon);
-                self.state = if colon { State::Value } else { State::Colon };
-                self.at += 1 + taken as u64;
-                visitor.key((run <= MAX_KEY).then_some(text))?;
-            } else {
-                let kept = text.get(..visitor.wants().min(run)).unwrap_or_default();
-                self.at += 1 + taken as u64;
-                self.after_value();
-                visitor.scalar(Scalar::Str { text: kept, len: run as u64 }, Span { start, end: self.at })?;
+    fn value_token<V: Visitor>(&mut self, byte: u8, rest: &[u8], visitor: &mut V) -> Result<usize, V::Error> {
+        let (scalar, len) = match byte {
+            b'"' => {
+                let tail = rest.get(1..).unwrap_or_default();
+                let run = plain_run(tail);
+                let plain = tail.get(..run).unwrap_or_default();
+                if tail.get(run) != Some(&b'"') {
+                    self.start = self.at;
+                    self.begin_string(false, visitor.wants());
+                    self.keep_bytes(plain);
+                    return Ok(1 + run);
+                }
+                (Scalar::Str { text: plain.get(..visitor.wants()).unwrap_or(plain), len: run as u64 }, run + 2)
             }
-            return Ok(Some(taken));
-        }
-        if matches!(byte, b'1'..=b'9') && !key {
-            // A plain integer, up to what shows that it is one.
-            let digits = tail.iter().position(|b| !b.is_ascii_digit()).unwrap_or(tail.len());
-            if digits > 18 || !matches!(tail.get(digits), Some(b',' | b'}' | b']')) {
-                return Ok(None);
+            b'{' | b'[' => {
+                self.value(byte, visitor)?;
+                return Ok(1);
             }
-            self.text.clear();
-            self.text.push(byte);
-            self.text.extend_from_slice(tail.get(..digits).unwrap_or_default());
-            self.at += 1 + digits as u64;
-            self.after_value();
-            visitor.scalar(Scalar::Num(&self.text), Span { start, end: self.at })?;
-            return Ok(Some(digits));
-        }
-        let literal = match byte {
-            b'n' => Literal::Null,
-            b't' => Literal::True,
-            b'f' => Literal::False,
-            _ => return Ok(None),
+            b'0'..=b'9' => {
+                // A plain integer, up to what shows that it is one.
+                let len = rest.iter().take(20).take_while(|b| b.is_ascii_digit()).count();
+                if len > 1 && byte == b'0' || !matches!(rest.get(len), Some(b',' | b'}' | b']')) {
+                    return Ok(0);
+                }
+                (Scalar::Num(rest.get(..len).unwrap_or_default()), len)
+            }
+            b'n' if rest.starts_with(b"null") => (Scalar::Null, 4),
+            b't' if rest.starts_with(b"true") => (Scalar::Bool(true), 4),
+            b'f' if rest.starts_with(b"false") => (Scalar::Bool(false), 5),
+            _ => return Ok(0),
         };
-        let rest = literal.text().get(1..).unwrap_or_default();
-        if key || !tail.starts_with(rest) {
-            return Ok(None);
-        }
-        self.at += 1 + rest.len() as u64;
         self.after_value();
-        visitor.scalar(literal.value(), Span { start, end: self.at })?;
-        Ok(Some(rest.len()))
+        visitor.scalar(scalar, Span { start: self.at, end: self.at + len as u64 })?;
+        Ok(len)
+    }
+
+    /// Takes a key, whose quote is passed already, with its colon; of one that is not plain or not whole, the plain beginning.
+    #[inline]
+    fn key_token<V: Visitor>(&mut self, tail: &[u8], visitor: &mut V) -> Result<usize, V::Error> {
+        let run = plain_run(tail);
+        let (plain, after) = tail.split_at_checked(run).unwrap_or((tail, &[]));
+        let Some((b'"', after)) = after.split_first() else {
+            self.begin_string(true, MAX_KEY);
+            self.keep_bytes(plain);
+            return Ok(1 + run);
+        };
+        visitor.key((run <= MAX_KEY).then_some(plain))?;
+        let Some((b':', after)) = after.split_first() else {
+            self.state = State::Colon;
+            return Ok(run + 2);
+        };
+        self.state = State::Value;
+        Ok(run + 3 + one_space(after))
     }
 
     /// Takes the longest run of string bytes that need no thought; most of a large body is such runs.
-    fn string_run(&mut self, rest: &[u8]) -> Result<usize, JsonError> {
+    fn string_run(&mut self, rest: &[u8]) -> usize {
         let run = if self.utf8.is_whole() && self.high.is_none() { plain_run(rest) } else { 0 };
-        if run > 0 {
-            let bytes = rest.get(..run).unwrap_or_default();
-            self.keep_bytes(bytes);
-            self.at += run as u64;
-        }
-        Ok(run)
+        self.keep_bytes(rest.get(..run).unwrap_or_default());
+        run
     }
 
     fn byte<V: Visitor>(&mut self, b: u8, visitor: &mut V) -> Result<(), V::Error> {
@@ -301,8 +309,7 @@ impl Scanner {
                     return Err(JsonError::TooDeep(self.at).into());
                 }
                 let object = b == b'{';
-                let bit = 1u128 << self.depth;
-                self.kinds = if object { self.kinds | bit } else { self.kinds & !bit };
+                self.kinds = self.kinds << 1 | u128::from(object);
                 self.depth += 1;
                 self.state = if object { State::FirstKeyOrEnd } else { State::FirstItemOrEnd };
                 visitor.open(object, self.at)
@@ -492,6 +499,7 @@ impl Scanner {
 
     fn pop<V: Visitor>(&mut self, visitor: &mut V) -> Result<(), V::Error> {
         self.depth = self.depth.saturating_sub(1);
+        self.kinds >>= 1;
         self.after_value();
         visitor.close(self.at)
     }
@@ -501,8 +509,13 @@ impl Scanner {
     }
 
     fn in_object(&self) -> bool {
-        self.depth > 0 && self.kinds >> (self.depth - 1) & 1 == 1
+        self.depth > 0 && self.kinds & 1 == 1
     }
+}
+
+/// 1 when a space follows, as most writers put one after a colon or comma.
+fn one_space(rest: &[u8]) -> usize {
+    usize::from(rest.first() == Some(&b' '))
 }
 
 /// Length of the run of bytes that stand for themselves in a string: ASCII from space on, but no quote and no backslash.
@@ -510,20 +523,19 @@ impl Scanner {
 fn plain_run(bytes: &[u8]) -> usize {
     const ONES: u64 = 0x0101_0101_0101_0101;
     const HIGHS: u64 = 0x8080_8080_8080_8080;
-    let mut run = 0;
-    for chunk in bytes.chunks_exact(8) {
-        let word = u64::from_le_bytes(chunk.try_into().unwrap_or_default());
-        // The classic test for a zero byte, on the word with the byte in question made zero; each may also report a byte
-        // above a true one, never none: then the loop below decides.
-        let zero = |x: u64| x.wrapping_sub(ONES) & !x;
-        let control = word.wrapping_sub(ONES * 0x20) & !word;
-        if (word | control | zero(word ^ (ONES * 0x22)) | zero(word ^ (ONES * 0x5c))) & HIGHS != 0 {
-            break;
+    let (words, rest) = bytes.as_chunks::<8>();
+    for (n, word) in words.iter().enumerate() {
+        let word = u64::from_le_bytes(*word);
+        // The classic test for bytes below a bound: it may also report a byte above a true one, so the lowest counts. With
+        // 0x02 flipped in each, the quote comes to stand right above the control characters.
+        let flipped = word ^ (ONES * 2);
+        let slashes = word ^ (ONES * 0x5c);
+        let found = (word | flipped.wrapping_sub(ONES * 0x21) & !flipped | slashes.wrapping_sub(ONES) & !slashes) & HIGHS;
+        if found != 0 {
+            return n * 8 + found.trailing_zeros() as usize / 8;
         }
-        run += 8;
     }
-    let rest = bytes.get(run..).unwrap_or_default();
-    run + rest.iter().position(|&b| !(0x20..0x80).contains(&b) || b == b'"' || b == b'\\').unwrap_or(rest.len())
+    words.len() * 8 + rest.iter().position(|&b| !(0x20..0x80).contains(&b) || b == b'"' || b == b'\\').unwrap_or(rest.len())
 }
 
 /// Checks UTF-8 a byte at a time (Unicode 15, table 3-7: no overlong forms, no surrogates, nothing above U+10FFFF).
@@ -696,6 +708,92 @@ mod tests {
         assert!(matches!(scan(&[deep.as_bytes()]), Err(JsonError::TooDeep(128))));
     }
 
+    /// Writes down every call with all it says.
+    #[derive(Default)]
+    struct Calls(Vec<String>);
+
+    impl Visitor for Calls {
+        type Error = JsonError;
+        fn open(&mut self, object: bool, at: u64) -> Result<(), JsonError> {
+            self.0.push(format!("{}{at}", if object { '{' } else { '[' }));
+            Ok(())
+        }
+        fn close(&mut self, at: u64) -> Result<(), JsonError> {
+            self.0.push(format!("close {at}"));
+            Ok(())
+        }
+        fn key(&mut self, key: Option<&[u8]>) -> Result<(), JsonError> {
+            self.0.push(key.map_or("long key".to_owned(), |key| format!("key {}", String::from_utf8_lossy(key))));
+            Ok(())
+        }
+        fn wants(&self) -> usize {
+            // As real visitors do, by where the document stands.
+            self.0.len() % 4 * 3
+        }
+        fn scalar(&mut self, value: Scalar<'_>, span: Span) -> Result<(), JsonError> {
+            let value = match value {
+                Scalar::Str { text, len } => format!("{:?} of {len}", String::from_utf8_lossy(text)),
+                Scalar::Num(digits) => String::from_utf8_lossy(digits).into_owned(),
+                other => format!("{other:?}"),
+            };
+            self.0.push(format!("{value} {}..{}", span.start, span.end));
+            Ok(())
+        }
+    }
+
+    fn calls<'a>(pieces: impl IntoIterator<Item = &'a [u8]>) -> (Vec<String>, Result<(), JsonError>) {
+        let (mut scanner, mut calls) = (Scanner::default(), Calls::default());
+        let fed = pieces.into_iter().try_for_each(|piece| scanner.feed(piece, &mut calls));
+        let ended = fed.and_then(|()| scanner.finish(&mut calls));
+        (calls.0, ended)
+    }
+
+    #[test]
+    fn a_document_is_told_with_its_offsets() {
+        let text = br#" {"id": "abc-def","n":[0,12, -3.5e1 ,{}],"ok":true, "no":null,"t\u0065xt":"a\"b","u":{"x":[]}}"#;
+        let expected = [
+            "{1",
+            "key id",
+            "\"abc-de\" of 7 8..17",
+            "key n",
+            "[22",
+            "0 23..24",
+            "12 25..27",
+            "-3.5e1 29..35",
+            "{37",
+            "close 38",
+            "close 39",
+            "key ok",
+            "Bool(true) 46..50",
+            "key no",
+            "Null 57..61",
+            "key text",
+            "\"\" of 3 74..80",
+            "key u",
+            "{85",
+            "key x",
+            "[90",
+            "close 91",
+            "close 92",
+            "close 93",
+        ];
+        assert_eq!(calls([text.as_slice()]), (expected.map(str::to_owned).to_vec(), Ok(())));
+    }
+
+    #[test]
+    fn a_scanner_that_was_reset_is_as_new() {
+        let mut scanner = Scanner::default();
+        for before in [&b""[..], b"{\"a\":[1,\"x", b"[1,{\"\\ud83d", b"[tru", b"\"\xc3", b"nonsense", b"{}"] {
+            let _ = scanner.feed(before, &mut Calls::default());
+            scanner.reset();
+            let mut after = Calls::default();
+            scanner.feed(b"{\"a\":\"b\"}", &mut after).unwrap();
+            scanner.finish(&mut after).unwrap();
+            assert_eq!(after.0, calls([b"{\"a\":\"b\"}".as_slice()]).0, "after {before:?}");
+            scanner.reset();
+        }
+    }
+
     #[test]
     fn a_plain_run_stops_exactly_at_what_needs_thought() {
         for byte in 0..=255u8 {
@@ -708,7 +806,55 @@ mod tests {
         }
     }
 
+    /// Whole tokens and pieces of them, so that random documents go deep before they go wrong.
+    const TOKENS: [&str; 30] = [
+        "{",
+        "}",
+        "[",
+        "]",
+        ",",
+        ":",
+        ", ",
+        ": ",
+        " ",
+        "\n",
+        "\"\"",
+        "\"key\":",
+        "\"a longer string\"",
+        "\"h\u{e9}\u{1f600}\"",
+        "\"x\\n\\ud83d\\ude00\"",
+        "\"open",
+        "\"",
+        "\\",
+        "0",
+        "01",
+        "12",
+        "12345678901234567890123",
+        "-1",
+        "1.5e3",
+        "1.",
+        "null",
+        "true",
+        "false",
+        "nul",
+        "[{\"a\":[",
+    ];
+
     proptest! {
+        /// The way a token at a time tells exactly what the way byte by byte tells, errors included, wherever pieces are cut.
+        #[test]
+        fn tokens_are_read_as_their_bytes_are(tokens in proptest::collection::vec(proptest::sample::select(&TOKENS[..]), 0..25), cuts in proptest::collection::vec(0usize..200, 0..4)) {
+            let text = tokens.concat();
+            let bytes = text.as_bytes();
+            let slowly = calls(bytes.chunks(1));
+            prop_assert_eq!(&calls([bytes]), &slowly);
+            let mut cuts: Vec<usize> = cuts.into_iter().map(|cut| cut.min(bytes.len())).collect();
+            cuts.sort_unstable();
+            let starts = std::iter::once(0).chain(cuts.iter().copied());
+            let ends = cuts.iter().copied().chain([bytes.len()]);
+            prop_assert_eq!(&calls(starts.zip(ends).map(|(a, b)| &bytes[a..b])), &slowly);
+        }
+
         /// The tokenizer and serde_json agree on every byte string, valid or not, however it is cut.
         #[test]
         fn agrees_with_serde(bytes in proptest::collection::vec(proptest::sample::select(&b"{}[]\",:\\ue+-.0123456789tfn \xc3\xa9\xf0\x9f"[..]), 0..40), cut in 0usize..40) {

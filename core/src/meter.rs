@@ -1,6 +1,6 @@
 //! Counts usage in an answer as it passes, and takes out the one chunk that the caller did not ask for.
 
-use crate::usage::{AnswerReader, Document, Usage, UsageReader};
+use crate::usage::{AnswerReader, Document, Looks, MAX_IDS, Usage, UsageReader};
 
 /// Largest event that is held back to be looked at whole; the chunk that may be withheld is far smaller.
 const MAX_HELD: usize = 64 * 1024;
@@ -15,7 +15,7 @@ pub enum Passed {
 }
 
 /// What an answer told, once it ended or was cut.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Measured {
     /// Usage, when the provider told it.
     pub usage: Option<Usage>,
@@ -26,6 +26,8 @@ pub struct Measured {
     pub is_final: bool,
     /// The stream carried an error event.
     pub error: bool,
+    /// Objects that the provider made and named.
+    pub ids: Vec<String>,
 }
 
 /// Follows one answer. Memory is bounded by [`MAX_HELD`].
@@ -41,14 +43,14 @@ pub enum Meter {
 
 impl Meter {
     /// Chooses by the answer's headers. `withhold`: the usage chunk is there only because the gate asked for it.
-    pub fn new(content_type: &[u8], encoded: bool, withhold: bool) -> Self {
+    pub fn new(content_type: &[u8], encoded: bool, withhold: bool, looks: Looks) -> Self {
         let kind = content_type.split(|&b| b == b';').next().unwrap_or_default().trim_ascii();
         if encoded {
             Meter::Opaque { bytes: 0 }
         } else if kind.eq_ignore_ascii_case(b"text/event-stream") {
-            Meter::Sse(Box::new(SseMeter::new(withhold)))
+            Meter::Sse(Box::new(SseMeter::new(withhold, looks)))
         } else if kind.eq_ignore_ascii_case(b"application/json") {
-            Meter::Json(Box::new(AnswerReader::new(UsageReader::default())))
+            Meter::Json(Box::new(AnswerReader::new(UsageReader::new(looks))))
         } else {
             Meter::Opaque { bytes: 0 }
         }
@@ -80,23 +82,33 @@ impl Meter {
     }
 
     pub fn finish(self) -> Measured {
-        let (reader, error) = match self {
+        let (reader, error, ids) = match self {
             Meter::Opaque { bytes } => return Measured { visible_bytes: bytes, ..Measured::default() },
             Meter::Json(reader) => {
                 let (reader, document) = reader.finish();
-                (reader, document.error)
+                (reader, document.error, document.ids)
             }
-            Meter::Sse(sse) => (sse.so_far, sse.error),
+            Meter::Sse(sse) => (sse.so_far, sse.error, sse.ids),
         };
-        Measured { usage: reader.usage(), input: reader.input(), visible_bytes: reader.visible_bytes, is_final: reader.is_final, error }
+        Measured {
+            usage: reader.usage(),
+            input: reader.input(),
+            visible_bytes: reader.visible_bytes,
+            is_final: reader.is_final,
+            error,
+            ids,
+        }
     }
 }
 
-/// Frames server-sent events byte by byte (WHATWG HTML, 9.2.6: lines end in LF, CRLF or CR) and reads the data of each.
+/// Frames server-sent events (WHATWG HTML, 9.2.6: lines end in LF, CRLF or CR) and reads the data of each.
 #[derive(Debug)]
 pub struct SseMeter {
+    /// What the events told that have ended.
     so_far: UsageReader,
-    data: Option<AnswerReader>,
+    data: AnswerReader,
+    /// The event in hand has a data line.
+    has_data: bool,
     line: Line,
     after_cr: bool,
     withhold: bool,
@@ -105,6 +117,7 @@ pub struct SseMeter {
     /// The event in hand is too large to be the one that is withheld: it passes.
     passing: bool,
     error: bool,
+    ids: Vec<String>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -115,100 +128,107 @@ enum Line {
     Other,
 }
 
-const DATA: &[u8] = b"data:";
+const DATA: &[u8; 5] = b"data:";
 
 impl SseMeter {
-    fn new(withhold: bool) -> Self {
+    fn new(withhold: bool, looks: Looks) -> Self {
         SseMeter {
-            so_far: UsageReader::default(),
-            data: None,
+            so_far: UsageReader::new(looks),
+            data: AnswerReader::new(UsageReader::new(looks)),
+            has_data: false,
             line: Line::Field(0),
             after_cr: false,
             withhold,
             held: Vec::new(),
             passing: false,
             error: false,
+            ids: Vec::new(),
         }
     }
 
     fn piece(&mut self, piece: &[u8], end: bool, room: usize) -> Passed {
-        if !self.withhold {
-            let mut rest = piece;
-            while !rest.is_empty() {
-                let (taken, _) = self.step(rest);
-                rest = rest.get(taken..).unwrap_or_default();
+        let slice = |from: usize, to: usize| piece.get(from..to).unwrap_or_default();
+        let room = room.min(MAX_HELD);
+        // What goes on: `out`, then the piece from `copied` on; the event in hand, from `begun` on, may stay behind.
+        let (mut out, mut copied, mut begun) = (Vec::new(), 0, 0);
+        while let (taken, Some(document)) = self.event(slice(begun, piece.len())) {
+            let ended = begun + taken;
+            self.passing |= self.held.len() + taken > room;
+            if self.withhold && document.usage && document.no_choices && !self.passing {
+                self.held.clear();
+                out.extend_from_slice(slice(copied, begun));
+                copied = ended;
             }
-            return Passed::AsIs;
-        }
-        let mut out = Vec::with_capacity(self.held.len() + piece.len());
-        let mut rest = piece;
-        while !rest.is_empty() {
-            let (taken, event) = self.step(rest);
-            let (now, later) = rest.split_at_checked(taken).unwrap_or((rest, &[]));
-            self.hold(now, &mut out, room.min(MAX_HELD));
-            if let Some(document) = event {
-                self.release(document, &mut out);
-            }
-            rest = later;
-        }
-        if end {
             out.append(&mut self.held);
+            self.passing = false;
+            begun = ended;
+        }
+        let in_hand = slice(begun, piece.len());
+        self.passing |= !in_hand.is_empty() && self.held.len() + in_hand.len() > room;
+        if self.withhold && !self.passing && !end && !in_hand.is_empty() {
+            out.extend_from_slice(slice(copied, begun));
+            self.held.extend_from_slice(in_hand);
+        } else if (self.passing || end) && !self.held.is_empty() {
+            // No event has ended in this piece.
+            out.append(&mut self.held);
+            out.extend_from_slice(piece);
+        } else if out.is_empty() && copied == 0 {
+            return Passed::AsIs;
+        } else {
+            out.extend_from_slice(slice(copied, piece.len()));
         }
         if out == piece { Passed::AsIs } else { Passed::Instead(out) }
     }
 
-    fn hold(&mut self, bytes: &[u8], out: &mut Vec<u8>, room: usize) {
-        if self.passing || self.held.len() + bytes.len() > room {
-            self.passing = true;
-            out.append(&mut self.held);
-            out.extend_from_slice(bytes);
-        } else {
-            self.held.extend_from_slice(bytes);
+    /// Reads on to the end of the event in hand. Gives how many bytes it took, and what the event was if it ended with them.
+    fn event(&mut self, piece: &[u8]) -> (usize, Option<Document>) {
+        let mut rest = piece;
+        while let Some((&byte, tail)) = rest.split_first() {
+            let after_cr = std::mem::take(&mut self.after_cr);
+            rest = match byte {
+                b'\n' if after_cr => tail,
+                b'\n' | b'\r' => {
+                    self.after_cr = byte == b'\r';
+                    if let Some(document) = self.end_of_line() {
+                        return (piece.len() - tail.len(), Some(document));
+                    }
+                    tail
+                }
+                _ => rest.get(self.in_line(byte, rest)..).unwrap_or_default(),
+            };
         }
+        (piece.len(), None)
     }
 
-    fn release(&mut self, document: Document, out: &mut Vec<u8>) {
-        if document.usage && document.no_choices && !self.passing {
-            self.held.clear();
-        }
-        out.append(&mut self.held);
-        self.passing = false;
-    }
-
-    /// Takes at least one byte; tells how many, and what an event that ended with them was.
-    fn step(&mut self, rest: &[u8]) -> (usize, Option<Document>) {
-        let Some(&byte) = rest.first() else { return (0, None) };
-        if std::mem::take(&mut self.after_cr) && byte == b'\n' {
-            return (1, None);
-        }
-        if matches!(byte, b'\n' | b'\r') {
-            self.after_cr = byte == b'\r';
-            return (1, self.end_of_line());
-        }
+    /// Takes at least one byte of a line, and none of its end; tells how many.
+    fn in_line(&mut self, byte: u8, rest: &[u8]) -> usize {
         match self.line {
+            Line::Field(0) if rest.starts_with(DATA) => {
+                self.line = self.begin_data();
+                DATA.len()
+            }
             Line::Field(n) if DATA.get(n) == Some(&byte) => {
                 self.line = if n + 1 == DATA.len() { self.begin_data() } else { Line::Field(n + 1) };
-                (1, None)
+                1
             }
             Line::Field(_) => {
                 self.line = Line::Other;
-                (1, None)
+                1
             }
             Line::Data | Line::Other => {
                 let run = memchr::memchr2(b'\n', b'\r', rest).unwrap_or(rest.len());
-                if let (Line::Data, Some(data)) = (self.line, &mut self.data) {
-                    data.feed(rest.get(..run).unwrap_or_default());
+                if self.line == Line::Data {
+                    self.data.feed(rest.get(..run).unwrap_or_default());
                 }
-                (run, None)
+                run
             }
         }
     }
 
     fn begin_data(&mut self) -> Line {
-        match &mut self.data {
+        if std::mem::replace(&mut self.has_data, true) {
             // Several data lines of one event are joined by a line feed.
-            Some(data) => data.feed(b"\n"),
-            None => self.data = Some(AnswerReader::new(self.so_far)),
+            self.data.feed(b"\n");
         }
         Line::Data
     }
@@ -218,10 +238,18 @@ impl SseMeter {
         if !blank {
             return None;
         }
-        let Some(data) = self.data.take() else { return Some(Document::default()) };
-        let (so_far, document) = data.finish();
-        self.so_far = so_far;
+        if !std::mem::take(&mut self.has_data) {
+            return Some(Document::default());
+        }
+        let mut document = self.data.end_document();
+        self.so_far = self.data.so_far();
         self.error |= document.error;
+        for id in std::mem::take(&mut document.ids) {
+            // The events of one answer name it again and again.
+            if self.ids.len() < MAX_IDS && !self.ids.contains(&id) {
+                self.ids.push(id);
+            }
+        }
         Some(document)
     }
 }
@@ -229,9 +257,12 @@ impl SseMeter {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::operation::Tells;
     use proptest::prelude::*;
     #[cfg(target_arch = "wasm32")]
     use wasm_bindgen_test::wasm_bindgen_test as test;
+
+    const CHAT_LOOKS: Looks = Looks { tells: Tells::Completion, ids: false };
 
     const CHAT: &str = concat!(
         "data: {\"choices\":[{\"delta\":{\"role\":\"assistant\",\"content\":\"\"}}],\"usage\":null}\n\n",
@@ -243,7 +274,7 @@ mod tests {
     );
 
     fn run(stream: &str, withhold: bool, cuts: &[usize]) -> (String, Measured) {
-        let mut meter = Meter::new(b"text/event-stream; charset=utf-8", false, withhold);
+        let mut meter = Meter::new(b"text/event-stream; charset=utf-8", false, withhold, CHAT_LOOKS);
         let bytes = stream.as_bytes();
         let mut out = Vec::new();
         let mut from = 0;
@@ -270,14 +301,14 @@ mod tests {
                 let (out, measured) = run(&stream, true, &[cut]);
                 assert_eq!(out.replace(['\r', '\n'], ""), expected.replace(['\r', '\n'], ""), "cut at {cut}");
                 assert_eq!(measured, usage, "cut at {cut}");
-                assert_eq!(run(&stream, false, &[cut]), (stream.clone(), usage), "cut at {cut}");
+                assert_eq!(run(&stream, false, &[cut]), (stream.clone(), usage.clone()), "cut at {cut}");
             }
         }
     }
 
     #[test]
     fn complete_events_are_never_held() {
-        let mut meter = Meter::new(b"text/event-stream", false, true);
+        let mut meter = Meter::new(b"text/event-stream", false, true, CHAT_LOOKS);
         let first = b"data: {\"choices\":[{\"delta\":{\"content\":\"a\"}}]}\n\n";
         assert_eq!(meter.piece(first, false, MAX_HELD), Passed::AsIs);
         let mut both = first.to_vec();
@@ -287,7 +318,7 @@ mod tests {
 
     #[test]
     fn a_huge_event_passes_in_bounded_memory() {
-        let mut meter = Meter::new(b"text/event-stream", false, true);
+        let mut meter = Meter::new(b"text/event-stream", false, true, CHAT_LOOKS);
         let mut out = 0;
         out += match meter.piece(b"data: \"", false, MAX_HELD) {
             Passed::AsIs => 7,
@@ -307,7 +338,7 @@ mod tests {
 
     #[test]
     fn without_room_nothing_is_held() {
-        let mut meter = Meter::new(b"text/event-stream", false, true);
+        let mut meter = Meter::new(b"text/event-stream", false, true, CHAT_LOOKS);
         assert_eq!(meter.piece(b"data: {\"choi", false, 4), Passed::AsIs);
         assert_eq!(meter.held(), 0);
         assert_eq!(meter.piece(b"ces\":[]}\n\n", false, 4), Passed::AsIs);
@@ -315,17 +346,48 @@ mod tests {
 
     #[test]
     fn what_cannot_be_read_is_counted_in_bytes() {
-        let mut meter = Meter::new(b"application/json", true, false);
+        let mut meter = Meter::new(b"application/json", true, false, CHAT_LOOKS);
         meter.piece(b"\x1f\x8b123", true, MAX_HELD);
         assert_eq!(meter.finish(), Measured { visible_bytes: 5, ..Measured::default() });
     }
 
+    /// Parts of streams, so that random ones have events, comments, junk and every kind of line end.
+    const PARTS: [&str; 16] = [
+        "data: ",
+        "data:",
+        "\n",
+        "\r\n",
+        "\r",
+        "\n\n",
+        "\r\n\r\n",
+        ": ping",
+        "event: x",
+        "id",
+        "[DONE]",
+        "{\"choices\":[{\"delta\":{\"content\":\"h\u{e9}\"}}]}",
+        "data: {\"choices\":[],\"usage\":{\"prompt_tokens\":9,\"completion_tokens\":4}}\n\n",
+        "data: {\"error\":{}}\r\r",
+        "data: {\"choices\":[],\ndata: \"usage\":{\"prompt_tokens\":5}}\n\n",
+        "data: {\"choices\":[\n\n",
+    ];
+
     proptest! {
+        /// What comes out, and what was counted, does not depend on where a stream is cut; byte by byte is the plainest way.
+        #[test]
+        fn any_stream_any_split_comes_out_the_same(parts in proptest::collection::vec(proptest::sample::select(&PARTS[..]), 0..20), cuts in proptest::collection::vec(0usize..400, 0..4), withhold: bool) {
+            let stream = parts.concat();
+            let mut cuts: Vec<usize> = cuts.into_iter().map(|cut| cut.min(stream.len())).collect();
+            cuts.sort_unstable();
+            let slowly = run(&stream, withhold, &(1..stream.len()).collect::<Vec<_>>());
+            prop_assert_eq!(&run(&stream, withhold, &[]), &slowly);
+            prop_assert_eq!(&run(&stream, withhold, &cuts), &slowly);
+        }
+
         #[test]
         fn any_bytes_any_split_pass_unchanged_without_a_usage_chunk(bytes in proptest::collection::vec(proptest::sample::select(&b"data: \r\n{}[]\"x:,"[..]), 0..80), cut in 0usize..80) {
             let cut = cut.min(bytes.len());
             for withhold in [false, true] {
-                let mut meter = Meter::new(b"text/event-stream", false, withhold);
+                let mut meter = Meter::new(b"text/event-stream", false, withhold, CHAT_LOOKS);
                 let mut out = Vec::new();
                 for (piece, end) in [(&bytes[..cut], false), (&bytes[cut..], true)] {
                     match meter.piece(piece, end, MAX_HELD) {

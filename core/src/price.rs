@@ -1,11 +1,28 @@
-//! Prices per million tokens in nanodollars, the cost of what was used, and the dearest it could have been.
+//! Prices in nanodollars, the cost of what was used, and the dearest it could have been.
 
 use crate::money::Nanodollars;
 use crate::usage::Usage;
+use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 
 /// Public list prices; `tools/prices` makes the file.
 const BUILT_IN: &str = include_str!("../data/prices.tsv");
+
+/// What a model is sold as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Mode {
+    #[default]
+    Chat,
+    Responses,
+    Completion,
+    Embedding,
+    Moderation,
+    Image,
+    Speech,
+    Transcription,
+}
 
 /// What one token of each class costs, per million.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -15,26 +32,61 @@ pub struct Rates {
     pub cache_write: Nanodollars,
     pub cache_write_1h: Nanodollars,
     pub output: Nanodollars,
+    pub audio_input: Nanodollars,
+    pub image_input: Nanodollars,
+    /// Output that is sound.
+    pub media_output: Nanodollars,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// What is counted when it is paid.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum Unit {
+    #[default]
+    Tokens,
+    /// Per million characters of input.
+    Characters(Nanodollars),
+    /// Per million seconds of a recording.
+    Seconds(Nanodollars),
+    Images(Vec<ImagePrice>),
+}
+
+/// What one picture costs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ImagePrice {
+    pub quality: String,
+    pub size: String,
+    pub price: Nanodollars,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Price {
+    pub mode: Mode,
+    pub unit: Unit,
     pub base: Rates,
     /// Above so many input tokens the whole request costs these rates.
     pub tier: Option<(u64, Rates)>,
-    /// Most input tokens the model takes.
+    /// Most input tokens the model takes: of each text, where a request has several.
     pub context: Option<u64>,
-    pub max_output: u64,
+    /// Most output tokens: of an answer, of a picture. `None`: nobody says, so a budget can't be held for it.
+    pub max_output: Option<u64>,
     /// The model thinks in tokens that nobody sees but somebody pays.
     pub reasoning: bool,
 }
 
 impl Price {
-    /// What `usage` costs, rounded up once.
-    pub fn cost(&self, usage: &Usage) -> Nanodollars {
-        let input = usage.input.saturating_add(usage.cache_read).saturating_add(usage.cache_write).saturating_add(usage.cache_write_1h);
+    /// What `usage` costs, rounded up once. `None` when it does not tell what this model is paid by.
+    pub fn cost(&self, usage: &Usage) -> Option<Nanodollars> {
+        match &self.unit {
+            Unit::Tokens => (usage.seconds == 0).then(|| self.tokens(usage)),
+            Unit::Seconds(each) => (usage.seconds > 0).then(|| Nanodollars::of_tokens(&[(usage.seconds, *each)])),
+            Unit::Characters(_) | Unit::Images(_) => None,
+        }
+    }
+
+    fn tokens(&self, usage: &Usage) -> Nanodollars {
+        let input = [usage.input, usage.cache_read, usage.cache_write, usage.cache_write_1h, usage.audio_input, usage.image_input];
         let rates = match self.tier {
-            Some((above, rates)) if input > above => rates,
+            Some((above, rates)) if input.iter().fold(0u64, |sum, n| sum.saturating_add(*n)) > above => rates,
             _ => self.base,
         };
         Nanodollars::of_tokens(&[
@@ -42,23 +94,35 @@ impl Price {
             (usage.cache_read, rates.cache_read),
             (usage.cache_write, rates.cache_write),
             (usage.cache_write_1h, rates.cache_write_1h),
+            (usage.audio_input, rates.audio_input),
+            (usage.image_input, rates.image_input),
             (usage.output, rates.output),
+            (usage.media_output, rates.media_output),
         ])
     }
 
     /// The most one input token can cost.
     pub fn dearest_input(&self) -> Nanodollars {
-        self.all_rates().map(|r| r.input.max(r.cache_read).max(r.cache_write).max(r.cache_write_1h)).max().unwrap_or_default()
+        let dearest = |r: Rates| [r.input, r.cache_read, r.cache_write, r.cache_write_1h, r.audio_input, r.image_input].into_iter().max();
+        self.all_rates().filter_map(dearest).max().unwrap_or_default()
     }
 
     /// The most one output token can cost.
     pub fn dearest_output(&self) -> Nanodollars {
-        self.all_rates().map(|r| r.output).max().unwrap_or_default()
+        self.all_rates().map(|r| r.output.max(r.media_output)).max().unwrap_or_default()
     }
 
     fn all_rates(&self) -> impl Iterator<Item = Rates> {
         std::iter::once(self.base).chain(self.tier.map(|(_, rates)| rates))
     }
+}
+
+/// The price of a picture of this size and quality. What is not said is the provider's default (API reference: 1024x1024,
+/// standard); what is not listed costs the dearest that is.
+pub fn image_price(prices: &[ImagePrice], size: Option<&str>, quality: Option<&str>) -> Option<Nanodollars> {
+    let (size, quality) = (size.unwrap_or("1024x1024"), quality.unwrap_or("standard"));
+    let listed = prices.iter().find(|p| p.size == size && p.quality == quality).map(|p| p.price);
+    listed.or_else(|| prices.iter().map(|p| p.price).max())
 }
 
 /// Prices by provider and exact model name.
@@ -75,10 +139,23 @@ impl PriceTable {
     pub fn parse(text: &str) -> Result<Self, String> {
         let mut table = HashMap::new();
         for (n, line) in text.lines().enumerate().filter(|(_, line)| !line.starts_with('#') && !line.is_empty()) {
-            let (provider, model, price) = row(line).ok_or_else(|| format!("price table, line {}: can't be read", n + 1))?;
-            table.insert((provider, model), price);
+            let bad = || format!("price table, line {}: can't be read", n + 1);
+            let (provider, model, price) = row(line).ok_or_else(bad)?;
+            match table.entry((provider, model)) {
+                Entry::Vacant(slot) => drop(slot.insert(price)),
+                // A model that is paid by the picture has a line for each size and quality.
+                Entry::Occupied(mut slot) => match (&mut slot.get_mut().unit, price.unit) {
+                    (Unit::Images(listed), Unit::Images(more)) => listed.extend(more),
+                    _ => return Err(bad()),
+                },
+            }
         }
         Ok(PriceTable(table))
+    }
+
+    /// Models of a provider, in no order.
+    pub fn models(&self, provider: &str) -> impl Iterator<Item = (&str, &Price)> {
+        self.0.iter().filter(move |((of, _), _)| of == provider).map(|((_, model), price)| (model.as_str(), price))
     }
 
     pub fn find(&self, provider: &str, model: &str) -> Option<&Price> {
@@ -93,14 +170,30 @@ fn row(line: &str) -> Option<(String, String, Price)> {
         None => Some(None),
         Some(text) => text.parse().ok().filter(|n: &i64| *n >= 0).map(|n| Some(Nanodollars(n))),
     };
+    let (audio_input, image_input, media_output) = (money(16)?, money(17)?, money(18)?);
     let rates = |input: Nanodollars, read: Option<Nanodollars>, write: Option<Nanodollars>, write_1h: Option<Nanodollars>, output| Rates {
         input,
         cache_read: read.unwrap_or(input),
         cache_write: write.unwrap_or(input),
         cache_write_1h: write_1h.or(write).unwrap_or(input),
         output,
+        audio_input: audio_input.unwrap_or(input).max(input),
+        image_input: image_input.unwrap_or(input).max(input),
+        media_output: media_output.unwrap_or(output).max(output),
     };
-    let base = rates(money(2)??, money(3)?, money(4)?, money(5)?, money(6)??);
+    let unit = match (cell(19), money(20)?) {
+        (None, None) => Unit::Tokens,
+        (Some("characters"), Some(each)) => Unit::Characters(each),
+        (Some("seconds"), Some(each)) => Unit::Seconds(each),
+        (Some("image"), Some(price)) => Unit::Images(vec![ImagePrice { quality: cell(21)?.to_owned(), size: cell(22)?.to_owned(), price }]),
+        _ => return None,
+    };
+    // What is not paid by tokens has no price for one.
+    let token = |i: usize| match unit {
+        Unit::Tokens => money(i)?,
+        _ => Some(Nanodollars::ZERO),
+    };
+    let base = rates(token(2)?, money(3)?, money(4)?, money(5)?, token(6)?);
     let tier = match cell(9) {
         None => None,
         Some(above) => {
@@ -111,10 +204,12 @@ fn row(line: &str) -> Option<(String, String, Price)> {
         }
     };
     let price = Price {
+        mode: cell(15).map_or(Some(Mode::Chat), |mode| serde_json::from_value(mode.into()).ok())?,
+        unit,
         base,
         tier,
         context: cell(7).map(str::parse).transpose().ok()?,
-        max_output: cell(8)?.parse().ok()?,
+        max_output: cell(8).map(str::parse).transpose().ok()?,
         reasoning: cell(14) == Some("1"),
     };
     Some((cell(0)?.to_owned(), cell(1)?.to_owned(), price))
@@ -132,22 +227,40 @@ mod tests {
         let table = PriceTable::built_in().unwrap();
         let gpt_4o = table.find("openai", "gpt-4o").unwrap();
         let usage = Usage { input: 1_000_000, cache_read: 1_000_000, output: 1_000_000, ..Usage::default() };
-        assert_eq!(gpt_4o.cost(&usage).to_usd(), "13.75");
-        assert_eq!((gpt_4o.max_output, gpt_4o.reasoning), (16_384, false));
+        assert_eq!(gpt_4o.cost(&usage).unwrap().to_usd(), "13.75");
+        assert_eq!((gpt_4o.max_output, gpt_4o.reasoning), (Some(16_384), false));
         let sonnet = table.find("anthropic", "claude-sonnet-4-5").unwrap();
         let usage = Usage { cache_write: 1_000_000, ..Usage::default() };
-        assert_eq!(sonnet.cost(&usage).to_usd(), "3.75");
+        assert_eq!(sonnet.cost(&usage).unwrap().to_usd(), "3.75");
         assert_eq!(sonnet.dearest_input().to_usd(), "6.00");
         assert!(table.find("openai", "o3").unwrap().reasoning);
         assert_eq!(table.find("openai", "no-such-model"), None);
     }
 
     #[test]
+    fn what_is_not_paid_by_tokens_has_its_own_unit() {
+        let table = PriceTable::built_in().unwrap();
+        let of = |model: &str| table.find("openai", model).unwrap();
+        assert_eq!(of("tts-1").unit, Unit::Characters(Nanodollars(15_000_000_000)));
+        assert_eq!((of("tts-1").mode, of("tts-1").cost(&Usage::default())), (Mode::Speech, None));
+        let minute = Usage { seconds: 60, ..Usage::default() };
+        assert_eq!(of("whisper-1").cost(&minute).unwrap().to_usd(), "0.006");
+        assert_eq!(of("gpt-4o-transcribe").cost(&minute), None, "paid by tokens, told seconds");
+        let Unit::Images(listed) = &of("dall-e-3").unit else { panic!("not by the picture") };
+        for (size, quality, usd) in [(None, None, "0.04"), (Some("1024x1792"), Some("hd"), "0.12"), (Some("9x9"), None, "0.12")] {
+            assert_eq!(image_price(listed, size, quality).unwrap().to_usd(), usd, "{size:?} {quality:?}");
+        }
+        let drawn = Usage { input: 50, image_input: 200, output: 4_160, ..Usage::default() };
+        assert_eq!(of("gpt-image-1").cost(&drawn).unwrap().to_usd(), "0.16865");
+        assert_eq!((of("omni-moderation-latest").mode, of("text-embedding-3-small").mode), (Mode::Moderation, Mode::Embedding));
+    }
+
+    #[test]
     fn a_long_prompt_costs_the_tier_for_every_token() {
         let table = PriceTable::parse("p\tm\t1000000\t\t\t\t2000000\t\t10\t100\t3000000\t\t\t4000000\t0\n").unwrap();
         let price = table.find("p", "m").unwrap();
-        assert_eq!(price.cost(&Usage { input: 100, output: 1, ..Usage::default() }), Nanodollars(102));
-        assert_eq!(price.cost(&Usage { input: 101, output: 1, ..Usage::default() }), Nanodollars(307));
+        assert_eq!(price.cost(&Usage { input: 100, output: 1, ..Usage::default() }), Some(Nanodollars(102)));
+        assert_eq!(price.cost(&Usage { input: 101, output: 1, ..Usage::default() }), Some(Nanodollars(307)));
         assert_eq!((price.dearest_input(), price.dearest_output()), (Nanodollars(3_000_000), Nanodollars(4_000_000)));
     }
 
@@ -155,5 +268,7 @@ mod tests {
     fn a_bad_line_is_named() {
         assert_eq!(PriceTable::parse("#\np\tm\tx").unwrap_err(), "price table, line 2: can't be read");
         assert!(PriceTable::parse("p\tm\t-1\t\t\t\t2\t\t10").is_err());
+        let twice = "p\tm\t1\t\t\t\t2\t\t10\n";
+        assert!(PriceTable::parse(&twice.repeat(2)).is_err(), "two prices for one model");
     }
 }

@@ -13,6 +13,7 @@ pub enum Code {
     Expired,
     ModelNotAllowed,
     EndpointNotAllowed,
+    StateNotOwned,
     UnknownProvider,
     UnknownModel,
     BadRequest,
@@ -28,13 +29,14 @@ pub enum Code {
 
 impl Code {
     /// Every code there is.
-    pub const ALL: [Code; 17] = [
+    pub const ALL: [Code; 18] = [
         Code::MissingKey,
         Code::UnknownKey,
         Code::Revoked,
         Code::Expired,
         Code::ModelNotAllowed,
         Code::EndpointNotAllowed,
+        Code::StateNotOwned,
         Code::UnknownProvider,
         Code::UnknownModel,
         Code::BadRequest,
@@ -56,6 +58,7 @@ impl Code {
             Code::Expired => "expired",
             Code::ModelNotAllowed => "model_not_allowed",
             Code::EndpointNotAllowed => "endpoint_not_allowed",
+            Code::StateNotOwned => "state_not_owned",
             Code::UnknownProvider => "unknown_provider",
             Code::UnknownModel => "unknown_model",
             Code::BadRequest => "bad_request",
@@ -73,7 +76,7 @@ impl Code {
     pub fn status(self) -> u16 {
         match self {
             Code::MissingKey | Code::UnknownKey | Code::Revoked | Code::Expired => 401,
-            Code::ModelNotAllowed | Code::EndpointNotAllowed => 403,
+            Code::ModelNotAllowed | Code::EndpointNotAllowed | Code::StateNotOwned => 403,
             Code::UnknownProvider | Code::UnknownModel => 404,
             Code::BadRequest | Code::UnboundedInput => 400,
             Code::BodyTooLarge => 413,
@@ -171,7 +174,7 @@ mod tests {
 
     #[test]
     fn the_name_on_the_wire_is_the_name_in_the_header() {
-        for code in [Code::MissingKey, Code::EndpointNotAllowed, Code::ProviderCredentialRejected, Code::CapReserved] {
+        for code in [Code::MissingKey, Code::EndpointNotAllowed, Code::StateNotOwned, Code::ProviderCredentialRejected, Code::CapReserved] {
             assert_eq!(serde_json::to_string(&code).unwrap(), format!("\"{}\"", code.name()));
         }
     }

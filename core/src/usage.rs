@@ -1,6 +1,7 @@
 //! Token usage as providers report it, read from an answer as it passes.
 
 use crate::json::{JsonError, Scalar, Scanner, Span, Visitor};
+use crate::operation::{Tells, is_id};
 use serde::{Deserialize, Serialize};
 
 /// Tokens by what they are billed as. The classes don't overlap.
@@ -22,7 +23,22 @@ pub struct Usage {
     /// Of `output`, those that were hidden reasoning.
     #[serde(rename = "rs", default, skip_serializing_if = "is_zero")]
     pub reasoning: u64,
+    /// Input tokens that were sound, beside `input`.
+    #[serde(rename = "ai", default, skip_serializing_if = "is_zero")]
+    pub audio_input: u64,
+    /// Input tokens that were pictures, beside `input`.
+    #[serde(rename = "ii", default, skip_serializing_if = "is_zero")]
+    pub image_input: u64,
+    /// Output tokens that were sound or pictures, beside `output`.
+    #[serde(rename = "mo", default, skip_serializing_if = "is_zero")]
+    pub media_output: u64,
+    /// Seconds of a recording, begun ones included, where they are what is paid.
+    #[serde(rename = "s", default, skip_serializing_if = "is_zero")]
+    pub seconds: u64,
 }
+
+/// Ids that one answer may name, at most: an answer and its items.
+pub const MAX_IDS: usize = 128;
 
 #[allow(clippy::trivially_copy_pass_by_ref, reason = "serde calls it with a reference")]
 fn is_zero(n: &u64) -> bool {
@@ -42,12 +58,25 @@ struct Numbers {
     cache_creation: Option<u64>,
     cache_creation_1h: Option<u64>,
     cache_read: Option<u64>,
+    audio_input: Option<u64>,
+    image_input: Option<u64>,
+    audio_output: Option<u64>,
+    seconds: Option<u64>,
+}
+
+/// What of an answer is looked at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Looks {
+    pub tells: Tells,
+    /// The ids of what the provider made and keeps.
+    pub ids: bool,
 }
 
 /// Follows usage through an answer: a whole JSON document, or one event after the other of a stream. Anthropic's numbers
 /// are cumulative and come in parts (`message_start`, then `message_delta`): a later number replaces an earlier one.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct UsageReader {
+    looks: Looks,
     numbers: Numbers,
     /// Bytes of text the caller was shown: content, arguments, refusals, reasoning summaries.
     pub visible_bytes: u64,
@@ -56,35 +85,55 @@ pub struct UsageReader {
 }
 
 impl UsageReader {
+    pub fn new(looks: Looks) -> Self {
+        UsageReader { looks, ..UsageReader::default() }
+    }
+
     /// Usage, once the provider has told input and output. `None` until then.
     pub fn usage(&self) -> Option<Usage> {
         let n = self.numbers;
-        match (n.prompt, n.completion, n.input, n.output) {
-            (Some(prompt), Some(completion), _, _) => Some(openai(n, prompt, completion)),
-            (_, _, Some(input), Some(output)) => Some(anthropic(n, input, output)),
-            _ => None,
+        match self.looks.tells {
+            Tells::Nothing => None,
+            Tells::Completion => Some(openai(n, n.prompt?, n.completion?)),
+            Tells::Prompt => Some(openai(n, n.prompt?, 0)),
+            Tells::Input if n.seconds.is_some() => Some(Usage { seconds: n.seconds?, ..Usage::default() }),
+            Tells::Input => Some(openai(n, n.input?, n.output?)),
+            Tells::Anthropic => Some(anthropic(n, n.input?, n.output?)),
         }
     }
 
     /// Input tokens alone, as soon as they are known: enough to charge a cut stream fairly.
     pub fn input(&self) -> Option<Usage> {
-        self.usage()
-            .map(|usage| Usage { output: 0, reasoning: 0, ..usage })
-            .or_else(|| self.numbers.input.map(|input| anthropic(self.numbers, input, 0)))
+        let begun = || match self.looks.tells {
+            Tells::Anthropic => self.numbers.input.map(|input| anthropic(self.numbers, input, 0)),
+            _ => None,
+        };
+        self.usage().map(|usage| Usage { output: 0, reasoning: 0, media_output: 0, ..usage }).or_else(begun)
     }
 }
 
-/// OpenAI counts cached tokens inside `prompt_tokens`.
+/// OpenAI counts cached tokens, sound and pictures inside its sums.
 fn openai(n: Numbers, prompt: u64, completion: u64) -> Usage {
-    let cache_read = n.cached.unwrap_or(0).min(prompt);
-    let cache_write = n.openai_cache_write.unwrap_or(0).min(prompt - cache_read);
+    let mut left = prompt;
+    let mut part = |count: Option<u64>| {
+        let count = count.unwrap_or(0).min(left);
+        left -= count;
+        count
+    };
+    // Sound and pictures first: where cached tokens are some of them, the dearer price applies.
+    let (audio_input, image_input) = (part(n.audio_input), part(n.image_input));
+    let (cache_read, cache_write) = (part(n.cached), part(n.openai_cache_write));
+    let media_output = n.audio_output.unwrap_or(0).min(completion);
     Usage {
-        input: prompt - cache_read - cache_write,
+        input: left,
         cache_read,
         cache_write,
-        cache_write_1h: 0,
-        output: completion,
-        reasoning: n.reasoning.unwrap_or(0).min(completion),
+        output: completion - media_output,
+        reasoning: n.reasoning.unwrap_or(0).min(completion - media_output),
+        audio_input,
+        image_input,
+        media_output,
+        ..Usage::default()
     }
 }
 
@@ -97,7 +146,7 @@ fn anthropic(n: Numbers, input: u64, output: u64) -> Usage {
         cache_write: n.cache_creation.unwrap_or(0).saturating_sub(long),
         cache_write_1h: long,
         output,
-        reasoning: 0,
+        ..Usage::default()
     }
 }
 
@@ -110,7 +159,7 @@ pub struct AnswerReader {
 }
 
 /// What one document was.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Document {
     /// It carried a usage object that was not null.
     pub usage: bool,
@@ -118,6 +167,8 @@ pub struct Document {
     pub no_choices: bool,
     /// It was an error object.
     pub error: bool,
+    /// Objects that it names as made: its own id, and its items'.
+    pub ids: Vec<String>,
 }
 
 impl AnswerReader {
@@ -130,10 +181,24 @@ impl AnswerReader {
         self.failed = self.failed || self.scanner.feed(piece, &mut self.walk).is_err();
     }
 
-    pub fn finish(mut self) -> (UsageReader, Document) {
+    /// Ends the document in hand. The next goes on from what was told so far, in the memory of this one.
+    pub fn end_document(&mut self) -> Document {
         self.failed = self.failed || self.scanner.finish(&mut self.walk).is_err();
         let document = if self.failed { Document::default() } else { self.walk.document() };
-        (self.walk.reader, document)
+        self.failed = false;
+        self.scanner.reset();
+        self.walk.reset();
+        document
+    }
+
+    /// What all documents told together, the one in hand included as far as it was read.
+    pub fn so_far(&self) -> UsageReader {
+        self.walk.reader
+    }
+
+    pub fn finish(mut self) -> (UsageReader, Document) {
+        let document = self.end_document();
+        (self.so_far(), document)
     }
 }
 
@@ -142,10 +207,17 @@ enum Node {
     Root,
     /// `usage`, or `message.usage`.
     Usage,
-    /// `prompt_tokens_details`, `completion_tokens_details`, `cache_creation`: their names don't clash.
+    /// `prompt_tokens_details`, `cache_creation` and the like.
     Details,
+    /// `completion_tokens_details` and the like.
+    OutputDetails,
     /// `message` of Anthropic's `message_start`.
     Message,
+    /// `response` of an event of the Responses API.
+    Response,
+    /// Its `output`, and one item of it.
+    Items,
+    Item,
     Choices,
     /// Anything under `choices`, `content`, `delta`: its strings are what the caller sees.
     Shown,
@@ -156,6 +228,8 @@ enum Node {
 enum Slot {
     Into(Node),
     Number(Name),
+    Id,
+    Error,
     Shown,
     Ignored,
 }
@@ -172,6 +246,10 @@ enum Name {
     CacheCreation,
     CacheCreation1h,
     CacheRead,
+    AudioInput,
+    ImageInput,
+    AudioOutput,
+    Seconds,
 }
 
 #[derive(Debug, Default)]
@@ -182,16 +260,25 @@ struct Walk {
     choices: bool,
     items: u64,
     error: bool,
+    ids: Vec<String>,
 }
 
 impl Walk {
-    fn document(&self) -> Document {
-        Document { usage: self.usage, no_choices: self.choices && self.items == 0, error: self.error }
+    fn document(&mut self) -> Document {
+        let ids = std::mem::take(&mut self.ids);
+        Document { usage: self.usage, no_choices: self.choices && self.items == 0, error: self.error, ids }
+    }
+
+    fn reset(&mut self) {
+        self.nodes.clear();
+        self.ids.clear();
+        (self.usage, self.choices, self.items, self.error) = (false, false, 0, false);
     }
 
     fn slot(&self) -> Slot {
         match self.nodes.last() {
             Some((Node::Choices | Node::Shown, Slot::Ignored)) => Slot::Into(Node::Shown),
+            Some((Node::Items, _)) => Slot::Into(Node::Item),
             Some(&(_, slot)) => slot,
             None => Slot::Into(Node::Root),
         }
@@ -205,13 +292,17 @@ impl Visitor for Walk {
         let node = match self.slot() {
             Slot::Into(node) => node,
             Slot::Shown => Node::Shown,
-            Slot::Number(_) | Slot::Ignored => Node::Other,
+            Slot::Error => {
+                self.error = true;
+                Node::Other
+            }
+            Slot::Number(_) | Slot::Id | Slot::Ignored => Node::Other,
         };
         match (self.nodes.last(), node) {
             (Some((Node::Choices, _)), _) => self.items += 1,
             (Some(&(parent, _)), Node::Usage) => {
                 self.usage |= object;
-                self.reader.is_final |= object && parent == Node::Root;
+                self.reader.is_final |= object && parent != Node::Message;
             }
             (_, Node::Choices) => self.choices = true,
             _ => {}
@@ -228,33 +319,45 @@ impl Visitor for Walk {
     fn key(&mut self, key: Option<&[u8]>) -> Result<(), JsonError> {
         let key = key.unwrap_or_default();
         let Some((node, slot)) = self.nodes.last_mut() else { return Ok(()) };
+        let ids = self.reader.looks.ids;
         *slot = match (*node, key) {
-            (Node::Root | Node::Message, b"usage") => Slot::Into(Node::Usage),
+            (Node::Root | Node::Message | Node::Response, b"usage") => Slot::Into(Node::Usage),
             (Node::Root, b"message") => Slot::Into(Node::Message),
+            (Node::Root, b"response") => Slot::Into(Node::Response),
             (Node::Root, b"choices") => Slot::Into(Node::Choices),
             (Node::Root | Node::Message, b"content" | b"content_block" | b"delta") => Slot::Shown,
-            (Node::Root, b"error") => {
-                self.error = true;
-                Slot::Ignored
-            }
+            (Node::Root | Node::Response, b"error") => Slot::Error,
+            (Node::Root | Node::Response, b"output") if ids => Slot::Into(Node::Items),
+            (Node::Root | Node::Response | Node::Item, b"id") if ids => Slot::Id,
             (Node::Shown, b"id" | b"type" | b"role" | b"finish_reason" | b"stop_reason" | b"index" | b"object") => Slot::Into(Node::Other),
             (Node::Shown, _) => Slot::Shown,
-            (Node::Usage, b"prompt_tokens_details" | b"completion_tokens_details" | b"cache_creation") => Slot::Into(Node::Details),
-            (Node::Usage | Node::Details, _) => number(*node, key).map_or(Slot::Ignored, Slot::Number),
+            (Node::Usage, b"prompt_tokens_details" | b"input_tokens_details" | b"input_token_details" | b"cache_creation") => {
+                Slot::Into(Node::Details)
+            }
+            (Node::Usage, b"completion_tokens_details" | b"output_tokens_details" | b"output_token_details") => {
+                Slot::Into(Node::OutputDetails)
+            }
+            (Node::Usage | Node::Details | Node::OutputDetails, _) => number(*node, key).map_or(Slot::Ignored, Slot::Number),
             _ => Slot::Ignored,
         };
         Ok(())
     }
 
     fn wants(&self) -> usize {
-        0
+        if self.slot() == Slot::Id { 129 } else { 0 }
     }
 
     fn scalar(&mut self, value: Scalar<'_>, _: Span) -> Result<(), JsonError> {
         match (self.slot(), value) {
             (Slot::Shown | Slot::Into(Node::Shown), Scalar::Str { len, .. }) => self.reader.visible_bytes += len,
+            (Slot::Id, Scalar::Str { text, .. }) => {
+                let id = std::str::from_utf8(text).ok().filter(|id| is_id(id) && self.ids.len() < MAX_IDS);
+                self.ids.extend(id.map(str::to_owned));
+            }
+            (Slot::Error, Scalar::Null) => {}
+            (Slot::Error, _) => self.error = true,
             (Slot::Number(name), Scalar::Num(digits)) => {
-                let n = std::str::from_utf8(digits).ok().and_then(|d| d.parse().ok());
+                let n = whole(digits);
                 if n.is_some() {
                     *self.reader.numbers.slot(name) = n;
                 }
@@ -263,6 +366,14 @@ impl Visitor for Walk {
         }
         Ok(())
     }
+}
+
+/// A count; a part of one, as of a second, is paid as a whole.
+fn whole(digits: &[u8]) -> Option<u64> {
+    let text = std::str::from_utf8(digits).ok()?;
+    let (units, rest) = text.split_once('.').unwrap_or((text, ""));
+    let more = rest.bytes().any(|b| b != b'0');
+    units.parse::<u64>().ok()?.checked_add(u64::from(more)).filter(|_| !text.contains(['e', 'E']))
 }
 
 fn number(node: Node, key: &[u8]) -> Option<Name> {
@@ -275,7 +386,11 @@ fn number(node: Node, key: &[u8]) -> Option<Name> {
         (Node::Usage, b"cache_read_input_tokens") => Name::CacheRead,
         (Node::Details, b"cached_tokens") => Name::Cached,
         (Node::Details, b"cache_write_tokens") => Name::OpenAiCacheWrite,
-        (Node::Details, b"reasoning_tokens") => Name::Reasoning,
+        (Node::OutputDetails, b"reasoning_tokens") => Name::Reasoning,
+        (Node::OutputDetails, b"audio_tokens") => Name::AudioOutput,
+        (Node::Details, b"audio_tokens") => Name::AudioInput,
+        (Node::Details, b"image_tokens") => Name::ImageInput,
+        (Node::Usage, b"seconds") => Name::Seconds,
         (Node::Details, b"ephemeral_1h_input_tokens") => Name::CacheCreation1h,
         _ => return None,
     })
@@ -294,6 +409,10 @@ impl Numbers {
             Name::CacheCreation => &mut self.cache_creation,
             Name::CacheCreation1h => &mut self.cache_creation_1h,
             Name::CacheRead => &mut self.cache_read,
+            Name::AudioInput => &mut self.audio_input,
+            Name::ImageInput => &mut self.image_input,
+            Name::AudioOutput => &mut self.audio_output,
+            Name::Seconds => &mut self.seconds,
         }
     }
 }
@@ -310,10 +429,14 @@ mod tests {
         reader.finish()
     }
 
+    fn telling(tells: Tells) -> UsageReader {
+        UsageReader::new(Looks { tells, ids: false })
+    }
+
     #[test]
     fn openai_cached_tokens_are_inside_the_prompt() {
         let (reader, document) = read(
-            UsageReader::default(),
+            telling(Tells::Completion),
             r#"{"choices":[{"index":0,"message":{"role":"assistant","content":"hé","usage":{"prompt_tokens":9}},"finish_reason":"stop"}],
                "usage":{"prompt_tokens":100,"completion_tokens":20,"total_tokens":120,"prompt_tokens_details":{"cached_tokens":60,"audio_tokens":0},
                "completion_tokens_details":{"reasoning_tokens":8}}}"#,
@@ -325,7 +448,7 @@ mod tests {
 
     #[test]
     fn anthropic_deltas_are_cumulative() {
-        let mut reader = UsageReader::default();
+        let mut reader = telling(Tells::Anthropic);
         let mut documents = Vec::new();
         for event in [
             r#"{"type":"message_start","message":{"id":"msg_1","content":[],"usage":{"input_tokens":25,"cache_creation_input_tokens":10,"cache_read_input_tokens":7,"cache_creation":{"ephemeral_5m_input_tokens":6,"ephemeral_1h_input_tokens":4},"output_tokens":1}}}"#,
@@ -337,7 +460,7 @@ mod tests {
             (reader, document) = read(reader, event);
             documents.push(document.usage);
         }
-        let expected = Usage { input: 25, cache_read: 7, cache_write: 6, cache_write_1h: 4, output: 17, reasoning: 0 };
+        let expected = Usage { input: 25, cache_read: 7, cache_write: 6, cache_write_1h: 4, output: 17, ..Usage::default() };
         assert_eq!(reader.usage(), Some(expected));
         assert_eq!(reader.visible_bytes, 5);
         assert_eq!(documents, [true, false, true, true]);

@@ -6,8 +6,9 @@ use crate::vm::{FLIGHT, KEY, SharedFlight, TARGET, Vm, vm};
 use keyward_core::body::{Splice, splice_piece, spliced_length};
 use keyward_core::credentials::is_stripped;
 use keyward_core::edge::{ADMIT_PATH, AdmitAnswer, RequestId, Settlement};
-use keyward_core::gate::{self, Admitted, Answering, Asking, Reading, Refused};
+use keyward_core::gate::{self, Admitted, Answering, Asking, Decided, Reading, Refused, Told};
 use keyward_core::meter::Passed;
+use keyward_core::refusal::Answer;
 use keyward_core::trace::TraceContext;
 use proxy_wasm::traits::{Context, HttpContext};
 use proxy_wasm::types::Action;
@@ -22,7 +23,7 @@ enum Stage {
     New,
     Reading(Reading),
     Asking {
-        asking: Asking,
+        asking: Box<Asking>,
         since: Instant,
     },
     Answering {
@@ -39,6 +40,8 @@ pub struct GateStream {
     vm: Rc<Vm>,
     stage: Stage,
     started_ms: u64,
+    /// The request told its body's length.
+    announced: bool,
     /// Body bytes of this stream that count as waiting.
     waiting: u64,
     /// The stream counts as open.
@@ -47,7 +50,7 @@ pub struct GateStream {
 
 impl GateStream {
     pub fn new() -> Self {
-        GateStream { vm: vm(), stage: Stage::New, started_ms: 0, waiting: 0, open: false }
+        GateStream { vm: vm(), stage: Stage::New, started_ms: 0, announced: false, waiting: 0, open: false }
     }
 
     fn take(&mut self) -> Stage {
@@ -86,7 +89,7 @@ impl GateStream {
         headers.extend(traceparent.as_ref().map(|parent| ("traceparent", parent.as_str())));
         headers.extend(asking.trace().and_then(TraceContext::tracestate).map(|state| ("tracestate", state)));
         match host::call(&config.policy_cluster, headers, &body, config.admit_timeout()) {
-            Some(_) => self.stage = Stage::Asking { asking, since: Instant::now() },
+            Some(_) => self.stage = Stage::Asking { asking: Box::new(asking), since: Instant::now() },
             None => return self.refuse(&asking.unavailable()),
         }
         Action::Pause
@@ -100,25 +103,30 @@ impl GateStream {
             self.vm.settlements.borrow_mut().count_refusal(code, host::now_ms());
         }
         host::set_filter_state("keyward.reason", code);
-        let answer = refused.answer();
-        let headers: Vec<(&str, &str)> = answer.headers.iter().map(|(n, v)| (*n, v.as_str())).collect();
-        host::send_response(answer.status, &headers, &answer.body);
+        send(&refused.answer());
         Action::Pause
+    }
+
+    /// Gives the service's own answer; nothing is forwarded.
+    fn tell(&mut self, told: &Told) {
+        metrics::admitted();
+        self.settle(told.settlement(self.elapsed_ms(), host::now_ms()));
+        send(&told.answer());
     }
 
     fn settle(&self, settlement: Settlement) {
         let now = settlement.at;
         if let Some(line) = self.vm.settlements.borrow_mut().push(settlement, now) {
-            host::set_filter_state("keyward.settle", &line);
+            host::set_filter_state("keyward.settle", line);
         }
     }
 
     fn forward(&mut self, admitted: Admitted) {
         let id = admitted.permit.id();
         let cluster = gate::cluster(admitted.permit.target().provider);
-        let ready = write_body(&admitted.splices, admitted.body_bytes)
+        let ready = write_body(&admitted.splices, admitted.body_bytes, self.announced)
             && host::set_filter_state(KEY, &admitted.permit.plan().key)
-            && host::set_filter_state(FLIGHT, &id.to_string())
+            && host::set_filter_state(FLIGHT, id.to_string())
             && host::set_filter_state(TARGET, cluster)
             && host::clear_route_cache();
         self.vm.wait_with(std::mem::take(&mut self.waiting), 0);
@@ -140,8 +148,14 @@ impl GateStream {
     }
 }
 
-/// Writes the admitted values into the buffered body, reading it in pieces so that only one copy is in the VM.
-fn write_body(splices: &[Splice], length: u64) -> bool {
+fn send(answer: &Answer) {
+    let headers: Vec<(&str, &str)> = answer.headers.iter().map(|(n, v)| (*n, v.as_str())).collect();
+    host::send_response(answer.status, &headers, &answer.body);
+}
+
+/// Writes the admitted values into the buffered body, reading it in pieces so that only one copy is in the VM, and its length
+/// into the headers if the caller had announced it.
+fn write_body(splices: &[Splice], length: u64, announced: bool) -> bool {
     if splices.is_empty() {
         return true;
     }
@@ -154,7 +168,6 @@ fn write_body(splices: &[Splice], length: u64) -> bool {
         splice_piece(&piece, from as u64, splices, &mut body);
         from += piece.len();
     }
-    let announced = host::header(Map::RequestHeaders, "content-length").is_some_and(|v| !v.is_empty());
     host::replace_buffer(Buffer::RequestBody, length, &body)
         && (!announced || host::set_header(Map::RequestHeaders, "content-length", &new_length.to_string()))
 }
@@ -179,7 +192,11 @@ impl Context for GateStream {
         }
         let (id, decided) = (asking.id(), answer.as_ref().is_some_and(|a| a.refusal.is_some()));
         match asking.answered(answer) {
-            Ok(admitted) => self.forward(admitted),
+            Ok(Decided::Forward(admitted)) => self.forward(*admitted),
+            Ok(Decided::Answer(told)) => {
+                self.vm.wait_with(std::mem::take(&mut self.waiting), 0);
+                self.tell(&told);
+            }
             Err(refused) => {
                 if !decided {
                     self.settle(gate::void(id, self.elapsed_ms(), host::now_ms()));
@@ -196,12 +213,13 @@ impl HttpContext for GateStream {
         self.started_ms = host::now_ms();
         let map = host::headers(Map::RequestHeaders);
         let headers = map.pairs();
+        self.announced = gate::header(&headers, "content-length").is_some_and(|length| !length.is_empty());
         #[cfg(feature = "test-trap")]
         if gate::header(&headers, "x-test-trap").is_some() {
             std::process::abort();
         }
         // Without randomness there is no id that nobody can guess: the request ends here.
-        let Some(id) = host::random().map(RequestId) else {
+        let Some(id) = self.vm.request_id() else {
             host::send_response(503, &[("x-keyward-reason", "policy_unavailable")], "");
             return Action::Pause;
         };
@@ -330,10 +348,10 @@ impl HttpContext for GateStream {
 /// Whether it is certain that no byte of the request reached the provider: Envoy says so, or it never had a connection for it.
 fn nothing_was_sent() -> bool {
     const CERTAIN: [&str; 5] = ["connection_failure", "no_healthy_upstream", "overflow", "cluster_not_found", "route_not_found"];
-    if host::property(&["upstream", "local_address"]).is_none_or(|address| address.is_empty()) {
+    if host::property("upstream\0local_address").is_none_or(|address| address.is_empty()) {
         return true;
     }
-    let details = host::property(&["response", "code_details"]).unwrap_or_default();
+    let details = host::property("response\0code_details").unwrap_or_default();
     let details = String::from_utf8_lossy(&details).into_owned();
     CERTAIN.iter().any(|sure| details.contains(sure))
 }

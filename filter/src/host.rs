@@ -36,7 +36,6 @@ unsafe extern "C" {
     fn proxy_get_buffer_bytes(kind: u32, start: usize, max: usize, data: *mut *mut u8, size: *mut usize) -> u32;
     fn proxy_set_buffer_bytes(kind: u32, start: usize, length: usize, data: *const u8, size: usize) -> u32;
     fn proxy_get_header_map_pairs(map: u32, data: *mut *mut u8, size: *mut usize) -> u32;
-    fn proxy_get_header_map_value(map: u32, name: *const u8, name_size: usize, data: *mut *mut u8, size: *mut usize) -> u32;
     fn proxy_remove_header_map_value(map: u32, name: *const u8, name_size: usize) -> u32;
     fn proxy_replace_header_map_value(map: u32, name: *const u8, name_size: usize, value: *const u8, value_size: usize) -> u32;
     fn proxy_get_property(path: *const u8, path_size: usize, data: *mut *mut u8, size: *mut usize) -> u32;
@@ -157,11 +156,6 @@ fn serialize_pairs(pairs: &[(&str, &str)]) -> Vec<u8> {
     out
 }
 
-pub fn header(map: Map, name: &str) -> Option<Vec<u8>> {
-    // SAFETY: out-pointers live through the call.
-    received(|data, size| unsafe { proxy_get_header_map_value(map as u32, name.as_ptr(), name.len(), data, size) })
-}
-
 pub fn remove_header(map: Map, name: &[u8]) {
     // SAFETY: the host reads the name during the call.
     unsafe { proxy_remove_header_map_value(map as u32, name.as_ptr(), name.len()) };
@@ -172,29 +166,29 @@ pub fn set_header(map: Map, name: &str, value: &str) -> bool {
     unsafe { proxy_replace_header_map_value(map as u32, name.as_ptr(), name.len(), value.as_ptr(), value.len()) == OK }
 }
 
-/// A property of the stream or of Envoy (`["node", "id"]`, or filter state by its bare name).
-pub fn property(path: &[&str]) -> Option<Vec<u8>> {
-    let path = path.join("\0");
+/// A property of the stream or of Envoy, the parts of its path parted by NUL (`node\0id`), or filter state by its bare name.
+pub fn property(path: &str) -> Option<Vec<u8>> {
     // SAFETY: out-pointers live through the call.
     received(|data, size| unsafe { proxy_get_property(path.as_ptr(), path.len(), data, size) })
 }
 
 /// Writes filter state: seen by the attempt, by the route matcher and by the access log as `wasm.{name}`.
-pub fn set_filter_state(name: &str, value: &str) -> bool {
+pub fn set_filter_state(name: &str, value: impl AsRef<[u8]>) -> bool {
+    let value = value.as_ref();
     // SAFETY: the host copies both during the call.
     unsafe { proxy_set_property(name.as_ptr(), name.len(), value.as_ptr(), value.len()) == OK }
 }
 
 /// A value shared by all VMs of the process, with its version.
-pub fn shared(key: &str) -> Option<(Vec<u8>, u32)> {
+pub fn shared(key: &[u8]) -> Option<(Vec<u8>, u32)> {
     let mut cas = 0;
     // SAFETY: out-pointers live through the call.
     let value = received(|data, size| unsafe { proxy_get_shared_data(key.as_ptr(), key.len(), data, size, &mut cas) })?;
     Some((value, cas))
 }
 
-/// Writes a shared value if its version is still `cas` (0: whatever it is).
-pub fn set_shared(key: &str, value: &[u8], cas: u32) -> bool {
+/// Writes a shared value if its version is still `cas` or it is not there (0: whatever it is).
+pub fn set_shared(key: &[u8], value: &[u8], cas: u32) -> bool {
     // SAFETY: the host copies both during the call.
     unsafe { proxy_set_shared_data(key.as_ptr(), key.len(), value.as_ptr(), value.len(), cas) == OK }
 }

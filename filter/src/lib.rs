@@ -54,7 +54,7 @@ impl Context for Root {
 
 impl RootContext for Root {
     fn on_configure(&mut self, size: usize) -> bool {
-        self.is_gate = host::property(&["plugin_root_id"]).is_some_and(|id| id == b"gate");
+        self.is_gate = host::property("plugin_root_id").is_some_and(|id| id == b"gate");
         if !self.is_gate {
             return true;
         }

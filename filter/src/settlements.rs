@@ -6,19 +6,15 @@
 use crate::{host, metrics};
 use keyward_core::edge::{EdgeChain, EdgeKey, Record, SETTLE_PATH, SettleAnswer, Settlement, VmId};
 use keyward_core::hex;
+use keyward_core::ring::{Ring, SharedData, Slot, Stored};
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
-/// Slots of the ring. A full ring loses nothing but the protection against a trap.
-const SLOTS: u64 = 1024;
-/// Slots that are tried before a record goes without one.
-const PROBES: u64 = 8;
 const MAX_BATCH: usize = 256;
 /// Records that wait before nothing more is asked: about 10 MiB of the VM.
 const MAX_OUTBOX: usize = 16_384;
-/// How long a record of another VM must lie in the ring before somebody else sends it.
-const ORPHAN_AGE_MS: u64 = 3_000;
-const ORPHAN_SCAN_MS: u64 = 5_000;
+/// How often a part of the ring is looked through for what other VMs left behind; all of it takes 5 s.
+const ORPHAN_SCAN_MS: u64 = 600;
 /// Longest time that a count of refusals waits for a batch to go with.
 const REPORT_MS: u64 = 15_000;
 const MAX_BACKOFF_MS: u64 = 5_000;
@@ -26,9 +22,11 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 
 #[derive(Debug, Clone)]
 struct Pending {
-    line: String,
+    record: Stored,
     /// The ring's slot that holds a copy.
-    slot: Option<u64>,
+    slot: Option<Slot>,
+    /// Another VM's record, found in the ring.
+    adopted: bool,
 }
 
 /// A batch that awaits its answer.
@@ -43,6 +41,7 @@ struct Sent {
 #[derive(Debug, Default)]
 pub struct Settlements {
     chain: Option<EdgeChain>,
+    ring: Ring,
     /// Ended before the VM had a key to seal with.
     unsealed: Vec<Settlement>,
     queue: VecDeque<Pending>,
@@ -83,21 +82,25 @@ impl Settlements {
     }
 
     /// Puts the record of an ended request into the outbox. Returns its line, for the access log.
-    pub fn push(&mut self, settlement: Settlement, now_ms: u64) -> Option<String> {
+    pub fn push(&mut self, settlement: Settlement, now_ms: u64) -> Option<&[u8]> {
         metrics::pending_grew();
-        let line = self.seal(&settlement, now_ms);
-        if line.is_none() {
+        if !self.seal(&settlement, now_ms) {
             self.unsealed.push(settlement);
+            return None;
         }
-        line
+        self.queue.back().map(|pending| pending.record.line())
     }
 
-    fn seal(&mut self, settlement: &Settlement, now_ms: u64) -> Option<String> {
-        let record = self.chain.as_mut()?.seal(settlement);
-        let line = record.line();
-        let slot = claim_slot(&record, &line, now_ms);
-        self.queue.push_back(Pending { line: line.clone(), slot });
-        Some(line)
+    /// `false` without a key.
+    fn seal(&mut self, settlement: &Settlement, now_ms: u64) -> bool {
+        let Some(chain) = &mut self.chain else { return false };
+        let sealed = chain.seal(settlement);
+        let record = Stored::new(now_ms, |out| sealed.append_line(out));
+        // Slots are looked for near a place that the MAC names.
+        let near = sealed.mac.first_chunk().map_or(0, |start| u16::from_be_bytes(*start));
+        let slot = self.ring.claim(&ProcessData, &record, near, now_ms);
+        self.queue.push_back(Pending { record, slot, adopted: false });
+        true
     }
 
     /// Sends what waits, unless a batch is on its way. Called on every tick of the gate's root context.
@@ -118,19 +121,21 @@ impl Settlements {
         let refusals = std::mem::take(&mut self.refusals);
         let body = self.batch_body(vm, &batch, &refusals);
         let headers = vec![(":method", "POST"), (":path", SETTLE_PATH), (":authority", "keyward-policy"), ("content-type", "text/plain")];
-        match host::call(cluster, headers, body.as_bytes(), TIMEOUT) {
+        match host::call(cluster, headers, &body, TIMEOUT) {
             Some(token) => self.sent = Some(Sent { token, batch, refusals }),
             None => self.failed(batch, refusals, now_ms),
         }
     }
 
     /// `KB1 vm need_key refusals-json`, then one record a line.
-    fn batch_body(&self, vm: VmId, batch: &[Pending], refusals: &BTreeMap<&'static str, u64>) -> String {
+    fn batch_body(&self, vm: VmId, batch: &[Pending], refusals: &BTreeMap<&'static str, u64>) -> Vec<u8> {
         let refusals = serde_json::to_string(refusals).unwrap_or_default();
-        let mut body = format!("KB1 {} {} {refusals}\n", hex::encode(&vm.0), u8::from(self.needs_key()));
+        let head = format!("KB1 {} {} {refusals}\n", hex::encode(&vm.0), u8::from(self.needs_key()));
+        let mut body = Vec::with_capacity(head.len() + batch.iter().map(|pending| pending.record.line().len() + 1).sum::<usize>());
+        body.extend_from_slice(head.as_bytes());
         for pending in batch {
-            body.push_str(&pending.line);
-            body.push('\n');
+            body.extend_from_slice(pending.record.line());
+            body.push(b'\n');
         }
         body
     }
@@ -141,8 +146,12 @@ impl Settlements {
         let Some(answer) = answer else { return self.failed(batch, refusals, now_ms) };
         self.failures = 0;
         // A record that two VMs sent counts once: for whoever still finds it in the ring.
-        let settled = batch.iter().filter(|pending| pending.slot.is_none_or(|slot| release_slot(slot, &pending.line)));
-        metrics::pending_shrank(settled.count());
+        let release = |Pending { record, slot, adopted }: &Pending| match slot {
+            None => true,
+            Some(slot) if *adopted => self.ring.release_orphan(&ProcessData, *slot, record),
+            Some(slot) => self.ring.release_own(&ProcessData, *slot, record, now_ms),
+        };
+        metrics::pending_shrank(batch.iter().map(release).filter(|settled| *settled).count());
         if let Some(key) = answer.edge_key {
             self.has_key(vm, key);
         }
@@ -167,39 +176,26 @@ impl Settlements {
         if metrics::pending() <= own {
             return;
         }
-        for slot in 0..SLOTS {
-            let Some((value, _)) = host::shared(&slot_key(slot)) else { continue };
-            let Some((since, line)) = std::str::from_utf8(&value).ok().and_then(|v| v.split_once('|')) else { continue };
-            let old = since.parse::<u64>().is_ok_and(|at| at + ORPHAN_AGE_MS < now_ms);
-            let foreign = Record::parse(line).is_some_and(|record| record.vm != vm);
+        for (slot, record) in self.ring.orphans(&ProcessData, now_ms) {
+            let foreign = std::str::from_utf8(record.line()).ok().and_then(Record::parse).is_some_and(|record| record.vm != vm);
             let queued = self.queue.iter().any(|pending| pending.slot == Some(slot));
-            if old && foreign && !queued {
+            if foreign && !queued {
                 metrics::adopted();
-                self.queue.push_back(Pending { line: line.to_owned(), slot: Some(slot) });
+                self.queue.push_back(Pending { record, slot: Some(slot), adopted: true });
             }
         }
     }
 }
 
-fn slot_key(slot: u64) -> String {
-    format!("keyward/settle/{slot}")
-}
+/// What all VMs of the process share.
+struct ProcessData;
 
-/// Finds an empty slot near a place that the record's MAC names, so that VMs don't crowd.
-fn claim_slot(record: &Record, line: &str, now_ms: u64) -> Option<u64> {
-    let start = record.mac.iter().take(4).fold(0u64, |n, &b| n << 8 | u64::from(b));
-    let value = format!("{now_ms}|{line}");
-    (start..start + PROBES).map(|n| n % SLOTS).find(|&slot| {
-        let key = slot_key(slot);
-        match host::shared(&key) {
-            None => host::set_shared(&key, value.as_bytes(), 0),
-            Some((held, cas)) => held.is_empty() && host::set_shared(&key, value.as_bytes(), cas),
-        }
-    })
-}
+impl SharedData for ProcessData {
+    fn read(&self, key: &[u8]) -> Option<(Vec<u8>, u32)> {
+        host::shared(key)
+    }
 
-/// Empties a slot; `false` when somebody else did.
-fn release_slot(slot: u64, line: &str) -> bool {
-    let key = slot_key(slot);
-    host::shared(&key).is_some_and(|(value, cas)| value.ends_with(line.as_bytes()) && host::set_shared(&key, b"", cas))
+    fn write(&self, key: &[u8], value: &[u8], version: u32) -> bool {
+        host::set_shared(key, value, version)
+    }
 }

@@ -28,6 +28,8 @@ pub struct Vm {
     flights: RefCell<HashMap<RequestId, SharedFlight>>,
     id: Cell<Option<VmId>>,
     node: RefCell<Option<Rc<str>>>,
+    /// Request ids to come, drawn many at a time: each call to the host costs.
+    ids: RefCell<Vec<[u8; 16]>>,
     waiting_bytes: Cell<u64>,
     held_bytes: Cell<usize>,
     streams: Cell<u64>,
@@ -60,8 +62,17 @@ impl Vm {
 
     /// Envoy's node id.
     pub fn node(&self) -> Rc<str> {
-        let read = || Rc::from(host::property(&["node", "id"]).and_then(|id| String::from_utf8(id).ok()).unwrap_or_default());
+        let read = || Rc::from(host::property("node\0id").and_then(|id| String::from_utf8(id).ok()).unwrap_or_default());
         self.node.borrow_mut().get_or_insert_with(read).clone()
+    }
+
+    /// A new request's id. `None` without randomness.
+    pub fn request_id(&self) -> Option<RequestId> {
+        let mut ids = self.ids.borrow_mut();
+        if ids.is_empty() {
+            ids.extend_from_slice(host::random::<256>()?.as_chunks().0);
+        }
+        ids.pop().map(RequestId)
     }
 
     pub fn take_off(&self, id: RequestId, flight: Flight) -> SharedFlight {
@@ -76,7 +87,7 @@ impl Vm {
 
     /// The flight that this stream's filter state names.
     pub fn flight_of_stream(&self) -> Option<SharedFlight> {
-        let id = host::property(&[FLIGHT])?;
+        let id = host::property(FLIGHT)?;
         let id = RequestId::parse(std::str::from_utf8(&id).ok()?)?;
         self.flights.borrow().get(&id).cloned()
     }

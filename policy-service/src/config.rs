@@ -41,20 +41,25 @@ pub struct Allow {
     /// Globs over model names, such as `gpt-4o*`.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub models: Vec<String>,
-    /// Globs over `METHOD /path`, or `provider:METHOD /path`.
+    /// Globs over `METHOD /path`, or `provider:METHOD /path`. What is not in the table of operations must be spelled out in
+    /// its first two segments, such as `POST /v1/files`.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub endpoints: Vec<String>,
+    /// Providers may keep answers and conversations, and the key may refer to what it made itself. Without it `store: false` is
+    /// written into requests. A key of a team needs its team's word as well.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub state: bool,
 }
 
 impl From<&Allow> for admission::Allow {
     fn from(allow: &Allow) -> Self {
-        admission::Allow { models: allow.models.clone(), endpoints: allow.endpoints.clone() }
+        admission::Allow { models: allow.models.clone(), endpoints: allow.endpoints.clone(), state: allow.state }
     }
 }
 
 impl From<&admission::Allow> for Allow {
     fn from(allow: &admission::Allow) -> Self {
-        Allow { models: allow.models.clone(), endpoints: allow.endpoints.clone() }
+        Allow { models: allow.models.clone(), endpoints: allow.endpoints.clone(), state: allow.state }
     }
 }
 

@@ -61,6 +61,23 @@ impl Organisation {
         Some(limits)
     }
 
+    /// Whether a key may keep state at providers: its own list or its policy's says so, and its team's does not forbid it.
+    pub fn allows_state(&self, own: bool, team: Option<&str>, policy: Option<&str>) -> bool {
+        let of_policy = policy.and_then(|name| self.document.policies.get(name)).is_some_and(|policy| policy.allow.state);
+        let of_team = team.is_none_or(|name| self.document.teams.get(name).is_some_and(|team| team.allow.state));
+        (own || of_policy) && of_team
+    }
+
+    /// Routes to a provider: the organisation's name, and the model that it leads to.
+    pub fn routes_to(&self, provider: &str) -> impl Iterator<Item = (&str, &str)> {
+        self.document
+            .routes
+            .iter()
+            .filter_map(|(name, route)| route.targets.first().map(|target| (name.as_str(), target)))
+            .filter(move |(_, target)| target.provider == provider)
+            .map(|(name, target)| (name, target.model.as_str()))
+    }
+
     pub fn is_enabled(&self, provider: &str) -> bool {
         self.document.providers.get(provider).is_none_or(|settings| settings.enabled)
     }

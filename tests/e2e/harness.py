@@ -22,6 +22,7 @@ KEYWARD_BIN = os.environ.get("KEYWARD_BIN", str(ROOT / "target/release/keyward")
 SERVICE_BIN = os.environ.get("SERVICE_BIN", str(Path(KEYWARD_BIN).with_name("keyward-policy-service")))
 SIM_BIN = os.environ.get("SIM_BIN", str(Path(KEYWARD_BIN).with_name("provider-sim")))
 LOADGEN_BIN = os.environ.get("LOADGEN_BIN", str(Path(KEYWARD_BIN).with_name("loadgen")))
+NODE_MODULES = Path(os.environ.get("NODE_MODULES", str(ROOT / "tests/e2e/node/node_modules")))
 
 # Real-looking credentials that only this harness and the simulator know.
 CREDENTIALS = [
@@ -81,6 +82,16 @@ def call(base, method, path, body=None, headers=None, timeout=30):
         return response.status, {k.lower(): v for k, v in response.getheaders()}, response.read()
     finally:
         connection.close()
+
+
+# What the gate writes into every chat of a key that may not keep state at the provider.
+NOT_STORED = b'"store":false,'
+
+
+def as_asked(body):
+    """A chat's body as the provider got it, less what keeps the provider from storing it."""
+    assert body.startswith(b"{" + NOT_STORED) and body.count(b'"store"') == 1, body[:200]
+    return body.replace(NOT_STORED, b"", 1)
 
 
 class Part:

@@ -72,7 +72,7 @@ def by_second_reading(export):
 def must_fail(export, entries, what):
     """Both readings reject an export, and the command names one of these entries (from 1)."""
     code, named, message = by_command(export)
-    assert code == 1, f"{what}: accepted, {message}"
+    assert code == 3, f"{what}: accepted, {message}"
     assert named in entries, f"{what}: expected entry {entries}, got: {message}"
     assert by_second_reading(export) == 1, f"{what}: the second reading accepts it"
 
@@ -157,7 +157,7 @@ def test_every_cut_shows(export):
     lines = export.text().splitlines(keepends=True)
     for kept in range(1, n + 1):
         code, _, message = by_command("".join(lines[:kept + 1]))
-        assert code == 1, f"the last line is gone after {kept} entries: {message}"
+        assert code == 3, f"the last line is gone after {kept} entries: {message}"
     for broken in ("", lines[0], lines[0] + lines[-1][:-20], "".join(lines[1:]), "".join(lines) + lines[-1], "".join(lines) + "{}\n"):
         assert by_command(broken)[0] == 1
     for head in (export.tail["head"][:-1] + ("0" if export.tail["head"][-1] != "0" else "1"), "00" * 32, ""):

@@ -7,7 +7,7 @@ import json
 import anthropic
 import openai
 import pytest
-from harness import wait_for
+from harness import as_asked, wait_for
 
 USAGE_MEMBER = b'"stream_options":{"include_usage":true}'
 WEATHER = {"city": "Zürich – 日本 🦀", "days": [1, 2], "note": 'a "quoted" \\ back\nslash'}
@@ -41,9 +41,10 @@ def user(text):
 
 
 def forwarded(stack, key_id):
-    """The bodies of this key's requests as the provider got them, less the model's own maximum: the gate writes it for a
-    key with a budget when the caller set no limit, because the hold rests on it."""
-    bodies = [stack.sim.body(call["seq"]) for call in stack.calls_of(key_id)]
+    """The bodies of this key's requests as the provider got them, less what the gate writes into every chat: that it is not to be
+    stored, and, for a key with a budget when the caller set no limit, the model's own maximum, because the hold rests on it."""
+    calls = stack.calls_of(key_id)
+    bodies = [as_asked(stack.sim.body(call["seq"])) if call["provider"] == "openai" else stack.sim.body(call["seq"]) for call in calls]
     return [body.replace(b'{"max_completion_tokens":16384,', b"{", 1) for body in bodies]
 
 

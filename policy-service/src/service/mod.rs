@@ -215,12 +215,13 @@ impl Service {
             directory: memory.directory.clone(),
             now_ms,
             expires_ms: now_ms.saturating_add(millis(self.hold_ttl)),
+            patient: true,
             request,
         };
-        match self.store.admit(admit).await {
+        match self.admit_patiently(admit).await {
             Ok(Admission::Admitted(admitted)) => {
                 handles().admitted(&provider, &endpoint);
-                let store::Admitted { key_id, hold, model, credentials, rev } = *admitted;
+                let store::Admitted { key_id, hold, model, credentials, state, answer, rev } = *admitted;
                 if tracing::enabled!(tracing::Level::DEBUG) {
                     let (trace_id, span_id) = watched::ids(trace);
                     tracing::debug!(
@@ -234,14 +235,14 @@ impl Service {
                 };
                 let credentials = credentials.into_iter().filter_map(with_secret).collect();
                 let targets = vec![PlanTarget { provider, model, credentials }];
-                let plan = Plan { key: key_id, rev, clamp: hold.clamp, targets };
+                let plan = Plan { key: key_id, rev, clamp: hold.clamp, state, answer, targets };
                 Admitted::Answer(Box::new(AdmitAnswer { plan: Some(plan), refusal: None, edge_key }))
             }
             Ok(Admission::Refused(refusal)) => {
                 watched::refused(&refusal, req, &provider, &endpoint, trace);
                 Admitted::Answer(Box::new(refused(refusal, edge_key)))
             }
-            Ok(Admission::Conflict) => Admitted::Conflict,
+            Ok(Admission::Conflict | Admission::NotYet) => Admitted::Conflict,
             Err(error) => {
                 let (trace_id, span_id) = watched::ids(trace);
                 tracing::error!(request_id = %req, trace_id, span_id, %error, "an admission could not be recorded");
@@ -250,6 +251,20 @@ impl Service {
                 Admitted::Answer(Box::new(refused(refusal, edge_key)))
             }
         }
+    }
+
+    /// A caller may refer to an object before the gate's record of it is here (it is sent within 50 ms of the answer's end): while
+    /// the key has requests in flight, an unknown reference is looked up again for a while before it is refused.
+    async fn admit_patiently(&self, mut admit: Admit) -> Result<Admission, StoreError> {
+        const WAITS_MS: [u64; 5] = [30, 60, 90, 120, 150];
+        for wait in WAITS_MS.iter().filter(|_| !admit.request.ask.refs.is_empty()) {
+            match self.store.admit(admit.clone()).await? {
+                Admission::NotYet => tokio::time::sleep(Duration::from_millis(*wait)).await,
+                decided => return Ok(decided),
+            }
+        }
+        admit.patient = false;
+        self.store.admit(admit).await
     }
 
     /// Takes a batch of records: the first line names the VM, each further line is one sealed record.

@@ -1,12 +1,15 @@
 //! The ledger's operations inside one SQLite transaction. Each first reads and decides, then writes: one that refuses
 //! leaves nothing behind.
 
+use super::objects::{self, References};
 use super::{Admission, Admit, Admitted, Expired, LedgerKeys, Settle, Settled, StoreError, Used};
 use crate::directory::{NoCredential, Organisation};
 use keyward_core::admission::{self, Charge, Ended, Hold, KeyState, Status};
 use keyward_core::audit::{self, Entry, Event, TryEntry};
 use keyward_core::edge::{Outcome, RequestId, Settlement};
+use keyward_core::models;
 use keyward_core::money::Nanodollars;
+use keyward_core::operation::Provider;
 use keyward_core::refusal::{Code, Refusal};
 use keyward_core::usage::Usage;
 use rusqlite::{Connection, OptionalExtension, Row, params};
@@ -52,9 +55,12 @@ struct Found {
 }
 
 /// Where an admitted request goes.
+#[derive(Default)]
 struct Target {
     model: Option<String>,
     credentials: Vec<String>,
+    state: bool,
+    answer: Option<String>,
 }
 
 /// Charges by day, key and model, gathered over a batch.
@@ -111,16 +117,19 @@ impl Ledger<'_> {
                 return self.refuse(&key, admit, refusal);
             }
             Some((state::HELD, seen, hold)) if seen == fingerprint => {
-                return match target(organisation, &key, admit) {
-                    Ok(target) => Ok(admitted(&key, target, hold, organisation.rev)),
-                    Err(_) => Ok(Admission::Conflict),
+                let state = match standing(organisation, &key, admit) {
+                    Ok(state) => state,
+                    Err(_) => return Ok(Admission::Conflict),
                 };
+                let target = self.target(organisation, &key, &state, admit)?;
+                return Ok(target.map_or(Admission::Conflict, |target| admitted(&key, target, hold, organisation.rev)));
             }
             Some(_) => return Ok(Admission::Conflict),
             None => {}
         }
-        let (target, hold) = match self.decide(organisation, &key, admit) {
+        let (target, hold) = match self.decide(organisation, &key, admit)? {
             Ok(decided) => decided,
+            Err(refusal) if admit.patient && key.state.in_flight > 0 && refusal == objects::not_owned() => return Ok(Admission::NotYet),
             Err(refusal) => return self.refuse(&key, admit, refusal),
         };
         let event = Event::Admitted(audit::Admitted {
@@ -166,25 +175,66 @@ impl Ledger<'_> {
         Ok(admitted(&key, target, hold, organisation.rev))
     }
 
-    fn decide(&self, organisation: &Organisation, key: &Found, admit: &Admit) -> Result<(Target, Hold), Refusal> {
+    fn decide(&self, organisation: &Organisation, key: &Found, admit: &Admit) -> Result<Result<(Target, Hold), Refusal>, StoreError> {
         let ask = &admit.request.ask;
-        admission::check_standing(&key.state, admit.now_ms)?;
-        if key.token_expires_ms.is_some_and(|at| at <= admit.now_ms) {
-            return Err(Refusal::new(Code::Revoked, "this token was replaced by a newer one of its key"));
+        let decided = standing(organisation, key, admit).and_then(|state| {
+            let upstream = ask.model.as_deref().and_then(|model| organisation.route(model)).map(|target| target.model.as_str());
+            let price = upstream.or(ask.model.as_deref()).and_then(|model| self.keys.prices.find(&ask.provider, model));
+            let hold = admission::decide(&state, ask, upstream, price, admit.now_ms)?;
+            Ok((state, hold))
+        });
+        match decided {
+            Ok((state, hold)) => Ok(self.target(organisation, key, &state, admit)?.map(|target| (target, hold))),
+            Err(refusal) => Ok(Err(refusal)),
         }
-        let limits = organisation.limits(key.team.as_deref(), key.policy.as_deref());
-        let Some(limits) = limits else {
-            return Err(Refusal::new(Code::PolicyUnavailable, "this key's team or policy does not exist; an operator has to act"));
+    }
+
+    /// Where a request goes that may be made: which model, which credentials, which state, or the answer itself. A route's name
+    /// leads to its target, any other model to itself at the provider asked for.
+    fn target(
+        &self,
+        organisation: &Organisation,
+        key: &Found,
+        state: &KeyState,
+        admit: &Admit,
+    ) -> Result<Result<Target, Refusal>, StoreError> {
+        let ask = &admit.request.ask;
+        let route = ask.model.as_deref().and_then(|model| organisation.route(model));
+        if let Some(route) = route.filter(|route| route.provider != ask.provider) {
+            let message = format!("this model leads to {}, and this endpoint is one of {}", route.provider, ask.provider);
+            return Ok(Err(Refusal::new(Code::UnknownModel, message)));
+        }
+        let credentials = organisation.credentials(&ask.provider, key.policy.as_deref(), route.and_then(|route| route.pool.as_deref()));
+        if admission::operation(ask).lists_models() {
+            let answer = self.models(organisation, state, admit, credentials.is_ok());
+            return Ok(answer.map(|answer| Target { answer: Some(answer), ..Target::default() }));
+        }
+        let credentials = match credentials {
+            Ok(credentials) => credentials,
+            Err(none) => return Ok(Err(no_credential(&none, &ask.provider))),
         };
-        if !organisation.is_enabled(&ask.provider) {
-            return Err(Refusal::new(Code::UnknownProvider, format!("the provider {} is switched off", ask.provider)));
-        }
-        let state = KeyState { limits, ..key.state.clone() };
-        let upstream = ask.model.as_deref().and_then(|model| organisation.route(model)).map(|target| target.model.as_str());
-        let model = upstream.or(ask.model.as_deref());
-        let price = model.and_then(|model| self.keys.prices.find(&ask.provider, model));
-        let hold = admission::decide(&state, ask, upstream, price, admit.now_ms)?;
-        Ok((target(organisation, key, admit)?, hold))
+        let credentials = match objects::references(self.db, &key.chain.organisation, &key.id, ask)? {
+            References::None => credentials,
+            References::Own(credential) if credentials.contains(&credential) => vec![credential],
+            References::Own(credential) => return Ok(Err(objects::unreachable(&credential))),
+            References::Unknown => return Ok(Err(objects::not_owned())),
+            References::Refused(refusal) => return Ok(Err(refusal)),
+        };
+        let model = route.map(|route| route.model.clone()).or_else(|| ask.model.clone());
+        Ok(Ok(Target { model, credentials, state: state.allow.state, answer: None }))
+    }
+
+    /// The models that a key may use, of a provider that can be reached.
+    fn models(&self, organisation: &Organisation, state: &KeyState, admit: &Admit, reachable: bool) -> Result<String, Refusal> {
+        let ask = &admit.request.ask;
+        let provider = Provider::by_name(&ask.provider)
+            .ok_or_else(|| Refusal::new(Code::UnknownProvider, format!("there is no provider {}", ask.provider)))?;
+        let models = if reachable {
+            models::usable(&self.keys.prices, provider, &state.lists(), organisation.routes_to(provider.name))
+        } else {
+            Vec::new()
+        };
+        models::answer(provider, &models, ask.model.as_deref())
     }
 
     fn refuse(&self, key: &Found, admit: &Admit, refusal: Refusal) -> Result<Admission, StoreError> {
@@ -205,7 +255,7 @@ impl Ledger<'_> {
         let (mut done, mut tally) = (Settled::default(), Tally::new());
         for settle in batch {
             done.gaps += self.follow_vm(settle, now_ms)?;
-            self.settle_one(&settle.settlement, now_ms, &mut done, &mut tally)?;
+            self.settle_one(settle, now_ms, &mut done, &mut tally)?;
         }
         done.used = self.book(tally)?;
         Ok(done)
@@ -230,7 +280,8 @@ impl Ledger<'_> {
         Ok(if missing == 0 && record.prev != mac { 1 } else { missing })
     }
 
-    fn settle_one(&self, settlement: &Settlement, now_ms: u64, done: &mut Settled, tally: &mut Tally) -> Result<(), StoreError> {
+    fn settle_one(&self, settle: &Settle, now_ms: u64, done: &mut Settled, tally: &mut Tally) -> Result<(), StoreError> {
+        let settlement = &settle.settlement;
         let void = settlement.outcome == Outcome::Void;
         let Some(request) = self.request(settlement.req)? else {
             done.unknown += u64::from(!void);
@@ -244,7 +295,10 @@ impl Ledger<'_> {
                 self.finish(settlement.req, &request, state::VOIDED, Nanodollars::ZERO, now_ms, event, tally)?;
                 Ok(())
             }
-            (state::HELD | state::EXPIRED, false) => self.charge(settlement, &request, now_ms, done, tally),
+            (state::HELD | state::EXPIRED, false) => {
+                objects::settle(self.db, settle, &request.key_id, &request.provider, now_ms)?;
+                self.charge(settlement, &request, now_ms, done, tally)
+            }
             _ => {
                 done.repeated += 1;
                 Ok(())
@@ -502,26 +556,34 @@ impl Used {
 }
 
 fn admitted(key: &Found, target: Target, hold: Hold, rev: u64) -> Admission {
-    Admission::Admitted(Box::new(Admitted { key_id: key.id.clone(), hold, model: target.model, credentials: target.credentials, rev }))
+    let Target { model, credentials, state, answer } = target;
+    Admission::Admitted(Box::new(Admitted { key_id: key.id.clone(), hold, model, credentials, state, answer, rev }))
 }
 
-/// Where the request goes: the route's target if the model is a route's name, else the model itself at the provider asked for.
-fn target(organisation: &Organisation, key: &Found, admit: &Admit) -> Result<Target, Refusal> {
-    let ask = &admit.request.ask;
-    let route = ask.model.as_deref().and_then(|model| organisation.route(model));
-    if let Some(route) = route.filter(|route| route.provider != ask.provider) {
-        let message = format!("this model leads to {}, and this endpoint is one of {}", route.provider, ask.provider);
-        return Err(Refusal::new(Code::UnknownModel, message));
+/// The key as it stands under its team and policy, or why it may do nothing now.
+fn standing(organisation: &Organisation, key: &Found, admit: &Admit) -> Result<KeyState, Refusal> {
+    admission::check_standing(&key.state, admit.now_ms)?;
+    if key.token_expires_ms.is_some_and(|at| at <= admit.now_ms) {
+        return Err(Refusal::new(Code::Revoked, "this token was replaced by a newer one of its key"));
     }
-    let credentials = organisation.credentials(&ask.provider, key.policy.as_deref(), route.and_then(|route| route.pool.as_deref()));
-    let credentials = credentials.map_err(|none| {
-        let message = match none {
-            NoCredential::None => format!("no credential for {} is stored", ask.provider),
-            NoCredential::Pool(name) => format!("the pool {name} has no credential for {}", ask.provider),
-        };
-        Refusal::new(Code::PoolExhausted, message).retry_after(30)
-    })?;
-    Ok(Target { model: route.map(|route| route.model.clone()).or_else(|| ask.model.clone()), credentials })
+    let provider = &admit.request.ask.provider;
+    if !organisation.is_enabled(provider) {
+        return Err(Refusal::new(Code::UnknownProvider, format!("the provider {provider} is switched off")));
+    }
+    let mut state = key.state.clone();
+    let limits = organisation.limits(key.team.as_deref(), key.policy.as_deref());
+    let gone = || Refusal::new(Code::PolicyUnavailable, "this key's team or policy does not exist; an operator has to act");
+    state.limits = limits.ok_or_else(gone)?;
+    state.allow.state = organisation.allows_state(state.allow.state, key.team.as_deref(), key.policy.as_deref());
+    Ok(state)
+}
+
+fn no_credential(none: &NoCredential, provider: &str) -> Refusal {
+    let message = match none {
+        NoCredential::None => format!("no credential for {provider} is stored"),
+        NoCredential::Pool(name) => format!("the pool {name} has no credential for {provider}"),
+    };
+    Refusal::new(Code::PoolExhausted, message).retry_after(30)
 }
 
 /// A count of tokens that can be added up for a long time: SQLite's sums end at 2^63.
@@ -542,11 +604,12 @@ fn settled_event(settlement: &Settlement, charge: Charge) -> Event {
         }
         .to_owned(),
         status: u64::from(settlement.status.unwrap_or(0)),
-        input: usage.input,
+        // The chain counts tokens, whatever they were made of.
+        input: usage.input.saturating_add(usage.audio_input).saturating_add(usage.image_input),
         cache_read: usage.cache_read,
         cache_write: usage.cache_write,
         cache_write_1h: usage.cache_write_1h,
-        output: usage.output,
+        output: usage.output.saturating_add(usage.media_output),
         reasoning: usage.reasoning,
         charge: charge.amount.0,
         estimated: charge.estimated,

@@ -3,6 +3,7 @@
 mod configuration;
 mod keys;
 pub mod ledger;
+pub mod objects;
 pub mod sqlite;
 
 use crate::config::{Fault, Kind};
@@ -173,12 +174,17 @@ pub struct Admit {
     pub directory: Arc<Directory>,
     pub now_ms: u64,
     pub expires_ms: u64,
+    /// What the request refers to may be in a settlement that has not come yet: say so instead of refusing.
+    pub patient: bool,
 }
 
 /// What became of an admission.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Admission {
     Admitted(Box<Admitted>),
+    /// Nothing has been decided or written: an object that the request refers to is not known, but the key has requests in
+    /// flight, one of which may have made it.
+    NotYet,
     Refused(Refusal),
     /// The request id was used before, for something else or something that is over.
     Conflict,
@@ -190,8 +196,12 @@ pub struct Admitted {
     pub hold: Hold,
     /// The provider's name of the model.
     pub model: Option<String>,
-    /// Ids of the credentials to try, in order.
+    /// Ids of the credentials to try, in order: where the request refers to objects, the one that reaches them.
     pub credentials: Vec<String>,
+    /// The provider may keep what it answers.
+    pub state: bool,
+    /// The answer, where the service itself gives it.
+    pub answer: Option<String>,
     pub rev: u64,
 }
 

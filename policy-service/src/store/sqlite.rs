@@ -20,7 +20,7 @@ use tokio::sync::oneshot;
 const MAX_GROUP: usize = 256;
 /// Operations that may wait for the writer; more is answered as unavailable, at once.
 const MAX_QUEUE: usize = 16_384;
-const MIGRATIONS: &[&str] = &[include_str!("schema.sql"), include_str!("admin.sql")];
+const MIGRATIONS: &[&str] = &[include_str!("schema.sql"), include_str!("admin.sql"), include_str!("objects.sql")];
 
 type Apply = Box<dyn Fn(&Ledger<'_>) -> Result<(), StoreError> + Send>;
 

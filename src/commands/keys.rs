@@ -1,0 +1,267 @@
+//! `keyward keys` and `keyward credentials`.
+
+use super::{pairs, secret, segment};
+use crate::cli::{Access, Output, out, text};
+use crate::failure::Failure;
+use clap::{Args, Subcommand};
+use serde_json::{Map, Value, json};
+
+#[derive(Subcommand)]
+pub enum Keys {
+    /// Make a key and print its token, once
+    Create {
+        #[command(flatten)]
+        access: Access,
+        #[command(flatten)]
+        fields: Box<Fields>,
+        /// Where agents call, for the snippets
+        #[arg(long, env = "KEYWARD_GATEWAY", default_value = "http://127.0.0.1:7800")]
+        gateway: String,
+    },
+    /// List keys
+    List {
+        #[command(flatten)]
+        access: Access,
+        /// Only those of a team
+        #[arg(long)]
+        team: Option<String>,
+    },
+    /// Show one key
+    Show {
+        #[command(flatten)]
+        access: Access,
+        id: String,
+    },
+    /// Change a key; what is not named stays
+    Update {
+        #[command(flatten)]
+        access: Access,
+        id: String,
+        #[command(flatten)]
+        fields: Box<Fields>,
+        /// Let a frozen key go on
+        #[arg(long)]
+        unfreeze: bool,
+    },
+    /// Give a key a new token, and print it once
+    Rotate {
+        #[command(flatten)]
+        access: Access,
+        id: String,
+        /// How long the old token works on: 30s, 10m, 12h, 7d
+        #[arg(long, default_value = "0s")]
+        overlap: String,
+        /// Where agents call, for the snippets
+        #[arg(long, env = "KEYWARD_GATEWAY", default_value = "http://127.0.0.1:7800")]
+        gateway: String,
+    },
+    /// Revoke a key for good
+    Revoke {
+        #[command(flatten)]
+        access: Access,
+        id: String,
+    },
+    /// Erase a key's personal fields and tags
+    Erase {
+        #[command(flatten)]
+        access: Access,
+        id: String,
+    },
+}
+
+/// What a key is.
+#[derive(Args)]
+pub struct Fields {
+    #[arg(long)]
+    label: Option<String>,
+    /// Hard cap in dollars over the key's whole life, such as 25.00
+    #[arg(long)]
+    budget: Option<String>,
+    /// Models it may use (globs); repeat for more; none: any
+    #[arg(long = "model")]
+    models: Vec<String>,
+    /// Endpoints it may call, such as "POST /v1/chat/completions"; repeat for more; none: any
+    #[arg(long = "endpoint")]
+    endpoints: Vec<String>,
+    /// 30s, 10m, 12h, 7d
+    #[arg(long)]
+    expires_in: Option<String>,
+    #[arg(long)]
+    team: Option<String>,
+    #[arg(long)]
+    policy: Option<String>,
+    /// NAME=VALUE, such as feature=search; repeat for more
+    #[arg(long = "tag")]
+    tags: Vec<String>,
+    /// Personal data, NAME=VALUE; repeat for more
+    #[arg(long = "personal")]
+    personal: Vec<String>,
+}
+
+impl Fields {
+    /// Only what was named.
+    fn body(&self) -> Result<Map<String, Value>, Failure> {
+        let mut body = Map::new();
+        let texts = [("label", &self.label), ("expires_in", &self.expires_in), ("team", &self.team), ("policy", &self.policy)];
+        for (name, value) in texts {
+            if let Some(value) = value {
+                body.insert(name.to_owned(), value.as_str().into());
+            }
+        }
+        if !self.models.is_empty() || !self.endpoints.is_empty() {
+            body.insert("allow".to_owned(), json!({ "models": self.models, "endpoints": self.endpoints }));
+        }
+        if let Some(usd) = &self.budget {
+            body.insert("budgets".to_owned(), json!([{ "usd": usd, "window": "total" }]));
+        }
+        for (name, given) in [("tags", &self.tags), ("personal", &self.personal)] {
+            if !given.is_empty() {
+                body.insert(name.to_owned(), pairs(given)?.into());
+            }
+        }
+        Ok(body)
+    }
+}
+
+const KEY_COLUMNS: [&str; 8] = ["id", "label", "team", "status", "budget_usd", "spent_usd", "reserved_usd", "in_flight"];
+
+pub fn run(command: Keys) -> Result<(), Failure> {
+    match command {
+        Keys::Create { access, fields, gateway } => {
+            let key = access.client()?.post("/v1/keys", &fields.body()?.into())?;
+            show_token(&access, &key, &gateway)
+        }
+        Keys::List { access, team } => {
+            let filter = team.map(|team| segment(&team)).transpose()?.map_or(String::new(), |team| format!("?team={team}"));
+            access.print(&access.client()?.list(&format!("/v1/keys{filter}"))?, &KEY_COLUMNS)
+        }
+        Keys::Show { access, id } => access.print(&access.client()?.get(&path(&id)?)?, &KEY_COLUMNS),
+        Keys::Update { access, id, fields, unfreeze } => {
+            let mut body = fields.body()?;
+            if unfreeze {
+                body.insert("status".to_owned(), "active".into());
+            }
+            access.print(&access.client()?.patch(&path(&id)?, &body.into())?, &KEY_COLUMNS)
+        }
+        Keys::Rotate { access, id, overlap, gateway } => {
+            let key = access.client()?.post(&format!("{}/rotate", path(&id)?), &json!({ "overlap": overlap }))?;
+            show_token(&access, &key, &gateway)
+        }
+        Keys::Revoke { access, id } => access.client()?.delete(&path(&id)?),
+        Keys::Erase { access, id } => access.client()?.delete(&format!("{}/personal", path(&id)?)),
+    }
+}
+
+fn path(id: &str) -> Result<String, Failure> {
+    Ok(format!("/v1/keys/{}", segment(id)?))
+}
+
+/// A token, this once, and how to use it.
+fn show_token(access: &Access, key: &Value, gateway: &str) -> Result<(), Failure> {
+    if access.output == Output::Json {
+        return Ok(out(&format!("{key:#}\n"))?);
+    }
+    let (id, token, base) = (text(key, "id"), text(key, "token"), gateway.trim_end_matches('/'));
+    Ok(out(&format!(
+        r#"{id}  {token}
+The token is shown this once.
+
+curl:
+  curl {base}/v1/chat/completions -H 'authorization: Bearer {token}' -H 'content-type: application/json' \
+    -d '{{"model": "gpt-4o-mini", "messages": [{{"role": "user", "content": "Hello"}}]}}'
+
+Python:
+  from openai import OpenAI
+  client = OpenAI(base_url="{base}/v1", api_key="{token}")
+  print(client.chat.completions.create(model="gpt-4o-mini", messages=[{{"role": "user", "content": "Hello"}}]).choices[0].message.content)
+
+Node:
+  import OpenAI from "openai";
+  const client = new OpenAI({{ baseURL: "{base}/v1", apiKey: "{token}" }});
+  console.log((await client.chat.completions.create({{ model: "gpt-4o-mini", messages: [{{ role: "user", content: "Hello" }}] }})).choices[0].message.content);
+"#
+    ))?)
+}
+
+#[derive(Subcommand)]
+pub enum Credentials {
+    /// Store a provider's key; it is read from the environment or from standard input, never from the command line
+    Add {
+        #[command(flatten)]
+        access: Access,
+        /// openai, anthropic
+        provider: String,
+        /// Name for pools and configuration; default: its id
+        #[arg(long)]
+        name: Option<String>,
+        /// Name of the environment variable that holds the secret; without it, standard input
+        #[arg(long)]
+        from_env: Option<String>,
+        #[arg(long, default_value = "")]
+        label: String,
+        /// Provider account whose limits it shares; default: its own
+        #[arg(long)]
+        account: Option<String>,
+    },
+    /// List credentials, without their secrets
+    List {
+        #[command(flatten)]
+        access: Access,
+    },
+    /// Show a credential, by name or id
+    Show {
+        #[command(flatten)]
+        access: Access,
+        name: String,
+    },
+    /// Replace a credential's secret, or change what is known of it
+    Update {
+        #[command(flatten)]
+        access: Access,
+        name: String,
+        /// Read a new secret from this environment variable
+        #[arg(long, conflicts_with = "from_stdin")]
+        from_env: Option<String>,
+        /// Read a new secret from standard input
+        #[arg(long)]
+        from_stdin: bool,
+        #[arg(long)]
+        label: Option<String>,
+        #[arg(long)]
+        account: Option<String>,
+    },
+    /// Remove a credential, by name or id
+    Remove {
+        #[command(flatten)]
+        access: Access,
+        name: String,
+    },
+}
+
+const CREDENTIAL_COLUMNS: [&str; 7] = ["id", "name", "provider", "label", "account", "source", "managed_by"];
+
+pub fn run_credentials(command: Credentials) -> Result<(), Failure> {
+    let at = |name: &str| Ok::<_, Failure>(format!("/v1/credentials/{}", segment(name)?));
+    match command {
+        Credentials::Add { access, provider, name, from_env, label, account } => {
+            let secret = secret(from_env.as_deref())?;
+            let body = json!({ "name": name, "provider": provider, "label": label, "account": account, "secret": secret.as_str() });
+            access.print(&access.client()?.post("/v1/credentials", &body)?, &CREDENTIAL_COLUMNS)
+        }
+        Credentials::List { access } => access.print(&access.client()?.list("/v1/credentials")?, &CREDENTIAL_COLUMNS),
+        Credentials::Show { access, name } => access.print(&access.client()?.get(&at(&name)?)?, &CREDENTIAL_COLUMNS),
+        Credentials::Update { access, name, from_env, from_stdin, label, account } => {
+            let mut body = Map::new();
+            for (field, value) in [("label", label), ("account", account)] {
+                if let Some(value) = value {
+                    body.insert(field.to_owned(), value.into());
+                }
+            }
+            if from_stdin || from_env.is_some() {
+                body.insert("secret".to_owned(), secret(from_env.as_deref())?.as_str().into());
+            }
+            access.print(&access.client()?.patch(&at(&name)?, &body.into())?, &CREDENTIAL_COLUMNS)
+        }
+        Credentials::Remove { access, name } => access.client()?.delete(&at(&name)?),
+    }
+}

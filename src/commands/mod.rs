@@ -1,0 +1,42 @@
+//! The commands that talk to the admin API, by what they are about.
+
+pub mod administration;
+pub mod configuration;
+pub mod keys;
+
+use crate::failure::{Exit, Failure};
+use std::io::Read;
+use zeroize::Zeroizing;
+
+/// A secret from the environment, or from standard input; never from the command line, where others can see it.
+pub fn secret(from_env: Option<&str>) -> Result<Zeroizing<String>, Failure> {
+    let text = match from_env {
+        Some(name) => {
+            std::env::var(name).map_err(|_| Failure::new(Exit::Invalid, format!("the environment variable {name} is not set")))?
+        }
+        None => {
+            let mut text = String::new();
+            std::io::stdin().read_to_string(&mut text).map_err(|error| error.to_string())?;
+            text
+        }
+    };
+    Ok(Zeroizing::new(text.trim().to_owned()))
+}
+
+/// A name or id in a path, escaped.
+pub fn segment(name: &str) -> Result<String, Failure> {
+    if name.is_empty() || name == "." || name == ".." {
+        return Err(Failure::new(Exit::Invalid, format!("{name:?} is no name")));
+    }
+    let escaped = |b: u8| if b.is_ascii_alphanumeric() || b"-._".contains(&b) { char::from(b).to_string() } else { format!("%{b:02X}") };
+    Ok(name.bytes().map(escaped).collect())
+}
+
+/// `name=value` pairs.
+pub fn pairs(texts: &[String]) -> Result<serde_json::Map<String, serde_json::Value>, Failure> {
+    let pair = |text: &String| match text.split_once('=') {
+        Some((name, value)) if !name.is_empty() => Ok((name.to_owned(), value.into())),
+        _ => Err(Failure::new(Exit::Invalid, format!("{text:?}: expected NAME=VALUE"))),
+    };
+    texts.iter().map(pair).collect()
+}
