@@ -93,7 +93,7 @@ trap-filter: rust-targets
 .PHONY: test-e2e
 test-e2e: build trap-filter envoy venv node-modules
 	@echo "End-to-end tests through a real Envoy"
-	@$(WITH_BINARIES) TRAP_FILTER="$(TRAP_DIR)/wasm32-wasip1/filter/keyward_filter.wasm" $(PYTHON) -m pytest tests/e2e -q
+	@$(WITH_BINARIES) TRAP_FILTER="$(TRAP_DIR)/wasm32-wasip1/filter/keyward_filter.wasm" $(PYTHON) -m pytest tests/e2e -q -n 2 --dist loadfile
 
 .PHONY: bench
 bench: build envoy venv ## Measure Keyward beside plain Envoy on this machine

@@ -78,14 +78,14 @@ impl Loads {
     fn write(&self, slot: u32, now: Load, now_ms: u64) -> bool {
         let name = name(slot);
         let value = if now == Load::default() { String::new() } else { format!("{now_ms} {} {} {}", now.streams, now.waiting, now.held) };
-        match host::shared(&name) {
-            None => host::set_shared(&name, value.as_bytes(), ABSENT),
+        match host::shared(name.as_bytes()) {
+            None => host::set_shared(name.as_bytes(), value.as_bytes(), ABSENT),
             Some((held, cas)) => {
                 let ours = match Load::parse(&held) {
                     None => self.slot.is_none(),
                     Some(found) => self.slot == Some(slot) && found == (self.told_ms, self.told),
                 };
-                ours && host::set_shared(&name, value.as_bytes(), cas)
+                ours && host::set_shared(name.as_bytes(), value.as_bytes(), cas)
             }
         }
     }
@@ -97,9 +97,9 @@ fn bury_dead(own: Option<u32>, now_ms: u64) -> Load {
     for slot in (0..SLOTS).filter(|&slot| Some(slot) != own) {
         let name = name(slot);
         // Slots are taken from the first on: behind one that never was there is none.
-        let Some((value, cas)) = host::shared(&name) else { break };
+        let Some((value, cas)) = host::shared(name.as_bytes()) else { break };
         let Some((at, load)) = Load::parse(&value) else { continue };
-        if at + DEAD_MS < now_ms && host::set_shared(&name, b"", cas) {
+        if at + DEAD_MS < now_ms && host::set_shared(name.as_bytes(), b"", cas) {
             change = change.minus(load);
         }
     }

@@ -520,9 +520,7 @@ pub struct Difference {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct FieldChange {
     pub field: String,
-    #[schema(value_type = Object)]
     pub from: serde_json::Value,
-    #[schema(value_type = Object)]
     pub to: serde_json::Value,
 }
 

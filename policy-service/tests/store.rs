@@ -348,7 +348,7 @@ async fn a_change_needs_the_version_that_was_read_and_leaves_the_money() {
     bed.admit(1, 1, 50, 10).await;
     let personal = Some(BTreeMap::from([("email".to_owned(), "ada@example.com".to_owned())]));
     let change = KeyRow { label: "new".to_owned(), personal, spent: Nanodollars(7), ..row.clone() };
-    let update = |row: &KeyRow| KeyUpdate { row: row.clone(), salt: [3; 16], actor: "test".to_owned(), now_ms: 30 };
+    let update = |row: &KeyRow| KeyUpdate { row: row.clone(), salt: [3; 16], actor: "test".to_owned(), now_ms: 30, max_keys: None };
     let now = done(bed.store.update_key(update(&change)).await.unwrap());
     assert_eq!((now.label.as_str(), now.version, now.spent.0, now.reserved.0), ("new", 2, 0, hold_of(50)));
     assert_eq!(bed.store.update_key(update(&change)).await.unwrap(), KeyOutcome::Stale(2));
@@ -465,6 +465,9 @@ async fn usage_adds_up_by_day_key_and_model() {
     let days: Vec<_> = by(&[UsageBy::Day, UsageBy::Key]).await.into_iter().map(|row| (row.by, row.nanodollars)).collect();
     let text = |day: &str, key: &str| vec![day.to_owned(), key.to_owned()];
     assert_eq!(days, [(text("0", "key_1"), 225_000), (text("1", "key_1"), 10_000), (text("1", "key_2"), 22_500)]);
+    let after = UsageQuery { after: text("0", "key_2"), limit: 1, ..query(&[UsageBy::Day, UsageBy::Key]) };
+    let next: Vec<_> = bed.store.usage(after).await.unwrap().into_iter().map(|row| row.by).collect();
+    assert_eq!(next, [text("1", "key_1")], "a page goes on after a place, whether or not that place is still taken");
     let spent = bed.state(1).await.spent.0 + bed.state(2).await.spent.0;
     assert_eq!(all[0].nanodollars, spent, "the days' sums are what the keys spent");
 }
@@ -592,6 +595,67 @@ async fn models_are_answered_without_a_provider() {
     bed.edit(vec![delete(Kind::Credential, "cred_a")]).await;
     let Admission::Admitted(listed) = bed.decide(asked).await else { panic!() };
     assert_eq!(listed.answer.unwrap(), r#"{"data":[],"object":"list"}"#, "what can't be reached is not listed");
+}
+
+/// A version that comes again would let a writer overwrite what it never read.
+#[tokio::test]
+async fn an_object_made_anew_has_a_version_of_its_own() {
+    let bed = Bed::new().await;
+    let version = async || bed.directory().await.organisations[ORG].meta(Kind::Team, "t").unwrap().version;
+    bed.edit(vec![put(Kind::Team, "t", serde_json::json!({}), Expect::Absent)]).await;
+    let first = version().await;
+    bed.edit(vec![put(Kind::Team, "t", serde_json::json!({"label": "x"}), Expect::Version(first))]).await;
+    let second = version().await;
+    bed.edit(vec![delete(Kind::Team, "t")]).await;
+    bed.edit(vec![put(Kind::Team, "t", serde_json::json!({}), Expect::Anything)]).await;
+    let third = version().await;
+    assert!(first < second && second < third, "{first} {second} {third}");
+    for stale in [first, second] {
+        assert_eq!(bed.edit(vec![put(Kind::Team, "t", serde_json::json!({}), Expect::Version(stale))]).await, Edited::Stale);
+    }
+    let absent = put(Kind::Team, "none", serde_json::json!({}), Expect::Present);
+    assert_eq!(bed.edit(vec![absent]).await, Edited::Stale, "what must be there is not made");
+}
+
+#[tokio::test]
+async fn a_key_that_comes_back_to_life_needs_a_place_in_its_team() {
+    let bed = Bed::new().await;
+    bed.edit(vec![put(Kind::Team, "t", serde_json::json!({}), Expect::Absent)]).await;
+    let row = bed.key(1, None).await;
+    let join = |row: &KeyRow, max| KeyUpdate { row: row.clone(), salt: [3; 16], actor: "test".to_owned(), now_ms: 50, max_keys: Some(max) };
+    let member = KeyRow { team: Some("t".to_owned()), ..row };
+    assert!(matches!(bed.store.update_key(join(&member, 0)).await.unwrap(), KeyOutcome::Refused(f) if f.field == "team"));
+    let member = done(bed.store.update_key(join(&member, 1)).await.unwrap());
+    let renamed = done(bed.store.update_key(join(&KeyRow { label: "x".to_owned(), ..member }, 0)).await.unwrap());
+    let expired = done(bed.store.update_key(join(&KeyRow { expires_ms: Some(40), ..renamed }, 0)).await.unwrap());
+    let revived = KeyRow { expires_ms: None, ..expired };
+    assert!(matches!(bed.store.update_key(join(&revived, 0)).await.unwrap(), KeyOutcome::Refused(f) if f.field == "team"));
+    done(bed.store.update_key(join(&revived, 1)).await.unwrap());
+}
+
+/// Erasing takes effect in the files, on keys that are revoked as well, and the chain still verifies.
+#[tokio::test]
+async fn erased_data_are_in_no_file() {
+    let bed = Bed::new().await;
+    let row = bed.key(1, None).await;
+    let personal = Some(BTreeMap::from([("email".to_owned(), "ada@example.com".repeat(10))]));
+    let tags = BTreeMap::from([("user".to_owned(), "ada".to_owned())]);
+    let change = KeyRow { personal, tags, ..row };
+    done(
+        bed.store.update_key(KeyUpdate { row: change, salt: [3; 16], actor: "test".to_owned(), now_ms: 30, max_keys: None }).await.unwrap(),
+    );
+    let traces = || {
+        let files = std::fs::read_dir(bed.directory.path()).unwrap().map(|file| std::fs::read(file.unwrap().path()).unwrap());
+        files.filter(|bytes| bytes.windows(15).any(|w| w == b"ada@example.com")).count()
+    };
+    assert!(traces() > 0);
+    done(bed.store.revoke_key(ORG, "key_1", Some(2), "test", 40).await.unwrap());
+    assert_eq!(bed.store.erase_personal(ORG, "key_1", 2, "test", 50).await.unwrap(), KeyOutcome::Stale(3));
+    let erased = done(bed.store.erase_personal(ORG, "key_1", 3, "test", 50).await.unwrap());
+    assert_eq!((erased.personal, erased.tags.len(), erased.status), (None, 0, Status::Revoked));
+    assert_eq!(traces(), 0);
+    done(bed.store.erase_personal(ORG, "key_1", erased.version, "test", 60).await.unwrap());
+    assert_eq!(bed.names(1).await, ["KEY_CREATED", "KEY_CHANGED", "KEY_REVOKED", "KEY_CHANGED"], "twice is one entry");
 }
 
 #[derive(Debug, Clone)]

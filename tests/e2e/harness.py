@@ -40,8 +40,10 @@ def free_port():
         below = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     except OSError:
         below = 32768
+    # Test processes that run side by side have their own ports.
+    workers, worker = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")), int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
     while True:
-        port = random.randrange(10240, max(below, 11000))
+        port = random.randrange(10240, max(below, 11000)) // workers * workers + worker
         with socket.socket() as s:
             s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:

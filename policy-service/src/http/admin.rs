@@ -1,6 +1,6 @@
 //! Admin API: the router, who may pass, its OpenAPI document, and what operators watch.
 
-use super::api::{Admin, MAX_BODY, authenticate, idempotent};
+use super::api::{Admin, MAX_BODY, authenticate, idempotent, to_the_end};
 use super::error::{Problem, ProblemBody};
 use super::observe::observe;
 use super::{audit, configuration, credentials, keys, tokens};
@@ -11,8 +11,10 @@ use axum::middleware;
 use axum::response::IntoResponse;
 use axum::routing::get;
 use axum::{Json, Router};
+use utoipa::openapi::path::ParameterIn;
+use utoipa::openapi::schema::{ObjectBuilder, Type};
 use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityRequirement, SecurityScheme};
-use utoipa::openapi::{Content, OpenApi, Ref, RefOr, Response as OpenApiResponse, ResponseBuilder};
+use utoipa::openapi::{Content, OpenApi, Ref, RefOr, Required, Response as OpenApiResponse, ResponseBuilder, Schema};
 use utoipa::{OpenApi as _, PartialSchema, ToSchema};
 use utoipa_axum::router::OpenApiRouter;
 
@@ -22,6 +24,7 @@ pub fn router(admin: Admin) -> Router {
     let guarded = guarded
         .layer(DefaultBodyLimit::max(MAX_BODY))
         .layer(middleware::from_fn_with_state(admin.clone(), idempotent))
+        .layer(middleware::from_fn(to_the_end))
         .layer(middleware::from_fn_with_state(admin.clone(), authenticate));
     Router::new()
         .merge(guarded)
@@ -59,7 +62,7 @@ pub fn openapi() -> OpenApi {
 struct About;
 
 /// Errors that any guarded operation may answer with.
-const PROBLEMS: [(&str, &str); 10] = [
+const PROBLEMS: [(&str, &str); 11] = [
     ("400", "The request can't be read"),
     ("401", "No valid admin token"),
     ("403", "The token's role may not do this"),
@@ -69,8 +72,19 @@ const PROBLEMS: [(&str, &str); 10] = [
     ("413", "The body is too large"),
     ("415", "The body is not JSON"),
     ("422", "A field does not fit; `field` or `errors` say which"),
+    ("500", "The vault failed, or the outcome is unknown"),
     ("503", "It could not be stored, and did not happen"),
 ];
+
+/// What a request header must look like.
+fn header_schema(name: &str) -> Schema {
+    let text = || ObjectBuilder::new().schema_type(Type::String);
+    Schema::Object(match name {
+        "If-Match" => text().pattern(Some(r#"^(\*|"[0-9]{1,19}")$"#)).build(),
+        "If-None-Match" => text().enum_values(Some(["*"])).build(),
+        _ => text().pattern(Some("^[!-~]{1,255}$")).build(),
+    })
+}
 
 /// Completes what the handlers say of themselves by what holds for all of them.
 fn document(mut api: OpenApi) -> OpenApi {
@@ -85,6 +99,25 @@ fn document(mut api: OpenApi) -> OpenApi {
     for item in api.paths.paths.values_mut() {
         for operation in [&mut item.get, &mut item.put, &mut item.post, &mut item.delete, &mut item.patch].into_iter().flatten() {
             operation.security = Some(vec![SecurityRequirement::new::<_, [&str; 0], &str>("admin_token", [])]);
+            for parameter in operation.parameters.iter_mut().flatten() {
+                if let RefOr::T(parameter) = parameter
+                    && parameter.parameter_in == ParameterIn::Header
+                {
+                    parameter.schema = Some(RefOr::T(header_schema(&parameter.name)));
+                }
+            }
+            if let Some(RefOr::T(body)) = &mut operation.request_body
+                && body.content.contains_key("text/plain")
+            {
+                // No text is no records.
+                body.required = Some(Required::False);
+            }
+            for (status, response) in &mut operation.responses.responses {
+                let done = if status == "201" { "Made" } else { "Done" };
+                if let RefOr::T(response) = response {
+                    response.description = done.to_owned();
+                }
+            }
             for (status, description) in PROBLEMS {
                 operation.responses.responses.entry(status.to_owned()).or_insert_with(|| RefOr::T(problem(description)));
             }

@@ -3,11 +3,11 @@
 use super::error::Problem;
 use crate::metrics::handles;
 use crate::service::Begun;
-use crate::service::Service;
 use crate::service::access::Principal;
+use crate::service::{Service, ServiceError};
 use crate::store::Expect;
 use axum::body::{Body, Bytes, to_bytes};
-use axum::extract::{FromRequest, FromRequestParts, Query, Request, State};
+use axum::extract::{FromRequest, FromRequestParts, Request, State};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use axum::middleware::Next;
@@ -42,7 +42,7 @@ fn unauthenticated() -> Problem {
 }
 
 pub async fn authenticate(State(admin): State<Admin>, mut request: Request, next: Next) -> Result<Response, Problem> {
-    let token = request.headers().get(header::AUTHORIZATION).and_then(|v| v.to_str().ok()?.strip_prefix("Bearer "));
+    let token = request.headers().get(header::AUTHORIZATION).and_then(|v| bearer(v.to_str().ok()?));
     let principal = match token {
         Some(token) => admin.service.principal(token).await?,
         None => None,
@@ -53,6 +53,29 @@ pub async fn authenticate(State(admin): State<Admin>, mut request: Request, next
     };
     request.extensions_mut().insert(principal);
     Ok(next.run(request).await)
+}
+
+/// The token of `Bearer <token>`; the scheme's letters may be of either case (RFC 9110, 11.1).
+fn bearer(value: &str) -> Option<&str> {
+    let (scheme, token) = value.split_once(' ')?;
+    scheme.eq_ignore_ascii_case("bearer").then(|| token.trim_start())
+}
+
+/// Carries a write to its end when its client goes away: a change that is stored must be taken into memory as well, and its
+/// answer must be kept for the client that asks again.
+pub async fn to_the_end(request: Request, next: Next) -> Result<Response, Problem> {
+    if request.method().is_safe() {
+        return Ok(next.run(request).await);
+    }
+    let done = tokio::spawn(async move { next.run(request).await }).await;
+    done.map_err(|error| {
+        tracing::error!(%error, "an admin request did not end");
+        Problem::new(
+            StatusCode::INTERNAL_SERVER_ERROR,
+            "outcome unknown",
+            "the request did not end as it should: look before you try again",
+        )
+    })
 }
 
 /// A JSON body. What does not fit is named by field; values, which may be secrets, are never repeated.
@@ -73,32 +96,62 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Json<T> {
     }
 }
 
-/// Reads JSON, naming the field that does not fit.
+/// Reads a JSON object, naming the field that does not fit.
 pub fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Problem> {
+    let no_json = |error: &serde_json::Error| {
+        let place = format!("not JSON: line {}, column {}", error.line(), error.column());
+        Problem::new(StatusCode::BAD_REQUEST, "invalid JSON", place)
+    };
     let mut reader = serde_json::Deserializer::from_slice(bytes);
-    let value = serde_path_to_error::deserialize(&mut reader).map_err(|error| {
-        let path = error.path().to_string();
-        let inner = error.into_inner();
-        if inner.is_syntax() || inner.is_eof() {
-            let place = format!("not JSON: line {}, column {}", inner.line(), inner.column());
-            return Problem::new(StatusCode::BAD_REQUEST, "invalid JSON", place);
+    // Serde would take an array's items for a struct's fields, in their order.
+    let array = bytes.trim_ascii_start().starts_with(b"[");
+    let value = serde_path_to_error::deserialize(&mut reader);
+    match value {
+        Ok(value) if !array => reader.end().map(|()| value).map_err(|error| no_json(&error)),
+        other => {
+            // Serde tells some values of a wrong type as if the text were no JSON.
+            if let Err(error) = serde_json::from_slice::<serde_json::Value>(bytes) {
+                return Err(no_json(&error));
+            }
+            let Err(error) = other else { return Err(Problem::field("", "expected an object")) };
+            let path = error.path().to_string();
+            let message = error.into_inner().to_string();
+            Err(Problem::field(place(&path, &message).unwrap_or_default(), safe_message(&message)))
         }
-        let field = if path == "." { String::new() } else { path };
-        Problem::field(field, safe_message(&inner.to_string()))
-    })?;
-    reader.end().map_err(|_| Problem::new(StatusCode::BAD_REQUEST, "invalid JSON", "something follows the document"))?;
-    Ok(value)
+    }
+}
+
+/// The field that an error is about: where the reader was, and what serde says is missing there or stands there twice.
+fn place(path: &str, message: &str) -> Option<String> {
+    let path = Some(path).filter(|path| *path != ".");
+    let name = ["missing field `", "duplicate field `"].iter().find_map(|start| message.strip_prefix(start)?.split('`').next());
+    match (path, name) {
+        (Some(path), Some(name)) if path != name => Some(format!("{path}.{name}")),
+        (path, name) => path.or(name).map(str::to_owned),
+    }
 }
 
 /// What serde says of names it may say; what it says of values is left out.
 fn safe_message(message: &str) -> String {
     let message = message.split(" at line ").next().unwrap_or_default();
-    if ["unknown field", "missing field", "duplicate field", "unknown variant"].iter().any(|start| message.starts_with(start))
-        && message.len() < 400
-    {
+    if message.starts_with("unknown variant") {
+        return message.split_once("`, ").map_or_else(String::new, |(_, expected)| expected.to_owned());
+    }
+    if ["unknown field", "missing field", "duplicate field"].iter().any(|start| message.starts_with(start)) && message.len() < 400 {
         message.to_owned()
     } else {
         "has the wrong type or form".to_owned()
+    }
+}
+
+/// A part of the path.
+pub struct Path<T>(pub T);
+
+impl<T: DeserializeOwned + Send, S: Send + Sync> FromRequestParts<S> for Path<T> {
+    type Rejection = Problem;
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
+        let path = axum::extract::Path::<T>::from_request_parts(parts, state).await;
+        path.map(|path| Path(path.0)).map_err(|_| Problem::new(StatusCode::BAD_REQUEST, "invalid path", "the path is not UTF-8"))
     }
 }
 
@@ -107,10 +160,15 @@ pub struct Params<T>(pub T);
 
 impl<T: DeserializeOwned, S: Send + Sync> FromRequestParts<S> for Params<T> {
     type Rejection = Problem;
-    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
-        let query = Query::<T>::from_request_parts(parts, state).await;
-        let Query(params) = query
-            .map_err(|_| Problem::new(StatusCode::BAD_REQUEST, "invalid query", "a query parameter is unknown or has the wrong form"))?;
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Problem> {
+        let query = parts.uri.query().unwrap_or_default();
+        let pairs = serde_urlencoded::Deserializer::new(form_urlencoded::parse(query.as_bytes()));
+        let params = serde_path_to_error::deserialize(pairs).map_err(|error| {
+            let path = error.path().to_string();
+            let message = error.into_inner().to_string();
+            let field = place(&path, &message);
+            Problem { field, ..Problem::new(StatusCode::BAD_REQUEST, "invalid query", safe_message(&message)) }
+        })?;
         Ok(Params(params))
     }
 }
@@ -131,14 +189,19 @@ pub struct Page {
 pub fn page(cursor: Option<&str>, limit: Option<u32>) -> Result<(String, u32), Problem> {
     let limit = limit.unwrap_or(100);
     if !(1..=MAX_PAGE).contains(&limit) {
-        return Err(Problem::new(StatusCode::BAD_REQUEST, "invalid query", "limit must be 1 to 1000"));
+        return Err(invalid_query("limit", "must be 1 to 1000"));
     }
     let after = cursor.map(|cursor| URL_SAFE_NO_PAD.decode(cursor).ok().and_then(|bytes| String::from_utf8(bytes).ok()));
     match after {
-        Some(None) => Err(Problem::new(StatusCode::BAD_REQUEST, "invalid query", "cursor is not one that a page gave")),
+        Some(None) => Err(invalid_query("cursor", "is not one that a page gave")),
         Some(Some(after)) => Ok((after, limit)),
         None => Ok((String::new(), limit)),
     }
+}
+
+/// A query parameter that does not fit.
+pub fn invalid_query(parameter: &str, detail: &str) -> Problem {
+    Problem { field: Some(parameter.to_owned()), ..Problem::new(StatusCode::BAD_REQUEST, "invalid query", detail) }
 }
 
 /// A cursor, opaque to the caller.
@@ -157,13 +220,17 @@ pub struct List<T> {
 }
 
 impl<T> List<T> {
-    /// A page of `limit` items; one that is full is followed by another.
-    pub fn of(data: Vec<T>, limit: u32, id: impl Fn(&T) -> &str) -> Self {
-        let full = data.len() >= limit as usize;
-        let next_cursor = data.last().filter(|_| full).map(|last| cursor(id(last)));
+    /// A page of at most `limit` items. `data` has one more where there is one: then another page follows.
+    pub fn of(mut data: Vec<T>, limit: u32, id: impl Fn(&T) -> &str) -> Self {
+        let more = data.len() > limit as usize;
+        data.truncate(limit as usize);
+        let next_cursor = data.last().filter(|_| more).map(|last| cursor(id(last)));
         List { data, next_cursor }
     }
 }
+
+/// A version that nothing ever has.
+const NEVER: u64 = u64::MAX;
 
 /// `If-Match` and `If-None-Match`, as far as they are understood.
 pub struct Precondition(pub Expect);
@@ -179,23 +246,35 @@ fn expectation(headers: &HeaderMap) -> Result<Expect, Problem> {
     let value = |name| headers.get(name).map(|v: &HeaderValue| v.to_str().unwrap_or_default().trim());
     match (value(header::IF_MATCH), value(header::IF_NONE_MATCH)) {
         (None, None) => Ok(Expect::Anything),
+        // It must be there and must not be there.
+        (Some(_), Some("*")) => Ok(Expect::Version(NEVER)),
         (None, Some("*")) => Ok(Expect::Absent),
-        (Some("*"), None) => Ok(Expect::Anything),
+        (Some("*"), None) => Ok(Expect::Present),
         (Some(tag), None) => {
-            let version = tag.strip_prefix('"').and_then(|t| t.strip_suffix('"')).and_then(|t| t.parse().ok());
+            let digits = tag.strip_prefix('"').and_then(|t| t.strip_suffix('"'));
+            let version: Option<u64> = digits.and_then(|t| t.parse().ok().filter(|n: &u64| n.to_string() == t));
             // A tag of another form names no version that ever was.
-            Ok(Expect::Version(version.unwrap_or(u64::MAX)))
+            Ok(Expect::Version(version.unwrap_or(NEVER)))
         }
         _ => Err(Problem::new(StatusCode::BAD_REQUEST, "invalid precondition", "expected If-Match: \"<version>\" or If-None-Match: *")),
     }
 }
 
 impl Precondition {
-    /// The version that a key must be at.
+    /// The version that something must be at which is certainly there. `If-None-Match: *` never holds for it.
     pub fn version(&self) -> Option<u64> {
         match self.0 {
             Expect::Version(version) => Some(version),
-            Expect::Anything | Expect::Absent => None,
+            Expect::Absent => Some(NEVER),
+            Expect::Anything | Expect::Present => None,
+        }
+    }
+
+    /// An `If-None-Match: *` that did not hold is a failed precondition, and no conflict.
+    pub fn failed(&self, error: ServiceError) -> Problem {
+        match error {
+            ServiceError::Exists if self.0 == Expect::Absent => ServiceError::Stale(0).into(),
+            other => other.into(),
         }
     }
 }
@@ -212,6 +291,12 @@ struct Kept {
     content_type: String,
     etag: Option<String>,
     body: String,
+}
+
+/// What an answer is about: a kept answer is forgotten when that object's personal data are erased.
+#[derive(Deserialize)]
+struct About {
+    id: String,
 }
 
 /// Makes a POST with an `Idempotency-Key` happen once: the same one again gets the same answer.
@@ -244,12 +329,13 @@ pub async fn idempotent(State(admin): State<Admin>, request: Request, next: Next
         }
     }
     let response = next.run(Request::from_parts(parts, Body::from(body))).await;
-    keep(&admin, &who, &key, response).await
+    Ok(keep(&admin, &who, &key, response).await)
 }
 
-async fn keep(admin: &Admin, who: &Principal, key: &str, response: Response) -> Result<Response, Problem> {
+async fn keep(admin: &Admin, who: &Principal, key: &str, response: Response) -> Response {
     let (parts, body) = response.into_parts();
-    let body = to_bytes(body, MAX_BODY).await.unwrap_or_default();
+    // What a handler answered is in memory already.
+    let body = to_bytes(body, usize::MAX).await.unwrap_or_default();
     // A write that failed on our side did not happen, and may be tried again under the same key.
     let answer = (!parts.status.is_server_error()).then(|| {
         let text = |name| parts.headers.get(name).and_then(|v: &HeaderValue| v.to_str().ok()).map(str::to_owned);
@@ -261,8 +347,13 @@ async fn keep(admin: &Admin, who: &Principal, key: &str, response: Response) -> 
         };
         zeroize::Zeroizing::new(serde_json::to_vec(&kept).unwrap_or_default())
     });
-    admin.service.end_idempotent(who, key, answer.as_ref().map(|answer| answer.as_slice())).await?;
-    Ok(Response::from_parts(parts, Body::from(body)))
+    let about = serde_json::from_slice::<About>(&body).ok().map(|about| about.id);
+    let kept = admin.service.end_idempotent(who, key, answer.as_ref().map(|answer| answer.as_slice()), about).await;
+    if let Err(error) = kept {
+        // The write has happened, and its answer may hold the only copy of a token: the caller gets it all the same.
+        tracing::error!(%error, "an answer could not be kept for its Idempotency-Key");
+    }
+    Response::from_parts(parts, Body::from(body))
 }
 
 fn replay(kept: &[u8]) -> Response {

@@ -1,10 +1,10 @@
 //! `/v1/audit`, `/v1/usage`, `/v1/settlements/import`: what happened.
 
-use super::api::{Admin, MAX_PAGE, Params, page};
+use super::api::{Admin, MAX_PAGE, Params, Path, invalid_query, page};
 use super::error::Problem;
 use crate::service::access::{Permission, Principal};
 use crate::store::{AuditRow, UsageBy, UsageQuery, UsageRow};
-use axum::extract::{DefaultBodyLimit, Path, State};
+use axum::extract::{DefaultBodyLimit, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use base64::Engine;
@@ -216,29 +216,45 @@ pub struct UsageSums {
 #[utoipa::path(get, path = "/v1/usage", tag = "usage", params(UsageParams), responses((status = 200, body = UsageSums)))]
 async fn usage(State(admin): State<Admin>, who: Principal, Params(params): Params<UsageParams>) -> Result<Response, Problem> {
     let (cursor, limit) = page(params.cursor.as_deref(), params.limit)?;
-    let bad = |detail: &str| Problem::new(StatusCode::BAD_REQUEST, "invalid query", detail);
-    let offset = if cursor.is_empty() { 0 } else { cursor.parse::<u32>().map_err(|_| bad("cursor is not one that a page gave"))? };
-    let day = |text: &Option<String>| {
-        text.as_deref().map(|text| parse_day(text).ok_or_else(|| bad("expected a day such as 2026-11-20"))).transpose()
+    let day = |name: &str, text: &Option<String>| {
+        text.as_deref().map(|text| parse_day(text).ok_or_else(|| invalid_query(name, "expected a day such as 2026-11-20"))).transpose()
     };
-    let to_day = day(&params.to)?.unwrap_or(crate::service::now_ms() / DAY_MS);
-    let from_day = day(&params.from)?.unwrap_or(to_day.saturating_sub(30));
+    let to_day = day("to", &params.to)?.unwrap_or(crate::service::now_ms() / DAY_MS);
+    let from_day = day("from", &params.from)?.unwrap_or(to_day.saturating_sub(30));
+    let by = parse_by(params.by.as_deref().unwrap_or_default())?;
+    // The cursor is where the page before ended, so that what comes in between shifts nothing.
+    let after: Option<Vec<String>> = if cursor.is_empty() { Some(Vec::new()) } else { serde_json::from_str(&cursor).ok() };
+    let after = after.filter(|after| after.is_empty() || after.len() == by.len());
+    let after = after.ok_or_else(|| invalid_query("cursor", "is not one that a page gave"))?;
+    let query = UsageQuery {
+        organisation: String::new(),
+        team: params.team,
+        key: params.key,
+        from_day,
+        to_day,
+        by: by.clone(),
+        after,
+        limit: limit + 1,
+    };
+    let mut rows = admin.service.usage(&who, query).await?;
+    let more = rows.len() > limit as usize;
+    rows.truncate(limit as usize);
+    let next_cursor = rows.last().filter(|_| more).map(|last| super::api::cursor(&serde_json::to_string(&last.by).unwrap_or_default()));
+    let data = rows.into_iter().map(|row| sum(&by, row)).collect();
+    Ok(axum::Json(UsageSums { data, next_cursor }).into_response())
+}
+
+fn parse_by(names: &str) -> Result<Vec<UsageBy>, Problem> {
     let mut by = Vec::new();
-    for name in params.by.as_deref().unwrap_or_default().split(',').filter(|name| !name.is_empty()) {
-        let (_, one) =
-            BY.iter().find(|(known, _)| *known == name).ok_or_else(|| bad("by: expected some of day, team, key, provider, model"))?;
+    for name in names.split(',').filter(|name| !name.is_empty()) {
+        let known = BY.iter().find(|(known, _)| *known == name);
+        let (_, one) = known.ok_or_else(|| invalid_query("by", "expected some of day, team, key, provider, model"))?;
         if by.contains(one) {
-            return Err(bad("by: each at most once"));
+            return Err(invalid_query("by", "expected each at most once"));
         }
         by.push(*one);
     }
-    let query =
-        UsageQuery { organisation: String::new(), team: params.team, key: params.key, from_day, to_day, by: by.clone(), offset, limit };
-    let rows = admin.service.usage(&who, query).await?;
-    let more = !by.is_empty() && rows.len() >= limit as usize;
-    let next_cursor = more.then(|| super::api::cursor(&offset.saturating_add(limit).to_string()));
-    let data = rows.into_iter().map(|row| sum(&by, row)).collect();
-    Ok(axum::Json(UsageSums { data, next_cursor }).into_response())
+    Ok(by)
 }
 
 const BY: [(&str, UsageBy); 5] =

@@ -1,13 +1,13 @@
 //! `/v1/teams`, `/v1/policies`, `/v1/providers`, `/v1/pools`, `/v1/routes`, and all of it at once at `/v1/config`.
 
-use super::api::{Admin, Json, List, Page, Params, Precondition, etag, page};
+use super::api::{Admin, Json, List, Page, Params, Path, Precondition, etag, page};
 use super::error::Problem;
 use crate::config::{Difference, Document, Kind, Object, Policy, Pool, ProviderSettings, Route, Team};
 use crate::directory::{Meta, Organisation};
 use crate::service::ServiceError;
 use crate::service::access::{Permission, Principal};
 use crate::store::Expect;
-use axum::extract::{Path, State};
+use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use keyward_core::operation::PROVIDERS;
@@ -37,7 +37,7 @@ pub struct Named<T> {
     /// `configuration`: the last `apply` made it, and the next may remove it.
     #[schema(value_type = ManagedBy)]
     managed_by: &'static str,
-    /// Counts changes; the number in the ETag.
+    /// Grows with every change; the number in the ETag.
     version: u64,
     /// Unix milliseconds.
     created_ms: u64,
@@ -77,7 +77,7 @@ fn list<T: Object>(
     let (after, limit) = page(query.cursor.as_deref(), query.limit)?;
     let wanted = objects.iter().filter(|(name, _)| **name > after && only.is_none_or(|only| only == name.as_str()));
     let named = |(name, object): (&String, &T)| organisation.meta(T::KIND, name).map(|meta| Named::new(name, object.clone(), meta));
-    let data: Vec<Named<T>> = wanted.filter_map(named).take(limit as usize).collect();
+    let data: Vec<Named<T>> = wanted.filter_map(named).take(limit as usize + 1).collect();
     Ok(axum::Json(List::of(data, limit, |object| &object.name)).into_response())
 }
 
@@ -87,15 +87,15 @@ fn show<T: Object>(organisation: &Organisation, objects: &BTreeMap<String, T>, n
     Ok((etag(meta.version), axum::Json(Named::new(name, object.clone(), meta))).into_response())
 }
 
-async fn put<T: Object>(admin: &Admin, who: &Principal, name: &str, object: T, expect: Expect) -> Result<Response, Problem> {
-    let meta = admin.service.put_object(who, name, &object, expect).await?;
-    let status = if meta.version == 1 { StatusCode::CREATED } else { StatusCode::OK };
+async fn put<T: Object>(admin: &Admin, who: &Principal, name: &str, object: T, expect: Expect) -> Result<Response, ServiceError> {
+    let (created, meta) = admin.service.put_object(who, name, &object, expect).await?;
+    let status = if created { StatusCode::CREATED } else { StatusCode::OK };
     Ok((status, etag(meta.version), axum::Json(Named::new(name, object, &meta))).into_response())
 }
 
 /// The five operations on one kind of object. They differ in type and path only.
 macro_rules! collection {
-    ($module:ident, $type:ident, $list_path:literal, $item_path:literal, $tag:literal, $field:ident, $own_only:expr) => {
+    ($module:ident, $type:ident, $list_path:literal, $item_path:literal, $tag:literal, $field:ident, $own_only:expr, $read:ident) => {
         mod $module {
             use super::*;
 
@@ -112,7 +112,7 @@ macro_rules! collection {
             #[utoipa::path(get, path = $list_path, tag = $tag, operation_id = concat!("list_", stringify!($module)), params(Page),
                 responses((status = 200, body = List<Named<$type>>)))]
             async fn list_all(State(admin): State<Admin>, who: Principal, Params(query): Params<Page>) -> Result<Response, Problem> {
-                who.needs(Permission::ReadConfiguration)?;
+                who.needs(Permission::$read)?;
                 let organisation = admin.service.organisation(&who.organisation)?;
                 list(&organisation, &organisation.document.$field, &query, own(&who))
             }
@@ -122,14 +122,14 @@ macro_rules! collection {
                 params(("Idempotency-Key" = Option<String>, Header, description = "The same request again gets the same answer, for 24 hours")),
                 responses((status = 201, body = Named<$type>, headers(("ETag" = String)))))]
             async fn create(State(admin): State<Admin>, who: Principal, Json(body): Json<NewObject<$type>>) -> Result<Response, Problem> {
-                put(&admin, &who, &body.name, body.spec, Expect::Absent).await
+                Ok(put(&admin, &who, &body.name, body.spec, Expect::Absent).await?)
             }
 
             /// Show
             #[utoipa::path(get, path = $item_path, tag = $tag, operation_id = concat!("show_", stringify!($module)), params(("name" = String, Path)),
                 responses((status = 200, body = Named<$type>, headers(("ETag" = String)))))]
             async fn show_one(State(admin): State<Admin>, who: Principal, Path(name): Path<String>) -> Result<Response, Problem> {
-                who.needs(Permission::ReadConfiguration)?;
+                who.needs(Permission::$read)?;
                 let organisation = admin.service.organisation(&who.organisation)?;
                 if own(&who).is_some_and(|own| own != name) {
                     return Err(ServiceError::NotFound(<$type as Object>::KIND.name()).into());
@@ -149,7 +149,7 @@ macro_rules! collection {
                 expected: Precondition,
                 Json(body): Json<$type>,
             ) -> Result<Response, Problem> {
-                put(&admin, &who, &name, body, expected.0).await
+                put(&admin, &who, &name, body, expected.0).await.map_err(|error| expected.failed(error))
             }
 
             /// Delete
@@ -166,11 +166,11 @@ macro_rules! collection {
     };
 }
 
-collection!(teams, Team, "/v1/teams", "/v1/teams/{name}", "teams", teams, true);
-collection!(policies, Policy, "/v1/policies", "/v1/policies/{name}", "policies", policies, false);
-collection!(pools, Pool, "/v1/pools", "/v1/pools/{name}", "pools", pools, false);
+collection!(teams, Team, "/v1/teams", "/v1/teams/{name}", "teams", teams, true, ReadConfiguration);
+collection!(policies, Policy, "/v1/policies", "/v1/policies/{name}", "policies", policies, false, ReadConfiguration);
+collection!(pools, Pool, "/v1/pools", "/v1/pools/{name}", "pools", pools, false, ReadSupply);
 // Route names may have slashes.
-collection!(model_routes, Route, "/v1/routes", "/v1/routes/{*name}", "routes", routes, false);
+collection!(model_routes, Route, "/v1/routes", "/v1/routes/{*name}", "routes", routes, false, ReadConfiguration);
 
 /// A built-in provider and its settings.
 #[derive(Serialize, ToSchema)]
@@ -208,7 +208,8 @@ async fn list_providers(State(admin): State<Admin>, who: Principal, Params(query
     let organisation = admin.service.organisation(&who.organisation)?;
     let mut names: Vec<&str> = PROVIDERS.iter().map(|provider| provider.name).filter(|name| *name > after.as_str()).collect();
     names.sort_unstable();
-    let data: Vec<ProviderView> = names.into_iter().filter_map(|name| provider_view(&organisation, name)).take(limit as usize).collect();
+    let data: Vec<ProviderView> =
+        names.into_iter().filter_map(|name| provider_view(&organisation, name)).take(limit as usize + 1).collect();
     Ok(axum::Json(List::of(data, limit, |provider| &provider.name)).into_response())
 }
 
@@ -237,7 +238,9 @@ async fn put_provider(
     if keyward_core::operation::Provider::by_name(&name).is_none() {
         return Err(ServiceError::NotFound("provider").into());
     }
-    admin.service.put_object(&who, &name, &body, expected.0).await?;
+    // Version 0 is that of settings that were never made.
+    let expected = Precondition(if expected.0 == Expect::Version(0) { Expect::Absent } else { expected.0 });
+    admin.service.put_object(&who, &name, &body, expected.0).await.map_err(|error| expected.failed(error))?;
     let view = provider_view(&admin.service.organisation(&who.organisation)?, &name).ok_or(ServiceError::NotFound("provider"))?;
     Ok((etag(view.version), axum::Json(view)).into_response())
 }

@@ -1,13 +1,14 @@
 //! `/v1/credentials`: real secrets, which go in and never come out.
 
-use super::api::{Admin, Json, List, Page, Params, Precondition, etag, page};
+use super::api::{Admin, Json, List, Page, Params, Path, Precondition, etag, page};
 use super::error::Problem;
+use super::keys::{present, some};
 use crate::config::{Credential, Kind};
 use crate::directory::{Meta, Organisation};
 use crate::service::access::{Permission, Principal};
 use crate::service::{Lent, ORGANISATION, ServiceError};
 use crate::store::Expect;
-use axum::extract::{Path, State};
+use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
@@ -15,6 +16,9 @@ use utoipa::ToSchema;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 use zeroize::Zeroizing;
+
+/// How often a change is tried again that somebody else's came between.
+const TRIES: usize = 5;
 
 pub fn router() -> OpenApiRouter<Admin> {
     OpenApiRouter::new().routes(routes!(list_credentials, add_credential)).routes(routes!(
@@ -39,15 +43,19 @@ pub struct AddCredential {
     secret: Zeroizing<String>,
 }
 
-/// What changes; a field that is absent stays.
-#[derive(Deserialize, ToSchema, Default)]
-#[serde(default, deny_unknown_fields)]
+/// What changes (RFC 7396): a field that is absent stays, `null` takes it away.
+#[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
 pub struct ChangeCredential {
-    #[schema(nullable = false)]
-    label: Option<String>,
-    #[schema(nullable = false)]
-    account: Option<String>,
+    #[serde(default, deserialize_with = "present")]
+    #[schema(value_type = Option<String>)]
+    label: Option<Option<String>>,
+    /// `null`: its own.
+    #[serde(default, deserialize_with = "present")]
+    #[schema(value_type = Option<String>)]
+    account: Option<Option<String>>,
     /// Takes the place of the one that is stored, from the next admission on.
+    #[serde(default, deserialize_with = "some")]
     #[schema(value_type = String, write_only, nullable = false)]
     secret: Option<Zeroizing<String>>,
 }
@@ -121,7 +129,6 @@ async fn list_credentials(State(admin): State<Admin>, who: Principal, Params(que
     let stored = organisation.document.credentials.keys().filter_map(|name| find(&organisation, name).ok()).map(|(view, _)| view);
     let mut data: Vec<CredentialView> = stored.chain(lent(&admin, &who)).filter(|credential| credential.name > after).collect();
     data.sort_by(|a, b| a.name.cmp(&b.name));
-    data.truncate(limit as usize);
     Ok(axum::Json(List::of(data, limit, |credential| &credential.name)).into_response())
 }
 
@@ -165,16 +172,24 @@ async fn change_credential(
     who.needs(Permission::WriteConfiguration)?;
     admin.service.not_lent(&name)?;
     let name = admin.service.credential_name(&who, &name)?;
-    let organisation = admin.service.organisation(&who.organisation)?;
-    let (_, meta) = find(&organisation, &name)?;
-    let mut credential = organisation.document.credentials.get(&name).cloned().ok_or(ServiceError::NotFound("credential"))?;
-    credential.label = body.label.unwrap_or(credential.label);
-    credential.account = body.account.or(credential.account);
-    credential.secret = body.secret.map(|secret| secret.to_string());
-    // Without an expectation of the caller's: what was read here must still be there.
-    let expect = if expected.0 == Expect::Anything { Expect::Version(meta.version) } else { expected.0 };
-    let (name, meta) = admin.service.put_credential(&who, Some(&name), &credential, expect).await?;
-    Ok((etag(meta.version), axum::Json(view(&name, &credential, &meta))).into_response())
+    for _ in 0..TRIES {
+        let organisation = admin.service.organisation(&who.organisation)?;
+        let (_, meta) = find(&organisation, &name)?;
+        let mut credential = organisation.document.credentials.get(&name).cloned().ok_or(ServiceError::NotFound("credential"))?;
+        credential.label = body.label.clone().map_or(credential.label, Option::unwrap_or_default);
+        credential.account = body.account.clone().unwrap_or(credential.account);
+        credential.secret = body.secret.as_ref().map(|secret| secret.to_string());
+        // Whatever the caller expects: what was read here must still be there.
+        let expect = Expect::Version(expected.version().unwrap_or(meta.version));
+        match admin.service.put_credential(&who, Some(&name), &credential, expect).await {
+            Err(ServiceError::Stale(_)) if expected.version().is_none() => {}
+            other => {
+                let (name, meta) = other?;
+                return Ok((etag(meta.version), axum::Json(view(&name, &credential, &meta))).into_response());
+            }
+        }
+    }
+    Err(ServiceError::Conflict("the credential is being changed by others; try again".to_owned()).into())
 }
 
 /// Remove a credential, by name or id

@@ -2,7 +2,7 @@
 
 use crate::config::Fault;
 use crate::service::ServiceError;
-use axum::http::{StatusCode, header};
+use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 use utoipa::ToSchema;
@@ -65,6 +65,7 @@ impl From<ServiceError> for Problem {
                 Problem::new(StatusCode::NOT_FOUND, "not found", format!("there is no {what} of this name or id"))
             }
             ServiceError::Forbidden(detail) => Problem::new(StatusCode::FORBIDDEN, "forbidden", detail),
+            ServiceError::Exists => Problem::new(StatusCode::CONFLICT, "conflict", "there is one of this name already"),
             ServiceError::Conflict(detail) => Problem::new(StatusCode::CONFLICT, "conflict", detail),
             ServiceError::Stale(_) => {
                 let detail = "it was changed since you read it: read it again, then decide";
@@ -94,6 +95,11 @@ impl IntoResponse for Problem {
             errors,
         };
         let body = serde_json::to_string(&body).unwrap_or_default();
-        (self.status, [(header::CONTENT_TYPE, "application/problem+json")], body).into_response()
+        let mut response = (self.status, [(header::CONTENT_TYPE, "application/problem+json")], body).into_response();
+        if self.status == StatusCode::UNAUTHORIZED {
+            // RFC 9110, 15.5.2: a 401 says how to do it right.
+            response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        }
+        response
     }
 }

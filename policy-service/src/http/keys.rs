@@ -1,12 +1,12 @@
 //! `/v1/keys`: virtual keys.
 
-use super::api::{Admin, Json, List, Params, Precondition, etag, page};
+use super::api::{Admin, Json, List, Params, Path, Precondition, etag, page};
 use super::error::Problem;
 use crate::config::{Allow, Budget};
 use crate::service::access::Principal;
-use crate::service::keys::{KeyPatch, KeySpec};
+use crate::service::keys::{AllowPatch, FieldsPatch, KeyPatch, KeySpec};
 use crate::store::KeyRow;
-use axum::extract::{Path, State};
+use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use keyward_core::admission::{self, Status};
@@ -46,34 +46,69 @@ pub struct CreateKey {
     personal: Option<BTreeMap<String, String>>,
 }
 
-/// What changes; a field that is absent stays, `null` takes away what can be absent.
+/// What changes (RFC 7396): a field that is absent stays, `null` takes it away.
 #[derive(Deserialize, ToSchema, Default)]
 #[serde(default, deny_unknown_fields)]
 pub struct ChangeKey {
-    #[schema(nullable = false)]
-    label: Option<String>,
+    #[serde(deserialize_with = "present")]
+    #[schema(value_type = Option<String>)]
+    label: Option<Option<String>>,
     #[serde(deserialize_with = "present")]
     #[schema(value_type = Option<String>)]
     team: Option<Option<String>>,
     #[serde(deserialize_with = "present")]
     #[schema(value_type = Option<String>)]
     policy: Option<Option<String>>,
-    #[schema(nullable = false)]
-    allow: Option<Allow>,
-    #[schema(nullable = false)]
-    budgets: Option<Vec<Budget>>,
+    #[serde(deserialize_with = "present")]
+    #[schema(value_type = Option<ChangeAllow>)]
+    allow: Option<Option<ChangeAllow>>,
+    #[serde(deserialize_with = "present")]
+    #[schema(value_type = Option<Vec<Budget>>)]
+    budgets: Option<Option<Vec<Budget>>>,
     /// Counted from now.
     #[serde(deserialize_with = "present")]
     #[schema(value_type = Option<String>, example = "12h")]
     expires_in: Option<Option<String>>,
-    #[schema(nullable = false)]
-    tags: Option<BTreeMap<String, String>>,
+    /// Merged into those that there are; `null` as a value takes one away.
     #[serde(deserialize_with = "present")]
-    #[schema(value_type = Option<BTreeMap<String, String>>)]
-    personal: Option<Option<BTreeMap<String, String>>>,
-    /// `active` lets a frozen key go on.
+    #[schema(value_type = Option<BTreeMap<String, Option<String>>>)]
+    tags: Option<Fields>,
+    /// As with tags.
+    #[serde(deserialize_with = "present")]
+    #[schema(value_type = Option<BTreeMap<String, Option<String>>>)]
+    personal: Option<Fields>,
+    /// `active` lets a frozen key go on; that is not for developers.
+    #[serde(deserialize_with = "some")]
     #[schema(nullable = false)]
     status: Option<Thawed>,
+}
+
+/// The fields of a merge patch on tags or personal data; `None`: all of them go.
+type Fields = Option<BTreeMap<String, Option<String>>>;
+
+fn fields_patch(fields: Fields) -> FieldsPatch {
+    fields.map_or(FieldsPatch::Clear, FieldsPatch::Merge)
+}
+
+/// What changes in what is allowed; a list that is absent stays.
+#[derive(Serialize, Deserialize, ToSchema, Default)]
+#[serde(default, deny_unknown_fields)]
+pub struct ChangeAllow {
+    #[serde(deserialize_with = "present")]
+    #[schema(value_type = Option<Vec<String>>)]
+    models: Option<Option<Vec<String>>>,
+    #[serde(deserialize_with = "present")]
+    #[schema(value_type = Option<Vec<String>>)]
+    endpoints: Option<Option<Vec<String>>>,
+}
+
+fn allow_patch(change: Option<ChangeAllow>) -> AllowPatch {
+    match change {
+        Some(ChangeAllow { models, endpoints }) => {
+            AllowPatch { models: models.map(Option::unwrap_or_default), endpoints: endpoints.map(Option::unwrap_or_default) }
+        }
+        None => AllowPatch { models: Some(Vec::new()), endpoints: Some(Vec::new()) },
+    }
 }
 
 /// The only status that can be written.
@@ -84,8 +119,13 @@ enum Thawed {
 }
 
 /// Tells `null` from absent.
-fn present<'de, T: Deserialize<'de>, D: Deserializer<'de>>(from: D) -> Result<Option<Option<T>>, D::Error> {
+pub(super) fn present<'de, T: Deserialize<'de>, D: Deserializer<'de>>(from: D) -> Result<Option<Option<T>>, D::Error> {
     Option::deserialize(from).map(Some)
+}
+
+/// Takes no `null`.
+pub(super) fn some<'de, T: Deserialize<'de>, D: Deserializer<'de>>(from: D) -> Result<Option<T>, D::Error> {
+    T::deserialize(from).map(Some)
 }
 
 /// A key without its token.
@@ -178,7 +218,7 @@ pub struct KeyQuery {
 #[utoipa::path(get, path = "/v1/keys", tag = "keys", params(KeyQuery), responses((status = 200, body = List<Key>)))]
 async fn list_keys(State(admin): State<Admin>, who: Principal, Params(query): Params<KeyQuery>) -> Result<Response, Problem> {
     let (after, limit) = page(query.cursor.as_deref(), query.limit)?;
-    let rows = admin.service.keys(&who, query.team.as_deref(), &after, limit).await?;
+    let rows = admin.service.keys(&who, query.team.as_deref(), &after, limit + 1).await?;
     let list = List::of(rows.into_iter().map(Key::from).collect(), limit, |key: &Key| &key.id);
     Ok(axum::Json(list).into_response())
 }
@@ -222,7 +262,7 @@ async fn show_key(State(admin): State<Admin>, who: Principal, Path(id): Path<Str
 
 /// Change a key
 ///
-/// JSON merge patch: what is absent stays as it is.
+/// JSON merge patch (RFC 7396): what is absent stays as it is.
 #[utoipa::path(patch, path = "/v1/keys/{id}", tag = "keys", request_body = ChangeKey,
     params(("id" = String, Path), ("If-Match" = Option<String>, Header, description = "ETag of the version that was read")),
     responses((status = 200, body = Key, headers(("ETag" = String)))))]
@@ -234,14 +274,14 @@ async fn change_key(
     Json(body): Json<ChangeKey>,
 ) -> Result<Response, Problem> {
     let patch = KeyPatch {
-        label: body.label,
+        label: body.label.map(Option::unwrap_or_default),
         team: body.team,
         policy: body.policy,
-        allow: body.allow.as_ref().map(admission::Allow::from),
-        budgets: body.budgets,
+        allow: body.allow.map(allow_patch),
+        budgets: body.budgets.map(Option::unwrap_or_default),
         expires_in: body.expires_in,
-        tags: body.tags,
-        personal: body.personal,
+        tags: body.tags.map(fields_patch),
+        personal: body.personal.map(fields_patch),
         active: body.status.is_some(),
     };
     Ok(shown(admin.service.update_key(&who, &id, expected.version(), &patch).await?))
@@ -295,7 +335,6 @@ async fn rotate_key(
 /// The audit chain keeps only a salted hash of them, and the salt goes as well.
 #[utoipa::path(delete, path = "/v1/keys/{id}/personal", tag = "keys", params(("id" = String, Path)), responses((status = 204)))]
 async fn erase_personal(State(admin): State<Admin>, who: Principal, Path(id): Path<String>) -> Result<StatusCode, Problem> {
-    let patch = KeyPatch { personal: Some(None), tags: Some(BTreeMap::new()), ..KeyPatch::default() };
-    admin.service.update_key(&who, &id, None, &patch).await?;
+    admin.service.erase_personal(&who, &id).await?;
     Ok(StatusCode::NO_CONTENT)
 }

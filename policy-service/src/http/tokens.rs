@@ -1,10 +1,10 @@
 //! `/v1/admin-tokens` and `/v1/organisations`: who may use this API.
 
-use super::api::{Admin, Json, List, Page, Params, page};
+use super::api::{Admin, Json, List, Page, Params, Path, page};
 use super::error::Problem;
 use crate::service::access::{Principal, Role, TokenSpec};
 use crate::store::TokenRow;
-use axum::extract::{Path, State};
+use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
@@ -73,7 +73,7 @@ pub struct NewToken {
 #[utoipa::path(get, path = "/v1/admin-tokens", tag = "admin tokens", params(Page), responses((status = 200, body = List<TokenView>)))]
 async fn list_tokens(State(admin): State<Admin>, who: Principal, Params(query): Params<Page>) -> Result<Response, Problem> {
     let (after, limit) = page(query.cursor.as_deref(), query.limit)?;
-    let rows = admin.service.admin_tokens(&who, &after, limit).await?;
+    let rows = admin.service.admin_tokens(&who, &after, limit + 1).await?;
     Ok(axum::Json(List::of(rows.into_iter().map(TokenView::from).collect(), limit, |token: &TokenView| &token.id)).into_response())
 }
 
@@ -146,7 +146,7 @@ pub struct NewOrganisation {
 #[utoipa::path(get, path = "/v1/organisations", tag = "organisations", params(Page), responses((status = 200, body = List<OrganisationView>)))]
 async fn list_organisations(State(admin): State<Admin>, who: Principal, Params(query): Params<Page>) -> Result<Response, Problem> {
     let (after, limit) = page(query.cursor.as_deref(), query.limit)?;
-    let all = admin.service.organisations(&who)?.into_iter().filter(|(id, _)| *id > after).take(limit as usize);
+    let all = admin.service.organisations(&who)?.into_iter().filter(|(id, _)| *id > after).take(limit as usize + 1);
     let data = all.map(|(id, organisation)| OrganisationView { id, label: organisation.label, revision: organisation.rev }).collect();
     Ok(axum::Json(List::of(data, limit, |organisation: &OrganisationView| &organisation.id)).into_response())
 }

@@ -16,11 +16,11 @@ use zeroize::Zeroizing;
 pub enum Role {
     /// Everything.
     Admin,
-    /// Everything but admin tokens and organisations.
+    /// Everything but making and revoking admin tokens, and making organisations.
     Operator,
     /// Reads everything, changes nothing.
     Auditor,
-    /// The keys of one team, within the team's limits.
+    /// The keys of one team, within the team's limits; reads policies and routes, and nothing of what is behind them.
     Developer,
 }
 
@@ -115,15 +115,13 @@ impl Service {
     /// Makes an admin token. The token is in the answer and nowhere else.
     pub async fn create_admin_token(&self, who: &Principal, spec: TokenSpec) -> Result<(TokenRow, Zeroizing<String>), ServiceError> {
         who.needs(Permission::WriteTokens)?;
-        self.create_admin_token_in(&who.organisation, &who.actor(), spec).await
+        let (row, token, hash) = self.new_token(&who.organisation, spec)?;
+        self.store.put_admin_token(row.clone(), hash, &who.actor()).await?;
+        Ok((row, token))
     }
 
-    pub(crate) async fn create_admin_token_in(
-        &self,
-        organisation: &str,
-        actor: &str,
-        spec: TokenSpec,
-    ) -> Result<(TokenRow, Zeroizing<String>), ServiceError> {
+    /// A token that is not stored yet, and what will be stored of it.
+    pub(super) fn new_token(&self, organisation: &str, spec: TokenSpec) -> Result<(TokenRow, Zeroizing<String>, [u8; 32]), ServiceError> {
         let invalid = |field: &str, message: String| ServiceError::Invalid(field.to_owned(), message);
         if spec.label.len() > 200 {
             return Err(invalid("label", "must be at most 200 bytes".to_owned()));
@@ -149,8 +147,8 @@ impl Service {
             expires_ms: ttl.map(|ttl| now.saturating_add(super::millis(ttl))),
             revoked_ms: None,
         };
-        self.store.put_admin_token(row.clone(), self.admin_hash(&token), actor).await?;
-        Ok((row, token))
+        let hash = self.admin_hash(&token);
+        Ok((row, token, hash))
     }
 
     /// Whose token it is. `None`: nobody's, or it is revoked or expired.

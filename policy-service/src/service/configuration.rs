@@ -1,10 +1,10 @@
 //! The configuration of an organisation: single objects, credentials, and the whole document of `keyward apply`.
 
-use super::access::{Permission, Principal};
+use super::access::{Permission, Principal, Role, TokenSpec};
 use super::{Service, ServiceError, now_ms};
 use crate::config::{self, Action, Credential, Difference, Document, FieldChange, Kind, Object};
 use crate::directory::{Meta, Organisation};
-use crate::store::{CredentialRow, Edit, Edited, Edits, Expect};
+use crate::store::{CredentialRow, Edit, Edited, Edits, Expect, NewOrganisation};
 use crate::vault::{credential_aad, random};
 use keyward_core::hex;
 use serde_json::Value;
@@ -15,15 +15,22 @@ use zeroize::Zeroizing;
 const TRIES: usize = 5;
 
 impl Service {
-    /// Creates or replaces an object. Gives its version.
-    pub async fn put_object<T: Object>(&self, who: &Principal, name: &str, object: &T, expect: Expect) -> Result<Meta, ServiceError> {
+    /// Creates or replaces an object. Says whether it is new.
+    pub async fn put_object<T: Object>(
+        &self,
+        who: &Principal,
+        name: &str,
+        object: &T,
+        expect: Expect,
+    ) -> Result<(bool, Meta), ServiceError> {
         who.needs(Permission::WriteConfiguration)?;
         config::check_name(T::KIND, name).map_err(|message| ServiceError::Invalid("name".to_owned(), message))?;
         let body = serde_json::to_string(object).map_err(|error| ServiceError::Invalid("body".to_owned(), error.to_string()))?;
+        let created = self.organisation(&who.organisation)?.meta(T::KIND, name).is_none();
         let edit = Edit::Put { kind: T::KIND, name: name.to_owned(), body, managed: false, expect };
         self.edit(who, vec![edit], None).await.map_err(|error| relative(error, T::KIND, name))?;
         let organisation = self.organisation(&who.organisation)?;
-        organisation.meta(T::KIND, name).cloned().ok_or(ServiceError::NotFound(T::KIND.name()))
+        organisation.meta(T::KIND, name).cloned().map(|meta| (created, meta)).ok_or(ServiceError::NotFound(T::KIND.name()))
     }
 
     pub async fn delete_object(&self, who: &Principal, kind: Kind, name: &str, expect: Expect) -> Result<(), ServiceError> {
@@ -36,6 +43,8 @@ impl Service {
                 Err(ServiceError::Conflict(format!("the {} {name} is used by {}", kind.name(), by.join(", "))))
             }
             Err(ServiceError::NotFound(_)) => Err(ServiceError::NotFound(kind.name())),
+            // Only `If-None-Match: *` asks for an absent object, and it is there.
+            Err(ServiceError::Exists) => Err(ServiceError::Stale(0)),
             other => other.map(drop),
         }
     }
@@ -196,7 +205,7 @@ impl Service {
         let rev = match self.store.edit(edits).await? {
             Edited::Done(rev) => rev,
             Edited::Missing => return Err(ServiceError::NotFound("object")),
-            Edited::Exists => return Err(ServiceError::Conflict("there is one of this name already".to_owned())),
+            Edited::Exists => return Err(ServiceError::Exists),
             Edited::Stale => return Err(ServiceError::Stale(0)),
             Edited::InUse(by) => return Err(ServiceError::Conflict(by)),
             Edited::Invalid(faults) => return Err(ServiceError::Faults(faults)),
@@ -219,13 +228,14 @@ impl Service {
         if label.len() > 200 {
             return Err(ServiceError::Invalid("label".to_owned(), "must be at most 200 bytes".to_owned()));
         }
-        if !self.store.create_organisation(id, label, &who.actor(), now_ms()).await? {
+        let spec = TokenSpec { role: Role::Admin, team: None, label: "first admin".to_owned(), expires_in: None };
+        let (row, token, token_hash) = self.new_token(id, spec)?;
+        let new = NewOrganisation { label: label.to_owned(), token: row, token_hash, home: who.organisation.clone(), actor: who.actor() };
+        if !self.store.found_organisation(new).await? {
             return Err(ServiceError::Conflict(format!("there is an organisation {id} already")));
         }
         self.reload().await?;
-        let spec =
-            super::access::TokenSpec { role: super::access::Role::Admin, team: None, label: "first admin".to_owned(), expires_in: None };
-        Ok(self.create_admin_token_in(id, &who.actor(), spec).await?.1)
+        Ok(token)
     }
 }
 

@@ -36,14 +36,45 @@ pub struct KeyPatch {
     pub label: Option<String>,
     pub team: Option<Option<String>>,
     pub policy: Option<Option<String>>,
-    pub allow: Option<Allow>,
+    pub allow: Option<AllowPatch>,
     pub budgets: Option<Vec<Budget>>,
     /// From now; `Some(None)`: never.
     pub expires_in: Option<Option<String>>,
-    pub tags: Option<BTreeMap<String, String>>,
-    pub personal: Option<Option<BTreeMap<String, String>>>,
+    pub tags: Option<FieldsPatch>,
+    pub personal: Option<FieldsPatch>,
     /// `active` lets a frozen key go on; nothing else can be written.
     pub active: bool,
+}
+
+/// What changes in the lists of what is allowed.
+#[derive(Debug, Clone, Default)]
+pub struct AllowPatch {
+    pub models: Option<Vec<String>>,
+    pub endpoints: Option<Vec<String>>,
+}
+
+/// What changes among tags or personal fields.
+#[derive(Debug, Clone)]
+pub enum FieldsPatch {
+    Clear,
+    /// Each is set, or with `None` taken away.
+    Merge(BTreeMap<String, Option<String>>),
+}
+
+impl FieldsPatch {
+    fn apply(&self, to: &mut BTreeMap<String, String>) {
+        match self {
+            FieldsPatch::Clear => to.clear(),
+            FieldsPatch::Merge(fields) => {
+                for (name, value) in fields {
+                    match value {
+                        Some(value) => drop(to.insert(name.clone(), value.clone())),
+                        None => drop(to.remove(name)),
+                    }
+                }
+            }
+        }
+    }
 }
 
 impl Service {
@@ -73,7 +104,7 @@ impl Service {
             reserved: Nanodollars::ZERO,
             in_flight: 0,
         };
-        let max_keys = self.within_limits(who, &row, now)?;
+        let max_keys = self.within_limits(who, &row)?;
         let token = VirtualKey::generate(random()?);
         let key = NewKey { row, token_hash: self.pepper(&token.hash().0), salt: random()?, actor: who.actor(), max_keys };
         Ok((outcome(self.store.create_key(key).await?)?, token))
@@ -96,7 +127,7 @@ impl Service {
     }
 
     /// Whether the key, as it is to be, keeps to its team's limits. Gives how many live keys the team may have.
-    fn within_limits(&self, who: &Principal, row: &KeyRow, now: u64) -> Result<Option<u32>, ServiceError> {
+    fn within_limits(&self, who: &Principal, row: &KeyRow) -> Result<Option<u32>, ServiceError> {
         let invalid = |field: &str, message: String| Err(ServiceError::Invalid(field.to_owned(), message));
         if who.team.is_some() && who.team != row.team {
             return Err(ServiceError::Forbidden("a developer's keys are those of their own team".to_owned()));
@@ -128,7 +159,8 @@ impl Service {
         }
         if let Some(longest) = &team.max_expires_in
             && let Ok(ttl) = config::parse_duration(longest)
-            && row.expires_ms.is_none_or(|at| at > now.saturating_add(millis(ttl)))
+            // From when it was made: a change can't make it live on and on.
+            && row.expires_ms.is_none_or(|at| at > row.created_ms.saturating_add(millis(ttl)))
         {
             return invalid("expires_in", format!("a key of the team {name} lives at most {longest}"));
         }
@@ -162,14 +194,30 @@ impl Service {
             if before.status == Status::Revoked {
                 return Err(ServiceError::Conflict("the key is revoked; that is for good".to_owned()));
             }
+            if before.status == Status::Frozen && patch.active && who.team.is_some() {
+                return Err(ServiceError::Forbidden("a frozen key needs an operator's eye".to_owned()));
+            }
             let row = patched(before, patch, now)?;
-            self.within_limits(who, &row, now)?;
-            match self.store.update_key(KeyUpdate { row, salt: random()?, actor: who.actor(), now_ms: now }).await? {
+            let max_keys = self.within_limits(who, &row)?;
+            match self.store.update_key(KeyUpdate { row, salt: random()?, actor: who.actor(), now_ms: now, max_keys }).await? {
                 KeyOutcome::Stale(_) if expect.is_none() => {}
                 other => return outcome(other),
             }
         }
-        Err(ServiceError::Conflict("the key is being changed by others; try again".to_owned()))
+        Err(contended())
+    }
+
+    /// Erases tags and personal fields, of a revoked key as well, and whatever limits the team has by now.
+    pub async fn erase_personal(&self, who: &Principal, id: &str) -> Result<(), ServiceError> {
+        who.needs(Permission::WriteKeys)?;
+        for _ in 0..TRIES {
+            let before = self.key(who, id).await?;
+            match self.store.erase_personal(&who.organisation, id, before.version, &who.actor(), now_ms()).await? {
+                KeyOutcome::Stale(_) => {}
+                other => return outcome(other).map(drop),
+            }
+        }
+        Err(contended())
     }
 
     /// Gives a key a new token. The old ones work for the time of the overlap.
@@ -181,26 +229,45 @@ impl Service {
         overlap: &str,
     ) -> Result<(KeyRow, VirtualKey), ServiceError> {
         who.needs(Permission::WriteKeys)?;
-        self.key(who, id).await?;
         let overlap = config::parse_duration(overlap).map_err(|message| ServiceError::Invalid("overlap".to_owned(), message))?;
-        let (now, token) = (now_ms(), VirtualKey::generate(random()?));
-        let rotation = Rotation {
-            organisation: who.organisation.clone(),
-            id: id.to_owned(),
-            expect,
-            token_hash: self.pepper(&token.hash().0),
-            overlap_until_ms: now.saturating_add(millis(overlap)),
-            actor: who.actor(),
-            now_ms: now,
-        };
-        Ok((outcome(self.store.rotate_key(rotation).await?)?, token))
+        let token = VirtualKey::generate(random()?);
+        for _ in 0..TRIES {
+            // It must still be the key that the caller may see: it could move to another team meanwhile.
+            let before = self.key(who, id).await?;
+            let now = now_ms();
+            let rotation = Rotation {
+                organisation: who.organisation.clone(),
+                id: id.to_owned(),
+                expect: expect.or(Some(before.version)),
+                token_hash: self.pepper(&token.hash().0),
+                overlap_until_ms: now.saturating_add(millis(overlap)),
+                actor: who.actor(),
+                now_ms: now,
+            };
+            match self.store.rotate_key(rotation).await? {
+                KeyOutcome::Stale(_) if expect.is_none() => {}
+                other => return Ok((outcome(other)?, token)),
+            }
+        }
+        Err(contended())
     }
 
     pub async fn revoke_key(&self, who: &Principal, id: &str, expect: Option<u64>) -> Result<KeyRow, ServiceError> {
         who.needs(Permission::WriteKeys)?;
-        self.key(who, id).await?;
-        outcome(self.store.revoke_key(&who.organisation, id, expect, &who.actor(), now_ms()).await?)
+        for _ in 0..TRIES {
+            let before = self.key(who, id).await?;
+            let at = expect.or(Some(before.version));
+            match self.store.revoke_key(&who.organisation, id, at, &who.actor(), now_ms()).await? {
+                KeyOutcome::Stale(_) if expect.is_none() => {}
+                other => return outcome(other),
+            }
+        }
+        Err(contended())
     }
+}
+
+fn contended() -> ServiceError {
+    ServiceError::Conflict("the key is being changed by others; try again".to_owned())
 }
 
 fn patched(mut row: KeyRow, patch: &KeyPatch, now: u64) -> Result<KeyRow, ServiceError> {
@@ -214,7 +281,8 @@ fn patched(mut row: KeyRow, patch: &KeyPatch, now: u64) -> Result<KeyRow, Servic
         row.policy.clone_from(policy);
     }
     if let Some(allow) = &patch.allow {
-        row.allow.clone_from(allow);
+        row.allow.models = allow.models.clone().unwrap_or(row.allow.models);
+        row.allow.endpoints = allow.endpoints.clone().unwrap_or(row.allow.endpoints);
     }
     if let Some(budgets) = &patch.budgets {
         row.cap = cap(budgets)?;
@@ -223,10 +291,12 @@ fn patched(mut row: KeyRow, patch: &KeyPatch, now: u64) -> Result<KeyRow, Servic
         row.expires_ms = expiry(expires_in.as_deref(), now)?;
     }
     if let Some(tags) = &patch.tags {
-        row.tags.clone_from(tags);
+        tags.apply(&mut row.tags);
     }
     if let Some(personal) = &patch.personal {
-        row.personal.clone_from(personal);
+        let mut fields = row.personal.unwrap_or_default();
+        personal.apply(&mut fields);
+        row.personal = Some(fields).filter(|fields| !fields.is_empty());
     }
     if patch.active {
         row.status = Status::Active;

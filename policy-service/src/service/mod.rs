@@ -52,6 +52,8 @@ pub enum ServiceError {
     Forbidden(String),
     #[error("{0}")]
     Conflict(String),
+    #[error("there is one of this name already")]
+    Exists,
     /// It was changed since the caller read it; its version now.
     #[error("it was changed meanwhile and is at version {0}")]
     Stale(u64),
@@ -389,6 +391,8 @@ impl Service {
 
     /// Begins a write that carries an Idempotency-Key. An answer that is known is opened.
     pub async fn begin_idempotent(&self, who: &Principal, key: &str, fingerprint: [u8; 32]) -> Result<Begun, ServiceError> {
+        // Keyed: bodies may hold personal data that somebody with the database could guess.
+        let fingerprint = self.pepper(&fingerprint);
         Ok(match self.store.begin_idempotent(&who.token_id, key, fingerprint, now_ms()).await? {
             Idempotent::New => Begun::New,
             Idempotent::Answered(sealed) => Begun::Answered(self.vault.open(&sealed, &idempotent_aad(who, key))?),
@@ -397,10 +401,16 @@ impl Service {
         })
     }
 
-    /// Keeps the answer, sealed: it may hold a token. `None`: the write did not happen.
-    pub async fn end_idempotent(&self, who: &Principal, key: &str, answer: Option<&[u8]>) -> Result<(), ServiceError> {
+    /// Keeps the answer, sealed: it may hold a token. `None`: the write did not happen. `about`: the id of what it tells of.
+    pub async fn end_idempotent(
+        &self,
+        who: &Principal,
+        key: &str,
+        answer: Option<&[u8]>,
+        about: Option<String>,
+    ) -> Result<(), ServiceError> {
         let sealed = answer.map(|answer| self.vault.seal(answer, &idempotent_aad(who, key))).transpose()?;
-        Ok(self.store.end_idempotent(&who.token_id, key, sealed).await?)
+        Ok(self.store.end_idempotent(&who.token_id, key, sealed, about).await?)
     }
 
     pub fn chain_key(&self, key_id: &str, epoch: u64) -> ChainKey {

@@ -2,7 +2,7 @@
 //! entry of the organisation's own chain, in the same transaction.
 
 use super::ledger::{Chain, Ledger, signed, unsigned};
-use super::{CredentialRow, Edit, Edited, Edits, Expect, Idempotent, StoreError, TokenRow, admin_chain};
+use super::{CredentialRow, Edit, Edited, Edits, Expect, Idempotent, NewOrganisation, StoreError, TokenRow, admin_chain};
 use crate::config::{self, Credential, Document, Kind};
 use crate::directory::{Directory, Meta, Organisation};
 use keyward_core::audit::{self, Event};
@@ -120,7 +120,8 @@ fn put(document: &mut Document, kind: Kind, name: &str, body: &str) -> Result<()
 }
 
 impl Ledger<'_> {
-    /// Applies edits one after the other, checks the whole, and keeps all of it or nothing.
+    /// Applies edits one after the other, checks the whole, and keeps all of it or nothing. A new object's first version is
+    /// the revision that made it: one that is deleted and made again never has a version that somebody knows already.
     pub fn edit(&self, edits: &Edits) -> Result<Edited, StoreError> {
         let Some(rev) = self.rev(&edits.organisation)? else { return Ok(Edited::Missing) };
         if edits.expect_rev.is_some_and(|expected| expected != rev) {
@@ -175,7 +176,7 @@ impl Ledger<'_> {
         self.db
             .prepare_cached(
                 "INSERT INTO objects_of_configuration (organisation, kind, name, body, version, managed, created_ms, updated_ms)
-                 VALUES (?1, ?2, ?3, ?4, 1, ?5, ?6, ?6)
+                 VALUES (?1, ?2, ?3, ?4, (SELECT rev + 1 FROM organisations WHERE id = ?1), ?5, ?6, ?6)
                  ON CONFLICT DO UPDATE SET body = ?4, version = version + 1, managed = ?5, updated_ms = ?6",
             )?
             .execute(params![edits.organisation, kind.name(), name, body, managed, signed(edits.now_ms)])?;
@@ -192,7 +193,7 @@ impl Ledger<'_> {
         self.db
             .prepare_cached(
                 "INSERT INTO credentials (id, organisation, name, provider, label, account, source, version, sealed, revision, managed, created_ms, updated_ms)
-                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, 1, ?10, ?11, ?11)
+                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, (SELECT rev + 1 FROM organisations WHERE id = ?2), ?10, ?11, ?11)
                  ON CONFLICT (organisation, name) DO UPDATE SET provider = ?4, label = ?5, account = ?6, source = ?7, version = ?8, sealed = ?9,
                      revision = revision + 1, managed = ?10, updated_ms = ?11",
             )?
@@ -223,7 +224,7 @@ impl Ledger<'_> {
         if let Some(refused) = unexpected(expect, version) {
             return Ok(Some(refused));
         }
-        if let Some(by) = self.used_by(&edits.organisation, kind, name)? {
+        if let Some(by) = self.used_by(edits, kind, name)? {
             return Ok(Some(Edited::InUse(by)));
         }
         let delete = match kind {
@@ -231,12 +232,13 @@ impl Ledger<'_> {
             _ => "DELETE FROM objects_of_configuration WHERE organisation = ?1 AND name = ?2 AND kind = ?3",
         };
         self.db.prepare_cached(delete)?.execute(params![edits.organisation, name, kind.name()])?;
-        self.note(&edits.organisation, &edits.actor, "delete", &format!("{}/{name}", kind.section()), "", edits.now_ms)?;
+        self.note(&edits.organisation, &edits.actor, "delete", &format!("{}/{name}", kind.section()), "{}", edits.now_ms)?;
         Ok(None)
     }
 
     /// What still needs an object that is to go, beyond other objects of the configuration.
-    fn used_by(&self, organisation: &str, kind: Kind, name: &str) -> Result<Option<String>, StoreError> {
+    fn used_by(&self, edits: &Edits, kind: Kind, name: &str) -> Result<Option<String>, StoreError> {
+        let organisation = &edits.organisation;
         let column = match kind {
             Kind::Team => "team",
             Kind::Policy => "policy",
@@ -248,9 +250,12 @@ impl Ledger<'_> {
             return Ok(Some(format!("{keys} keys of the {} {name} are not revoked", kind.name())));
         }
         if kind == Kind::Team {
-            let select = "SELECT count(*) FROM admin_tokens WHERE organisation = ?1 AND team = ?2 AND revoked_ms IS NULL";
-            let tokens: i64 = self.db.prepare_cached(select)?.query_row(params![organisation, name], |row| row.get(0))?;
-            return Ok((tokens > 0).then(|| format!("{tokens} admin tokens of the team {name} are not revoked")));
+            // A token that has expired can't come back, as a key can.
+            let select = "SELECT count(*) FROM admin_tokens WHERE organisation = ?1 AND team = ?2 AND revoked_ms IS NULL
+                 AND (expires_ms IS NULL OR expires_ms > ?3)";
+            let tokens: i64 =
+                self.db.prepare_cached(select)?.query_row(params![organisation, name, signed(edits.now_ms)], |row| row.get(0))?;
+            return Ok((tokens > 0).then(|| format!("{tokens} admin tokens of the team {name} are neither revoked nor expired")));
         }
         Ok(None)
     }
@@ -294,9 +299,23 @@ impl Ledger<'_> {
             .prepare_cached("INSERT INTO organisations (id, label, created_ms, chain_mac) VALUES (?1, ?2, ?3, ?4) ON CONFLICT DO NOTHING")?
             .execute(params![id, label, signed(now_ms), genesis])?;
         if made > 0 {
-            self.note(id, actor, "create", &format!("organisations/{id}"), label, now_ms)?;
+            let detail = serde_json::json!({ "label": label }).to_string();
+            self.note(id, actor, "create", &format!("organisations/{id}"), &detail, now_ms)?;
         }
         Ok(made > 0)
+    }
+
+    /// Makes an organisation with its first token: one without could never be entered. Noted in its own chain, and in the
+    /// chain of the organisation `home` whose administrator did it.
+    pub fn found_organisation(&self, new: &NewOrganisation) -> Result<bool, StoreError> {
+        let token = &new.token;
+        if !self.create_organisation(&token.organisation, &new.label, &new.actor, token.created_ms)? {
+            return Ok(false);
+        }
+        self.put_admin_token(token, new.token_hash, &new.actor)?;
+        let detail = serde_json::json!({ "label": new.label }).to_string();
+        self.note(&new.home, &new.actor, "create", &format!("organisations/{}", token.organisation), &detail, token.created_ms)?;
+        Ok(true)
     }
 
     pub fn put_admin_token(&self, row: &TokenRow, hash: [u8; 32], actor: &str) -> Result<(), StoreError> {
@@ -316,9 +335,15 @@ impl Ledger<'_> {
         }
         let revoke = "UPDATE admin_tokens SET revoked_ms = ?3 WHERE organisation = ?1 AND id = ?2 AND revoked_ms IS NULL";
         if self.db.prepare_cached(revoke)?.execute(params![organisation, id, signed(now_ms)])? > 0 {
-            self.note(organisation, actor, "delete", &format!("admin-tokens/{id}"), "", now_ms)?;
+            self.note(organisation, actor, "delete", &format!("admin-tokens/{id}"), "{}", now_ms)?;
         }
         Ok(true)
+    }
+
+    /// Forgets the answers that tell of an object: they may repeat what was erased. The same write again is told to look first.
+    pub(super) fn forget_answers(&self, about: &str) -> Result<(), StoreError> {
+        self.db.prepare_cached("UPDATE idempotency SET answer = NULL, about = NULL WHERE about = ?1")?.execute([about])?;
+        Ok(())
     }
 
     pub fn begin_idempotent(&self, token_id: &str, key: &str, fingerprint: [u8; 32], now_ms: u64) -> Result<Idempotent, StoreError> {
@@ -338,12 +363,12 @@ impl Ledger<'_> {
         }
     }
 
-    pub fn end_idempotent(&self, token_id: &str, key: &str, answer: Option<&[u8]>) -> Result<(), StoreError> {
+    pub fn end_idempotent(&self, token_id: &str, key: &str, answer: Option<&[u8]>, about: Option<&str>) -> Result<(), StoreError> {
         match answer {
             Some(answer) => self
                 .db
-                .prepare_cached("UPDATE idempotency SET answer = ?3 WHERE token_id = ?1 AND key = ?2")?
-                .execute(params![token_id, key, answer])?,
+                .prepare_cached("UPDATE idempotency SET answer = ?3, about = ?4 WHERE token_id = ?1 AND key = ?2")?
+                .execute(params![token_id, key, answer, about])?,
             None => self.db.prepare_cached("DELETE FROM idempotency WHERE token_id = ?1 AND key = ?2")?.execute(params![token_id, key])?,
         };
         Ok(())
@@ -354,7 +379,8 @@ impl Ledger<'_> {
 fn unexpected(expect: Expect, version: Option<u64>) -> Option<Edited> {
     match (expect, version) {
         (Expect::Absent, Some(_)) => Some(Edited::Exists),
-        (Expect::Version(_), None) => Some(Edited::Missing),
+        // What is gone has no version; what asks for one must not make it anew.
+        (Expect::Version(_) | Expect::Present, None) => Some(Edited::Stale),
         (Expect::Version(expected), Some(version)) if expected != version => Some(Edited::Stale),
         _ => None,
     }

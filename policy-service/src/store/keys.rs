@@ -39,14 +39,8 @@ impl Ledger<'_> {
         if let Some(fault) = self.missing_reference(row)? {
             return Ok(KeyOutcome::Refused(fault));
         }
-        if let (Some(max), Some(team)) = (key.max_keys, &row.team) {
-            let mut select = self.db.prepare_cached(
-                "SELECT count(*) FROM keys WHERE organisation = ?1 AND team = ?2 AND status <> 'revoked' AND (expires_ms IS NULL OR expires_ms > ?3)",
-            )?;
-            let live: i64 = select.query_row(params![row.organisation, team, signed(row.created_ms)], |row| row.get(0))?;
-            if live >= i64::from(max) {
-                return Ok(KeyOutcome::Refused(fault("team", format!("the team {team} may have {max} keys, and has them"))));
-            }
+        if let Some(fault) = self.team_is_full(row, key.max_keys, row.created_ms)? {
+            return Ok(KeyOutcome::Refused(fault));
         }
         let chain = Chain { organisation: row.organisation.clone(), epoch: 0, seq: 0, mac: audit::genesis(&self.keys.origin, &row.id) };
         let personal = personal(row, &key.salt);
@@ -91,6 +85,17 @@ impl Ledger<'_> {
         if matches!(now.status, keyward_core::admission::Status::Revoked) {
             return Ok(KeyOutcome::Refused(fault("status", "the key is revoked; that is for good".to_owned())));
         }
+        // A key that comes to life in a team, from another or from after its expiry, takes a place like a new one.
+        let lives = |row: &KeyRow| row.expires_ms.is_none_or(|at| at > update.now_ms);
+        if lives(row)
+            && !(lives(&now) && now.team == row.team)
+            && let Some(fault) = self.team_is_full(row, update.max_keys, update.now_ms)?
+        {
+            return Ok(KeyOutcome::Refused(fault));
+        }
+        if (&now.personal, &now.tags) != (&row.personal, &row.tags) {
+            self.forget_answers(&row.id)?;
+        }
         let status = if matches!(row.status, keyward_core::admission::Status::Frozen) { "frozen" } else { "active" };
         let personal = personal(row, &update.salt);
         self.db
@@ -114,6 +119,25 @@ impl Ledger<'_> {
         let event = Event::KeyChanged { actor: update.actor.clone(), detail: detail(row, personal.as_ref()) };
         self.append_alone(&row.id, &self.chain(&row.id)?, update.now_ms, event)?;
         self.done(&row.organisation, &row.id)
+    }
+
+    /// Takes tags, personal fields and their salt away: what the chain holds of them then stands for nothing.
+    pub fn erase_personal(&self, organisation: &str, id: &str, expect: u64, actor: &str, now_ms: u64) -> Result<KeyOutcome, StoreError> {
+        let Some(now) = self.key(organisation, id)? else { return Ok(KeyOutcome::Missing) };
+        if now.version != expect {
+            return Ok(KeyOutcome::Stale(now.version));
+        }
+        self.forget_answers(id)?;
+        if now.personal.is_none() && now.tags.is_empty() {
+            return Ok(KeyOutcome::Done(Box::new(now)));
+        }
+        self.db
+            .prepare_cached("UPDATE keys SET tags = '{}', personal = NULL, personal_salt = NULL, version = version + 1 WHERE id = ?1")?
+            .execute([id])?;
+        let row = KeyRow { personal: None, tags: std::collections::BTreeMap::new(), ..now };
+        let event = Event::KeyChanged { actor: actor.to_owned(), detail: detail(&row, None) };
+        self.append_alone(id, &self.chain(id)?, now_ms, event)?;
+        self.done(organisation, id)
     }
 
     /// Gives a key a new token; those it has end at the overlap's end, or earlier if they were to end earlier.
@@ -168,6 +192,17 @@ impl Ledger<'_> {
 
     fn done(&self, organisation: &str, id: &str) -> Result<KeyOutcome, StoreError> {
         Ok(self.key(organisation, id)?.map_or(KeyOutcome::Missing, |row| KeyOutcome::Done(Box::new(row))))
+    }
+
+    /// Whether the key's team has as many other live keys as it may have.
+    fn team_is_full(&self, row: &KeyRow, max: Option<u32>, now_ms: u64) -> Result<Option<Fault>, StoreError> {
+        let (Some(max), Some(team)) = (max, &row.team) else { return Ok(None) };
+        let mut select = self.db.prepare_cached(
+            "SELECT count(*) FROM keys WHERE organisation = ?1 AND team = ?2 AND id <> ?3 AND status <> 'revoked'
+                 AND (expires_ms IS NULL OR expires_ms > ?4)",
+        )?;
+        let live: i64 = select.query_row(params![row.organisation, team, row.id, signed(now_ms)], |row| row.get(0))?;
+        Ok((live >= i64::from(max)).then(|| fault("team", format!("the team {team} may have {max} keys, and has them"))))
     }
 
     /// A team or policy that is not there, or not there any more.

@@ -328,10 +328,11 @@ impl Ledger<'_> {
         let line = self.finish(settlement.req, request, state::SETTLED, charge.amount, now_ms, settled_event(settlement, charge), tally)?;
         let usage = settlement.usage.or(settlement.input).unwrap_or_default();
         if let Some(line) = tally.get_mut(&line) {
-            line.usage.input = line.usage.input.saturating_add(usage.input);
+            let input = usage.input.saturating_add(usage.audio_input).saturating_add(usage.image_input);
+            line.usage.input = line.usage.input.saturating_add(input);
             line.usage.cache_read = line.usage.cache_read.saturating_add(usage.cache_read);
             line.usage.cache_write = line.usage.cache_write.saturating_add(usage.cache_write).saturating_add(usage.cache_write_1h);
-            line.usage.output = line.usage.output.saturating_add(usage.output);
+            line.usage.output = line.usage.output.saturating_add(usage.output).saturating_add(usage.media_output);
         }
         done.input_tokens += usage.input + usage.cache_read + usage.cache_write + usage.cache_write_1h;
         done.output_tokens += usage.output;

@@ -72,6 +72,8 @@ pub struct KeyUpdate {
     pub salt: [u8; 16],
     pub actor: String,
     pub now_ms: u64,
+    /// Most live keys of its team, if the change makes it one of them.
+    pub max_keys: Option<u32>,
 }
 
 /// A new token for a key; the old ones work until `overlap_until_ms`.
@@ -119,6 +121,7 @@ pub struct CredentialRow {
 pub enum Expect {
     Anything,
     Absent,
+    Present,
     Version(u64),
 }
 
@@ -164,6 +167,18 @@ pub struct TokenRow {
     pub created_ms: u64,
     pub expires_ms: Option<u64>,
     pub revoked_ms: Option<u64>,
+}
+
+/// A new organisation with its first administrator's token.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NewOrganisation {
+    pub label: String,
+    /// Names the organisation as well.
+    pub token: TokenRow,
+    pub token_hash: [u8; 32],
+    /// The organisation whose administrator makes it.
+    pub home: String,
+    pub actor: String,
 }
 
 /// One admission to decide.
@@ -278,8 +293,9 @@ pub struct UsageQuery {
     pub from_day: u64,
     pub to_day: u64,
     pub by: Vec<UsageBy>,
-    /// Rows to skip, and most to give.
-    pub offset: u32,
+    /// Only sums after the one of these values, in the order of `by`; empty: from the first.
+    pub after: Vec<String>,
+    /// Most sums to give.
     pub limit: u32,
 }
 
@@ -347,6 +363,8 @@ pub trait Store: Send + Sync + 'static {
     async fn create_key(&self, key: NewKey) -> Result<KeyOutcome, StoreError>;
     async fn update_key(&self, update: KeyUpdate) -> Result<KeyOutcome, StoreError>;
     async fn rotate_key(&self, rotation: Rotation) -> Result<KeyOutcome, StoreError>;
+    /// Erases a key's tags and personal fields, also from the files behind the store. Also of a revoked key.
+    async fn erase_personal(&self, organisation: &str, id: &str, expect: u64, actor: &str, now_ms: u64) -> Result<KeyOutcome, StoreError>;
     /// Revokes a key for good. Revoking twice is no error.
     async fn revoke_key(
         &self,
@@ -369,6 +387,9 @@ pub trait Store: Send + Sync + 'static {
     /// Makes an organisation. `false`: there is one of this id.
     async fn create_organisation(&self, id: &str, label: &str, actor: &str, now_ms: u64) -> Result<bool, StoreError>;
 
+    /// Makes an organisation together with its first token. `false`: there is one of this id.
+    async fn found_organisation(&self, new: NewOrganisation) -> Result<bool, StoreError>;
+
     async fn put_admin_token(&self, row: TokenRow, hash: [u8; 32], actor: &str) -> Result<(), StoreError>;
     async fn admin_token(&self, hash: [u8; 32]) -> Result<Option<TokenRow>, StoreError>;
     async fn admin_tokens(&self, organisation: &str, after: &str, limit: u32) -> Result<Vec<TokenRow>, StoreError>;
@@ -383,8 +404,8 @@ pub trait Store: Send + Sync + 'static {
 
     /// Begins a write with an Idempotency-Key, or says what is known of it.
     async fn begin_idempotent(&self, token_id: &str, key: &str, fingerprint: [u8; 32], now_ms: u64) -> Result<Idempotent, StoreError>;
-    /// Keeps the sealed answer; `None` forgets the write, which did not happen.
-    async fn end_idempotent(&self, token_id: &str, key: &str, answer: Option<Vec<u8>>) -> Result<(), StoreError>;
+    /// Keeps the sealed answer, which tells of the object `about`; no answer forgets the write, which did not happen.
+    async fn end_idempotent(&self, token_id: &str, key: &str, answer: Option<Vec<u8>>, about: Option<String>) -> Result<(), StoreError>;
 
     async fn standing(&self, now_ms: u64) -> Result<Standing, StoreError>;
     /// Whether a write would be durable now.

@@ -5,11 +5,12 @@ use super::keys::{KEY_COLUMNS, key_row};
 use super::ledger::{Ledger, signed, unsigned};
 use super::{
     Admission, Admit, AuditRow, CredentialRow, Edited, Edits, Expired, Idempotent, KeyOutcome, KeyRow, KeyUpdate, LedgerKeys, NewKey,
-    Rotation, Settle, Settled, Standing, Store, StoreError, TokenRow, UsageBy, UsageQuery, UsageRow,
+    NewOrganisation, Rotation, Settle, Settled, Standing, Store, StoreError, TokenRow, UsageBy, UsageQuery, UsageRow,
 };
 use crate::directory::Directory;
 use crate::metrics::handles;
 use async_trait::async_trait;
+use rusqlite::types::Value;
 use rusqlite::{Connection, OpenFlags, OptionalExtension, TransactionBehavior, params};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, mpsc};
@@ -20,7 +21,8 @@ use tokio::sync::oneshot;
 const MAX_GROUP: usize = 256;
 /// Operations that may wait for the writer; more is answered as unavailable, at once.
 const MAX_QUEUE: usize = 16_384;
-const MIGRATIONS: &[&str] = &[include_str!("schema.sql"), include_str!("admin.sql"), include_str!("objects.sql")];
+const BUSY: Duration = Duration::from_secs(5);
+const MIGRATIONS: &[&str] = &[include_str!("schema.sql"), include_str!("admin.sql"), include_str!("objects.sql"), include_str!("kept.sql")];
 
 type Apply = Box<dyn Fn(&Ledger<'_>) -> Result<(), StoreError> + Send>;
 
@@ -28,6 +30,8 @@ type Apply = Box<dyn Fn(&Ledger<'_>) -> Result<(), StoreError> + Send>;
 struct Change {
     apply: Apply,
     done: oneshot::Sender<Result<(), StoreError>>,
+    /// It erased something: no earlier state of the pages may stay behind in the write-ahead log.
+    erases: bool,
 }
 
 pub struct SqliteStore {
@@ -67,6 +71,14 @@ impl SqliteStore {
         &self,
         change: impl Fn(&Ledger<'_>) -> Result<T, StoreError> + Send + 'static,
     ) -> Result<T, StoreError> {
+        self.send(change, false).await
+    }
+
+    async fn send<T: Send + 'static>(
+        &self,
+        change: impl Fn(&Ledger<'_>) -> Result<T, StoreError> + Send + 'static,
+        erases: bool,
+    ) -> Result<T, StoreError> {
         let slot: Arc<Mutex<Option<T>>> = Arc::default();
         let (done, wait) = oneshot::channel();
         let result = slot.clone();
@@ -78,7 +90,7 @@ impl SqliteStore {
             Ok(())
         });
         let sender = self.writer.lock().ok().and_then(|writer| writer.clone()).ok_or(StoreError::Closed)?;
-        sender.try_send(Change { apply, done }).map_err(|_| StoreError::Database("too many changes are waiting".to_owned()))?;
+        sender.try_send(Change { apply, done, erases }).map_err(|_| StoreError::Database("too many changes are waiting".to_owned()))?;
         wait.await.map_err(|_| StoreError::Closed)??;
         let value = slot.lock().ok().and_then(|mut slot| slot.take());
         value.ok_or(StoreError::Closed)
@@ -107,7 +119,7 @@ fn connect(path: &Path, read_only: bool) -> Result<Connection, StoreError> {
     let access =
         if read_only { OpenFlags::SQLITE_OPEN_READ_ONLY } else { OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_CREATE };
     let db = Connection::open_with_flags(path, access | OpenFlags::SQLITE_OPEN_NO_MUTEX)?;
-    db.busy_timeout(Duration::from_secs(5))?;
+    db.busy_timeout(BUSY)?;
     db.set_prepared_statement_cache_capacity(64);
     if !read_only {
         db.pragma_update(None, "journal_mode", "WAL")?;
@@ -117,6 +129,8 @@ fn connect(path: &Path, read_only: bool) -> Result<Connection, StoreError> {
         // Large enough that a checkpoint seldom falls into a group.
         db.pragma_update(None, "wal_autocheckpoint", 4_000)?;
         db.pragma_update(None, "cache_size", -65_536)?;
+        // What is deleted is overwritten: personal data must not stay behind in free pages.
+        db.pragma_update(None, "secure_delete", "ON")?;
     }
     Ok(db)
 }
@@ -137,15 +151,21 @@ fn migrate(db: &mut Connection) -> Result<(), StoreError> {
 
 /// The writer thread: takes what has queued up, applies it in one transaction, and tells each once it is durable.
 fn write_all(db: &mut Connection, keys: &LedgerKeys, queue: &mpsc::Receiver<Change>) {
+    // Whether something was erased whose earlier state may still be in the write-ahead log.
+    let mut unclean = false;
     while let Ok(first) = queue.recv() {
         let mut group = vec![first];
         group.extend(queue.try_iter().take(MAX_GROUP - 1));
         let (metrics, began) = (handles(), Instant::now());
         metrics.commit_group.record(u32::try_from(group.len()).unwrap_or(u32::MAX));
+        unclean |= group.iter().any(|change| change.erases);
         let committed = commit(db, keys, &group);
         metrics.commit_seconds.record(began.elapsed());
         match committed {
-            Ok(()) => group.into_iter().for_each(|change| drop(change.done.send(Ok(())))),
+            Ok(()) => {
+                unclean = unclean && !empty_log(db);
+                group.into_iter().for_each(|change| drop(change.done.send(Ok(()))));
+            }
             // One bad change must not take the others with it: each gets a transaction of its own.
             Err(_) => group.into_iter().for_each(|change| {
                 let result = commit(db, keys, std::slice::from_ref(&change));
@@ -158,6 +178,17 @@ fn write_all(db: &mut Connection, keys: &LedgerKeys, queue: &mpsc::Receiver<Chan
         }
     }
     let _ = db.pragma_update(None, "wal_checkpoint", "TRUNCATE");
+}
+
+/// Brings the write-ahead log into the database and cuts it to nothing. `false`: a reader needs it still; the next commit,
+/// which comes within a second, tries again.
+fn empty_log(db: &Connection) -> bool {
+    let busy = db.busy_timeout(Duration::from_millis(100)).and_then(|()| {
+        let busy: i64 = db.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |row| row.get(0))?;
+        db.busy_timeout(BUSY)?;
+        Ok(busy)
+    });
+    matches!(busy, Ok(0))
 }
 
 fn commit(db: &mut Connection, keys: &LedgerKeys, group: &[Change]) -> Result<(), StoreError> {
@@ -193,6 +224,11 @@ impl Store for SqliteStore {
 
     async fn rotate_key(&self, rotation: Rotation) -> Result<KeyOutcome, StoreError> {
         self.write(move |ledger| ledger.rotate_key(&rotation)).await
+    }
+
+    async fn erase_personal(&self, organisation: &str, id: &str, expect: u64, actor: &str, now_ms: u64) -> Result<KeyOutcome, StoreError> {
+        let (organisation, id, actor) = (organisation.to_owned(), id.to_owned(), actor.to_owned());
+        self.send(move |ledger| ledger.erase_personal(&organisation, &id, expect, &actor, now_ms), true).await
     }
 
     async fn revoke_key(
@@ -249,6 +285,10 @@ impl Store for SqliteStore {
         self.write(move |ledger| ledger.create_organisation(&id, &label, &actor, now_ms)).await
     }
 
+    async fn found_organisation(&self, new: NewOrganisation) -> Result<bool, StoreError> {
+        self.write(move |ledger| ledger.found_organisation(&new)).await
+    }
+
     async fn put_admin_token(&self, row: TokenRow, hash: [u8; 32], actor: &str) -> Result<(), StoreError> {
         let actor = actor.to_owned();
         self.write(move |ledger| ledger.put_admin_token(&row, hash, &actor)).await
@@ -302,9 +342,9 @@ impl Store for SqliteStore {
         self.write(move |ledger| ledger.begin_idempotent(&token_id, &key, fingerprint, now_ms)).await
     }
 
-    async fn end_idempotent(&self, token_id: &str, key: &str, answer: Option<Vec<u8>>) -> Result<(), StoreError> {
+    async fn end_idempotent(&self, token_id: &str, key: &str, answer: Option<Vec<u8>>, about: Option<String>) -> Result<(), StoreError> {
         let (token_id, key) = (token_id.to_owned(), key.to_owned());
-        self.write(move |ledger| ledger.end_idempotent(&token_id, &key, answer.as_deref())).await
+        self.write(move |ledger| ledger.end_idempotent(&token_id, &key, answer.as_deref(), about.as_deref())).await
     }
 
     async fn standing(&self, now_ms: u64) -> Result<Standing, StoreError> {
@@ -359,15 +399,27 @@ fn usage(db: &Connection, query: &UsageQuery) -> Result<Vec<UsageRow>, StoreErro
         none if none.is_empty() => (String::new(), String::new()),
         all => (format!(", {all}"), format!("GROUP BY {all} ORDER BY {all}")),
     };
+    let mut values: Vec<Value> = vec![
+        query.organisation.clone().into(),
+        query.team.clone().into(),
+        query.key.clone().into(),
+        signed(query.from_day).into(),
+        signed(query.to_day).into(),
+        query.limit.into(),
+    ];
+    let mut after = String::new();
+    if !query.after.is_empty() && query.after.len() == by.len() {
+        let places: Vec<String> = (0..by.len()).map(|i| format!("?{}", values.len() + 1 + i)).collect();
+        after = format!("AND ({}) > ({})", by.join(", "), places.join(", "));
+        values.extend(query.after.iter().cloned().map(Value::from));
+    }
     let mut select = db.prepare_cached(&format!(
         "SELECT sum(requests), sum(input), sum(u.cache_read), sum(u.cache_write), sum(output), sum(nanodollars){columns}
          FROM usage u JOIN keys k ON k.id = u.key_id
          WHERE u.organisation = ?1 AND (?2 IS NULL OR k.team = ?2) AND (?3 IS NULL OR u.key_id = ?3) AND day BETWEEN ?4 AND ?5
-         {group} LIMIT ?6 OFFSET ?7"
+             {after} {group} LIMIT ?6"
     ))?;
-    let values =
-        params![query.organisation, query.team, query.key, signed(query.from_day), signed(query.to_day), query.limit, query.offset];
-    let rows = select.query_map(values, |row| {
+    let rows = select.query_map(rusqlite::params_from_iter(values), |row| {
         let count = |at: usize| Ok::<_, rusqlite::Error>(unsigned(row.get::<_, Option<i64>>(at)?.unwrap_or(0)));
         Ok(UsageRow {
             requests: count(0)?,
