@@ -106,6 +106,6 @@ fn bury_dead(own: Option<u32>, now_ms: u64) -> Load {
     change
 }
 
-fn name(slot: u32) -> Vec<u8> {
-    format!("keyward/load/{slot}").into_bytes()
+fn name(slot: u32) -> String {
+    format!("keyward/load/{slot}")
 }
