@@ -20,6 +20,11 @@ DOCS = (ROOT / "docs/metrics.md").read_text()
 OPERATIONS = (ROOT / "docs/operations.md").read_text()
 DASHBOARD = json.loads((ROOT / "envoy/grafana-dashboard.json").read_text())
 ALERTS = yaml.safe_load((ROOT / "envoy/alerts.yaml").read_text())
+# Every code that a refusal can have.
+REASONS = set("""
+    missing_key unknown_key revoked expired model_not_allowed endpoint_not_allowed state_not_owned unknown_provider unknown_model bad_request
+    unbounded_input body_too_large cap_exhausted cap_reserved pool_exhausted provider_credential_rejected policy_unavailable audit_unavailable
+""".split())
 # Suffixes that say the unit, by the unit of the table.
 SUFFIXES = {"seconds": "seconds", "microseconds": "microseconds", "nanodollars": "nanodollars", "bytes": "bytes"}
 SERIES = re.compile(r'([a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{(.*)\})? (\S+)')
@@ -264,12 +269,11 @@ def test_no_label_has_an_unbounded_value_or_a_secret(traffic):
         call(stack.admin_base, "BREW", f"/v1/pot/{traffic.token}", headers={"authorization": f"Bearer {traffic.token}"})
     stack.settled(traffic.key_id)
     pages = {"service": service(stack), "envoy": envoy(stack)}
-    codes = set(DOCS_REASONS)
     for page in pages.values():
         for name, labels, _ in page.series:
             if not name.startswith("keyward_"):
                 continue
-            assert labels.get("reason", "revoked") in codes
+            assert labels.get("reason", "revoked") in REASONS
             assert labels.get("model", "other") in {"other", "gpt-4o", "gpt-4o-mini", "claude-haiku-4-5"}, labels
             assert labels.get("provider", "openai") in {"openai", "anthropic", "other"}
             assert labels.get("method", "GET") in {"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS", "other"}
@@ -279,12 +283,6 @@ def test_no_label_has_an_unbounded_value_or_a_secret(traffic):
     assert everything(stack).hits(places) == [] and installation(stack).hits(places) == []
     # Even when everything is logged that can be: no prompt, no answer, nothing that a caller wrote.
     assert b"made-up" not in places["log"] and b"Hello" not in places["log"] and b"vendor=1" not in places["log"]
-
-
-DOCS_REASONS = [
-    "missing_key", "unknown_key", "revoked", "expired", "model_not_allowed", "endpoint_not_allowed", "state_not_owned", "unknown_provider", "unknown_model", "bad_request",
-    "unbounded_input", "body_too_large", "cap_exhausted", "cap_reserved", "pool_exhausted", "provider_credential_rejected", "policy_unavailable",
-    "audit_unavailable"]
 
 
 def test_a_trap_shows_and_the_gauges_forget_its_streams():
@@ -342,7 +340,7 @@ def rules():
 def test_dashboard_and_alerts_ask_for_what_exists(traffic):
     """Found in a running system, or the form of a documented name that Envoys without the stats tag show."""
     exists = {name for page in (service(traffic.stack), envoy(traffic.stack)) for name, _, _ in page.series}
-    exists |= {f"keyward_refused_by_reason_{reason}_total" for reason in DOCS_REASONS}
+    exists |= {f"keyward_refused_by_reason_{reason}_total" for reason in REASONS}
     expressions = {(panel["title"], target["expr"]) for panel in panels() for target in panel["targets"]}
     expressions |= {(rule["alert"], rule["expr"]) for rule in rules()}
     missing = {(where, name) for where, expression in expressions for name in asked(expression) if name not in exists}

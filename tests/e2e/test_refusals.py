@@ -78,12 +78,17 @@ def counted(stack, code):
     return sum(stack.stats(f"keyward_refused_by_reason.{code}.total").values())
 
 
+def counts_up_to(stack, code, count):
+    """The filter tells its counts every 50 ms."""
+    wait_for(f"{count} refusals as {code}", lambda: counted(stack, code) == count, 5)
+
+
 @contextlib.contextmanager
 def refusing(stack, code, times=1):
     """Around refusals: nothing reached the provider, and Envoy counted each."""
     seq, before = stack.last_seq(), counted(stack, code)
     yield
-    wait_for(f"refusals as {code} up by {times}", lambda: counted(stack, code) == before + times, 5)
+    counts_up_to(stack, code, before + times)
     assert stack.last_seq() == seq, "something reached the provider"
 
 
@@ -324,7 +329,7 @@ def test_bad_bodies(stack, dialect):
             wrong.append((name, str(error).splitlines()[0]))
     assert not wrong, wrong
     assert stack.last_seq() == seq
-    wait_for("each counted", lambda: counted(stack, "bad_request") == before + len(BAD_BODIES))
+    counts_up_to(stack, "bad_request", before + len(BAD_BODIES))
     # The rest of the interval's settlements may still be reported: an admission for each body would be far more.
     assert stack.callouts() - callouts < len(BAD_BODIES) / 2
 
@@ -586,7 +591,7 @@ def test_cap_reserved_then_free_again(stack, dialect):
     wait_for("the first request under way", lambda: stack.sim.ledger(seq))
     before = counted(stack, "cap_reserved")
     check(ask(stack, dialect, token), dialect, "cap_reserved")
-    wait_for("the refusal counted", lambda: counted(stack, "cap_reserved") == before + 1)
+    counts_up_to(stack, "cap_reserved", before + 1)
     entry = last_entry(stack, key_id)
     assert (entry["event"], entry["code"]) == ("REFUSED", "cap_reserved")
     assert stack.key(key_id)["in_flight"] == 1
@@ -678,7 +683,7 @@ def test_provider_credential_rejected(fresh, dialect):
             secret = credential["secret"]
             pieces = {secret[i:i + 5] for i in range(len(secret) - 4)}
             assert not [piece for piece in pieces if piece in said] and "***" not in said, said
-        wait_for("both counted", lambda: counted(fresh, "provider_credential_rejected") == before + 2)
+        counts_up_to(fresh, "provider_credential_rejected", before + 2)
     finally:
         fresh.sim.request("PATCH", f"/control/credentials/{credential['id']}", {"state": "ok"})
     true, charged, ends = fresh.books(key_id)
