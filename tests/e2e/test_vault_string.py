@@ -218,7 +218,8 @@ class Up(Part):
         wait_for("no Envoy", lambda: not self.envoys())
 
     def credentials(self):
-        return self.stack.admin("GET", "/v1/credentials")["data"]
+        """By label: the list's own order is that of the names, which each installation makes for itself."""
+        return sorted(self.stack.admin("GET", "/v1/credentials")["data"], key=lambda row: row["label"])
 
     def served(self):
         """Requests that the provider answered, by credential."""
