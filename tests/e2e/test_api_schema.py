@@ -31,13 +31,16 @@ checks.positive_data_acceptance.expected-statuses = {json.dumps([*REFUSALS, "400
 include-operation-id = "revoke_key"
 checks.use_after_free.enabled = false
 """
-# The token in use must outlast the run; every other one may be revoked.
+# The token in use must outlast the run; every other one may be revoked. White space around a header's value is taken away by HTTP
+# itself: what is meant to be wrong by it arrives right.
 HOOKS = """
 import os, schemathesis
 
 @schemathesis.hook
 def filter_case(context, case):
-    return os.environ["OWN_TOKEN_ID"] not in str(case.path_parameters)
+    headers = {name.lower(): str(value) for name, value in (case.headers or {}).items()}
+    key = headers.get("idempotency-key", "")
+    return os.environ["OWN_TOKEN_ID"] not in str(case.path_parameters) and key == key.strip()
 """
 
 
