@@ -1,7 +1,9 @@
 """The `keyward` command as an operator uses it: a gateway from a file, changed, compared, watched; every subcommand once."""
 
+import contextlib
 import json
 import os
+import pty
 import signal
 import subprocess
 
@@ -112,6 +114,30 @@ def test_apply_twice_changes_nothing_and_diff_says_so(gateway):
     assert "1 to create, 1 to update, 1 to delete" in gateway.run("apply", "-f", gateway.file)
     other = gateway.run("diff", "-f", gateway.file, env={"THE_OPENAI_KEY": "sk-another"}, code=3)
     assert [f["field"] for f in json.loads(other)["changes"][0]["fields"]] == ["secret"] and "sk-another" not in other
+
+
+def on_a_terminal(gateway, *command, **env):
+    """What a command prints to a terminal."""
+    ours, theirs = pty.openpty()
+    with subprocess.Popen([KEYWARD_BIN, *map(str, command)], stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs, env={**gateway.env, **env},
+                          cwd=gateway.directory) as process:
+        os.close(theirs)
+        printed = b""
+        # Linux ends a terminal that nobody holds with EIO.
+        with contextlib.suppress(OSError):
+            while piece := os.read(ours, 4096):
+                printed += piece
+    os.close(ours)
+    return process.returncode, printed.decode()
+
+
+def test_a_person_reads_colours_unless_they_asked_for_none(gateway):
+    changed = gateway.directory / "coloured.yaml"
+    changed.write_text(gateway.file.read_text().replace("max_keys: 2", "max_keys: 4"))
+    code, printed = on_a_terminal(gateway, "diff", "-f", changed, NO_COLOR="")
+    assert code == 3 and "\x1b[33m~ team search\x1b[0m" in printed and "max_keys: 2 -> 4" in printed and "0 to create, 1 to update" in printed
+    code, printed = on_a_terminal(gateway, "diff", "-f", changed, NO_COLOR="1")
+    assert code == 3 and "~ team search" in printed and "\x1b" not in printed
 
 
 def test_what_the_file_does_not_name_stays_unless_an_apply_made_it(gateway):

@@ -82,7 +82,8 @@ fn header_schema(name: &str) -> Schema {
     Schema::Object(match name {
         "If-Match" => text().pattern(Some(r#"^(\*|"[0-9]{1,19}")$"#)).build(),
         "If-None-Match" => text().enum_values(Some(["*"])).build(),
-        _ => text().pattern(Some("^[!-~]{1,255}$")).build(),
+        // HTTP takes white space around it away.
+        _ => text().pattern(Some("^[!-~]([ -~]{0,253}[!-~])?$")).build(),
     })
 }
 

@@ -109,7 +109,8 @@ macro_rules! collection {
             }
 
             /// List
-            #[utoipa::path(get, path = $list_path, tag = $tag, operation_id = concat!("list_", stringify!($module)), params(Page),
+            #[utoipa::path(get, path = $list_path, tag = $tag, operation_id = concat!("list_", stringify!($module)),
+                summary = concat!("List ", $tag), params(Page),
                 responses((status = 200, body = List<Named<$type>>)))]
             async fn list_all(State(admin): State<Admin>, who: Principal, Params(query): Params<Page>) -> Result<Response, Problem> {
                 who.needs(Permission::$read)?;
@@ -118,7 +119,8 @@ macro_rules! collection {
             }
 
             /// Create
-            #[utoipa::path(post, path = $list_path, tag = $tag, operation_id = concat!("create_", stringify!($module)), request_body = NewObject<$type>,
+            #[utoipa::path(post, path = $list_path, tag = $tag, operation_id = concat!("create_", stringify!($module)),
+                summary = concat!("Make one of the ", $tag), request_body = NewObject<$type>,
                 params(("Idempotency-Key" = Option<String>, Header, description = "The same request again gets the same answer, for 24 hours")),
                 responses((status = 201, body = Named<$type>, headers(("ETag" = String)))))]
             async fn create(State(admin): State<Admin>, who: Principal, Json(body): Json<NewObject<$type>>) -> Result<Response, Problem> {
@@ -126,7 +128,8 @@ macro_rules! collection {
             }
 
             /// Show
-            #[utoipa::path(get, path = $item_path, tag = $tag, operation_id = concat!("show_", stringify!($module)), params(("name" = String, Path)),
+            #[utoipa::path(get, path = $item_path, tag = $tag, operation_id = concat!("show_", stringify!($module)),
+                summary = concat!("Show one of the ", $tag), params(("name" = String, Path)),
                 responses((status = 200, body = Named<$type>, headers(("ETag" = String)))))]
             async fn show_one(State(admin): State<Admin>, who: Principal, Path(name): Path<String>) -> Result<Response, Problem> {
                 who.needs(Permission::$read)?;
@@ -138,7 +141,8 @@ macro_rules! collection {
             }
 
             /// Create or replace
-            #[utoipa::path(put, path = $item_path, tag = $tag, operation_id = concat!("put_", stringify!($module)), request_body = $type,
+            #[utoipa::path(put, path = $item_path, tag = $tag, operation_id = concat!("put_", stringify!($module)),
+                summary = concat!("Make or replace one of the ", $tag), request_body = $type,
                 params(("name" = String, Path), ("If-Match" = Option<String>, Header, description = "ETag of the version that was read"),
                     ("If-None-Match" = Option<String>, Header, description = "*: only if there is none")),
                 responses((status = 200, body = Named<$type>, headers(("ETag" = String))), (status = 201, body = Named<$type>, headers(("ETag" = String)))))]
@@ -156,6 +160,7 @@ macro_rules! collection {
             ///
             /// Refused while something still needs it.
             #[utoipa::path(delete, path = $item_path, tag = $tag, operation_id = concat!("delete_", stringify!($module)),
+                summary = concat!("Delete one of the ", $tag),
                 params(("name" = String, Path), ("If-Match" = Option<String>, Header, description = "ETag of the version that was read")),
                 responses((status = 204)))]
             async fn remove(State(admin): State<Admin>, who: Principal, Path(name): Path<String>, expected: Precondition) -> Result<StatusCode, Problem> {

@@ -480,25 +480,31 @@ impl Ledger<'_> {
     }
 
     fn key_by_token(&self, token_hash: &[u8; 32]) -> Result<Option<Found>, StoreError> {
+        // Two look-ups: SQLite prepares a join over both tables anew each time.
+        let token: Option<(String, Option<i64>)> = self
+            .db
+            .prepare_cached("SELECT key_id, expires_ms FROM tokens WHERE token_hash = ?1")?
+            .query_row([token_hash], |row| Ok((row.get(0)?, row.get(1)?)))
+            .optional()?;
+        let Some((id, token_expires_ms)) = token else { return Ok(None) };
         let mut select = self.db.prepare_cached(
-            "SELECT id, status, k.expires_ms, allow, cap, spent, reserved, in_flight, organisation, chain_epoch, chain_seq, chain_mac,
-                 team, policy, t.expires_ms
-             FROM tokens t JOIN keys k ON k.id = t.key_id WHERE token_hash = ?1",
+            "SELECT status, expires_ms, allow, cap, spent, reserved, in_flight, organisation, chain_epoch, chain_seq, chain_mac, team, policy
+             FROM keys WHERE id = ?1",
         )?;
         let found = select
-            .query_row([token_hash], |row| {
+            .query_row([&id], |row| {
                 let state = KeyState {
-                    status: status(row, 1)?,
-                    expires_ms: row.get::<_, Option<i64>>(2)?.map(unsigned),
-                    allow: json(row, 3)?,
+                    status: status(row, 0)?,
+                    expires_ms: row.get::<_, Option<i64>>(1)?.map(unsigned),
+                    allow: json(row, 2)?,
                     limits: Vec::new(),
-                    cap: row.get::<_, Option<i64>>(4)?.map(Nanodollars),
-                    spent: Nanodollars(row.get(5)?),
-                    reserved: Nanodollars(row.get(6)?),
-                    in_flight: unsigned(row.get(7)?),
+                    cap: row.get::<_, Option<i64>>(3)?.map(Nanodollars),
+                    spent: Nanodollars(row.get(4)?),
+                    reserved: Nanodollars(row.get(5)?),
+                    in_flight: unsigned(row.get(6)?),
                 };
-                let token_expires_ms = row.get::<_, Option<i64>>(14)?.map(unsigned);
-                Ok(Found { id: row.get(0)?, state, chain: chain_at(row, 8)?, team: row.get(12)?, policy: row.get(13)?, token_expires_ms })
+                let token_expires_ms = token_expires_ms.map(unsigned);
+                Ok(Found { id: id.clone(), state, chain: chain_at(row, 7)?, team: row.get(11)?, policy: row.get(12)?, token_expires_ms })
             })
             .optional()?;
         Ok(found)
