@@ -303,9 +303,10 @@ struct About {
 pub async fn idempotent(State(admin): State<Admin>, request: Request, next: Next) -> Result<Response, Problem> {
     let key = request.headers().get("idempotency-key").filter(|_| request.method() == Method::POST).cloned();
     let (Some(key), Some(who)) = (key, request.extensions().get::<Principal>().cloned()) else { return Ok(next.run(request).await) };
-    let key = key.to_str().ok().filter(|key| (1..=255).contains(&key.len())).map(str::to_owned).ok_or_else(|| {
-        Problem::new(StatusCode::BAD_REQUEST, "invalid idempotency key", "Idempotency-Key must be 1 to 255 printable ASCII characters")
-    })?;
+    let key =
+        key.to_str().ok().filter(|key| (1..=255).contains(&key.len()) && !key.contains('\t')).map(str::to_owned).ok_or_else(|| {
+            Problem::new(StatusCode::BAD_REQUEST, "invalid idempotency key", "Idempotency-Key must be 1 to 255 printable ASCII characters")
+        })?;
     let (parts, body) = request.into_parts();
     let body = to_bytes(body, MAX_BODY).await.map_err(|_| {
         Problem::new(
