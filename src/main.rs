@@ -10,6 +10,7 @@ mod envoy;
 mod failure;
 mod manifest;
 mod reference;
+mod secret;
 mod up;
 mod vault;
 mod vault_string;

@@ -1,6 +1,8 @@
 //! `keyward vault`: makes, changes and uses vault strings (docs/vault-string.md).
 
 use crate::cli::{Access, Output, out, table};
+use crate::failure::Failure;
+use crate::secret::{self, MAX_INPUT, ask, environment, from_environment};
 use crate::vault_string::{self, Contents, Fresh, Kdf, Key, Sealed, seal};
 use clap::{Args, Subcommand, ValueEnum};
 use keyward_core::operation::Provider;
@@ -8,14 +10,12 @@ use keyward_policy_service::files;
 use keyward_policy_service::service::Loan;
 use keyward_policy_service::vault::random;
 use serde_json::{Value, json};
-use std::io::{IsTerminal, Read};
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use zeroize::Zeroizing;
 
 /// Where a vault string's password is looked for when nothing names another place.
 const PASSWORD_ENV: &str = "KEYWARD_VAULT_PASSWORD";
-/// Far more than a vault string or a secret has; a wrong file is not read to its end.
-const MAX_INPUT: u64 = 1 << 20;
 
 #[derive(Subcommand)]
 pub enum Vault {
@@ -163,7 +163,7 @@ pub fn run(command: Vault) -> Result<(), String> {
                 return Err(format!("there is no provider {provider:?}"));
             }
             let mut opened = Opened::new(&place, &password)?;
-            let secret = read_secret(from_env.as_deref(), &provider)?;
+            let secret = secret::read(from_env.as_deref(), &format!("Key of {provider}: "))?;
             let key = Key::new(&provider, &name, account, secret)?;
             if !opened.contents.add(key) {
                 return Err(format!("there is a key {provider} {name:?} already: remove it first, or give this one another --name"));
@@ -234,7 +234,7 @@ impl Place {
             None => environment(&self.string_env).ok_or_else(|| format!("no vault string: give --file, or set {}", self.string_env))?,
             Some(file) => {
                 let read = || std::fs::File::open(file).and_then(|open| std::io::read_to_string(open.take(MAX_INPUT)));
-                read().map_err(|error| format!("{}: {error}", file.display()))?
+                read().map(Zeroizing::new).map_err(|error| format!("{}: {error}", file.display()))?
             }
         };
         Ok(one_line(&text).to_owned())
@@ -242,12 +242,12 @@ impl Place {
 }
 
 impl Password {
-    fn read(&self) -> Result<Zeroizing<String>, String> {
+    fn read(&self) -> Result<Zeroizing<String>, Failure> {
         password(self.password_env.as_deref(), || ask("Password of the vault string: "))
     }
 
     /// One for something new: asked for twice.
-    fn choose(&self) -> Result<Zeroizing<String>, String> {
+    fn choose(&self) -> Result<Zeroizing<String>, Failure> {
         password(self.password_env.as_deref(), ask_twice)
     }
 }
@@ -352,46 +352,19 @@ fn replace(file: &Path, text: &str) -> Result<(), String> {
 }
 
 /// The password from the variable that is named, from its usual one, or from a person.
-fn password(name: Option<&str>, ask: impl FnOnce() -> Result<Zeroizing<String>, String>) -> Result<Zeroizing<String>, String> {
+fn password(name: Option<&str>, ask: impl FnOnce() -> Result<Zeroizing<String>, Failure>) -> Result<Zeroizing<String>, Failure> {
     match name {
         Some(name) => from_environment(name),
-        None => environment(PASSWORD_ENV).map_or_else(ask, |password| Ok(Zeroizing::new(password))),
+        None => environment(PASSWORD_ENV).map_or_else(ask, Ok),
     }
 }
 
-fn ask(question: &str) -> Result<Zeroizing<String>, String> {
-    let explain = |error| format!("there is no terminal to ask for the password ({error}): set {PASSWORD_ENV}, or name another variable");
-    rpassword::prompt_password(question).map(Zeroizing::new).map_err(explain)
-}
-
-fn ask_twice() -> Result<Zeroizing<String>, String> {
+fn ask_twice() -> Result<Zeroizing<String>, Failure> {
     let password = ask("New password of the vault string: ")?;
     if password.chars().count() < vault_string::MIN_PASSWORD {
-        return Err(say(vault_string::Error::PasswordTooShort));
+        return Err(say(vault_string::Error::PasswordTooShort).into());
     }
-    if *password == *ask("The same again: ")? { Ok(password) } else { Err("the two passwords are not the same".to_owned()) }
-}
-
-fn read_secret(name: Option<&str>, provider: &str) -> Result<Zeroizing<String>, String> {
-    let text = match name {
-        Some(name) => from_environment(name)?,
-        None if std::io::stdin().is_terminal() => ask(&format!("Key of {provider}: "))?,
-        None => {
-            // Room for all of it: a buffer that grows leaves copies behind.
-            let mut text = Zeroizing::new(String::with_capacity(8 * 1024));
-            std::io::stdin().take(MAX_INPUT).read_to_string(&mut text).map_err(|error| error.to_string())?;
-            text
-        }
-    };
-    Ok(Zeroizing::new(text.trim().to_owned()))
-}
-
-fn environment(name: &str) -> Option<String> {
-    std::env::var(name).ok().filter(|text| !text.is_empty())
-}
-
-fn from_environment(name: &str) -> Result<Zeroizing<String>, String> {
-    environment(name).map(Zeroizing::new).ok_or_else(|| format!("the environment variable {name} is not set"))
+    if *password == *ask("The same again: ")? { Ok(password) } else { Err("the two passwords are not the same".into()) }
 }
 
 /// A string without the line end that files and many secret stores add.

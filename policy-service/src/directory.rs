@@ -3,11 +3,12 @@
 use crate::config::{Document, Kind, Pool, RouteTarget};
 use keyward_core::admission::Allow;
 use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
 
 /// All organisations by id.
 #[derive(Debug, Clone, Default)]
 pub struct Directory {
-    pub organisations: HashMap<String, Organisation>,
+    pub organisations: HashMap<String, Arc<Organisation>>,
 }
 
 /// One organisation's configuration.

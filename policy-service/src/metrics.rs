@@ -7,6 +7,7 @@ use keyward_core::refusal::Code;
 use metrics::{Counter, Gauge, Histogram, counter, gauge, histogram};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, LazyLock, RwLock};
 use std::time::SystemTime;
 
@@ -18,6 +19,7 @@ pub const OTHER: &str = "other";
 /// Most models that get a label of their own.
 const MAX_MODELS: usize = 500;
 const MODEL: &[&str] = &["provider", "model"];
+const RESERVED: Metric = Metric::gauge("keyward_reserved_nanodollars", "nanodollars", &[], "Money held now");
 
 /// Every metric of `/metrics`.
 #[rustfmt::skip]
@@ -46,7 +48,7 @@ pub static TABLE: &[Metric] = &[
     Metric::counter("keyward_store_errors_total", "changes", &[], "Changes that the store could not make durable"),
     Metric::gauge("keyward_holds", "requests", &[], "Requests whose money is held now"),
     Metric::gauge("keyward_hold_oldest_age_seconds", "seconds", &[], "Age of the oldest hold; 0 without one"),
-    Metric::gauge("keyward_reserved_nanodollars", "nanodollars", &[], "Money held now"),
+    RESERVED,
     Metric::gauge("keyward_keys", "keys", &["status"], "Virtual keys: active, expired, frozen, revoked"),
     Metric::gauge("keyward_audit_entries", "entries", &[], "Entries in all audit chains"),
     Metric::gauge("keyward_pool_credentials", "credentials", &["provider", "state"], "Credentials stored or lent; state usable"),
@@ -85,7 +87,8 @@ pub struct Handles {
     pub store_errors: Counter,
     pub holds: Gauge,
     pub oldest_hold_seconds: Gauge,
-    pub reserved: Gauge,
+    /// Nanodollars. Money is never a float, and the recorder's gauges are: [`render`] writes it.
+    pub reserved: AtomicI64,
     pub audit_entries: Gauge,
     pub ready: Gauge,
     pub clock: Gauge,
@@ -107,6 +110,13 @@ pub fn recorder() -> &'static PrometheusHandle {
     &RECORDER.0
 }
 
+/// All metrics as Prometheus reads them.
+pub fn render() -> String {
+    let Metric { name, help, .. } = RESERVED;
+    let reserved = handles().reserved.load(Ordering::Relaxed);
+    format!("{}# HELP {name} {help}\n# TYPE {name} gauge\n{name} {reserved}\n", recorder().render())
+}
+
 /// The process's handles.
 pub fn handles() -> &'static Handles {
     &RECORDER.1
@@ -123,7 +133,7 @@ static RECORDER: LazyLock<(PrometheusHandle, Handles)> = LazyLock::new(|| {
     let handle = recorder.handle();
     // Somebody else's recorder may be installed already; then theirs is used and ours shows nothing.
     let _ = metrics::set_global_recorder(recorder);
-    for metric in TABLE {
+    for metric in TABLE.iter().filter(|metric| metric.name != RESERVED.name) {
         match metric.kind {
             Kind::Counter => metrics::describe_counter!(metric.name, metric.help),
             Kind::Gauge => metrics::describe_gauge!(metric.name, metric.help),
@@ -163,7 +173,7 @@ impl Handles {
             store_errors: counter!("keyward_store_errors_total"),
             holds: gauge!("keyward_holds"),
             oldest_hold_seconds: gauge!("keyward_hold_oldest_age_seconds"),
-            reserved: gauge!("keyward_reserved_nanodollars"),
+            reserved: AtomicI64::new(0),
             audit_entries: gauge!("keyward_audit_entries"),
             ready: gauge!("keyward_ready"),
             clock: gauge!("keyward_clock_seconds"),
@@ -254,7 +264,7 @@ mod tests {
             handles.admitted("openai", &format!("POST /v1/{n}"));
         }
         handles.model("openai", "gpt-4o", || false).output.increment(3);
-        let text = recorder().render();
+        let text = render();
         assert!(text.contains("keyward_spent_nanodollars_total{provider=\"openai\",model=\"other\"} 2000"), "{text}");
         assert!(text.contains("keyward_spent_nanodollars_total{provider=\"other\",model=\"other\"} 2000"));
         assert!(!text.contains("made-up") && !text.contains("gpt-4o-1"));

@@ -74,6 +74,7 @@ fn version_1(data: &Path) -> Roots {
     keyward_policy_service::files::create(&data.join("bootstrapped"), "").unwrap();
     let db = Connection::open(data.join("keyward.db")).unwrap();
     db.pragma_update(None, "journal_mode", "WAL").unwrap();
+    // Frozen as it was: it must not change when the schema does.
     db.execute_batch(include_str!("version-1.sql")).unwrap();
     let made = || Event::KeyCreated { actor: "admin adt_old".to_owned(), detail: "{}".to_owned() };
     let keys = [

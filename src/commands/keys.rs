@@ -1,8 +1,9 @@
 //! `keyward keys` and `keyward credentials`.
 
-use super::{pairs, secret, segment};
+use super::{pairs, segment};
 use crate::cli::{Access, Output, out, text};
 use crate::failure::Failure;
+use crate::secret;
 use clap::{Args, Subcommand};
 use serde_json::{Map, Value, json};
 
@@ -244,7 +245,7 @@ pub fn run_credentials(command: Credentials) -> Result<(), Failure> {
     let at = |name: &str| Ok::<_, Failure>(format!("/v1/credentials/{}", segment(name)?));
     match command {
         Credentials::Add { access, provider, name, from_env, label, account } => {
-            let secret = secret(from_env.as_deref())?;
+            let secret = secret::read(from_env.as_deref(), &format!("Key of {provider}: "))?;
             let body = json!({ "name": name, "provider": provider, "label": label, "account": account, "secret": secret.as_str() });
             access.print(&access.client()?.post("/v1/credentials", &body)?, &CREDENTIAL_COLUMNS)
         }
@@ -258,7 +259,7 @@ pub fn run_credentials(command: Credentials) -> Result<(), Failure> {
                 }
             }
             if from_stdin || from_env.is_some() {
-                body.insert("secret".to_owned(), secret(from_env.as_deref())?.as_str().into());
+                body.insert("secret".to_owned(), secret::read(from_env.as_deref(), "New secret: ")?.as_str().into());
             }
             access.print(&access.client()?.patch(&at(&name)?, &body.into())?, &CREDENTIAL_COLUMNS)
         }

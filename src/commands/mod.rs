@@ -5,23 +5,6 @@ pub mod configuration;
 pub mod keys;
 
 use crate::failure::{Exit, Failure};
-use std::io::Read;
-use zeroize::Zeroizing;
-
-/// A secret from the environment, or from standard input; never from the command line, where others can see it.
-pub fn secret(from_env: Option<&str>) -> Result<Zeroizing<String>, Failure> {
-    let text = match from_env {
-        Some(name) => {
-            std::env::var(name).map_err(|_| Failure::new(Exit::Invalid, format!("the environment variable {name} is not set")))?
-        }
-        None => {
-            let mut text = String::new();
-            std::io::stdin().read_to_string(&mut text).map_err(|error| error.to_string())?;
-            text
-        }
-    };
-    Ok(Zeroizing::new(text.trim().to_owned()))
-}
 
 /// A name or id in a path, escaped.
 pub fn segment(name: &str) -> Result<String, Failure> {

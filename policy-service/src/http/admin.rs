@@ -4,7 +4,7 @@ use super::api::{Admin, MAX_BODY, authenticate, idempotent, to_the_end};
 use super::error::{Problem, ProblemBody};
 use super::observe::observe;
 use super::{audit, configuration, credentials, keys, tokens};
-use crate::metrics::recorder;
+use crate::metrics::render;
 use axum::extract::{DefaultBodyLimit, State};
 use axum::http::{StatusCode, header};
 use axum::middleware;
@@ -142,7 +142,7 @@ async fn ready(State(admin): State<Admin>) -> Result<&'static str, Problem> {
 
 async fn metrics(State(admin): State<Admin>) -> impl IntoResponse {
     admin.service.watch().await;
-    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], recorder().render())
+    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], render())
 }
 
 #[cfg(test)]

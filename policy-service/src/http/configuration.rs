@@ -223,7 +223,7 @@ async fn list_providers(State(admin): State<Admin>, who: Principal, Params(query
     responses((status = 200, body = ProviderView, headers(("ETag" = String)))))]
 async fn show_provider(State(admin): State<Admin>, who: Principal, Path(name): Path<String>) -> Result<Response, Problem> {
     who.needs(Permission::ReadSupply)?;
-    let view = provider_view(&admin.service.organisation(&who.organisation)?, &name).ok_or(ServiceError::NotFound("provider"))?;
+    let view = provider_view(&*admin.service.organisation(&who.organisation)?, &name).ok_or(ServiceError::NotFound("provider"))?;
     Ok((etag(view.version), axum::Json(view)).into_response())
 }
 
@@ -246,7 +246,7 @@ async fn put_provider(
     // Version 0 is that of settings that were never made.
     let expected = Precondition(if expected.0 == Expect::Version(0) { Expect::Absent } else { expected.0 });
     admin.service.put_object(&who, &name, &body, expected.0).await.map_err(|error| expected.failed(error))?;
-    let view = provider_view(&admin.service.organisation(&who.organisation)?, &name).ok_or(ServiceError::NotFound("provider"))?;
+    let view = provider_view(&*admin.service.organisation(&who.organisation)?, &name).ok_or(ServiceError::NotFound("provider"))?;
     Ok((etag(view.version), axum::Json(view)).into_response())
 }
 
@@ -287,7 +287,7 @@ async fn show_config(State(admin): State<Admin>, who: Principal) -> Result<Respo
     who.needs(Permission::ReadSupply)?;
     let organisation = admin.service.organisation(&who.organisation)?;
     let tag = etag(organisation.rev);
-    Ok((tag, axum::Json(Configuration { revision: organisation.rev, configuration: organisation.document })).into_response())
+    Ok((tag, axum::Json(Configuration { revision: organisation.rev, configuration: organisation.document.clone() })).into_response())
 }
 
 /// Apply a whole configuration

@@ -154,7 +154,7 @@ async fn show_credential(State(admin): State<Admin>, who: Principal, Path(name):
         return Ok((etag(lent.version), axum::Json(lent)).into_response());
     }
     let name = admin.service.credential_name(&who, &name)?;
-    let (view, meta) = find(&admin.service.organisation(&who.organisation)?, &name)?;
+    let (view, meta) = find(&*admin.service.organisation(&who.organisation)?, &name)?;
     Ok((etag(meta.version), axum::Json(view)).into_response())
 }
 

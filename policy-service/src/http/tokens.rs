@@ -147,7 +147,8 @@ pub struct NewOrganisation {
 async fn list_organisations(State(admin): State<Admin>, who: Principal, Params(query): Params<Page>) -> Result<Response, Problem> {
     let (after, limit) = page(query.cursor.as_deref(), query.limit)?;
     let all = admin.service.organisations(&who)?.into_iter().filter(|(id, _)| *id > after).take(limit as usize + 1);
-    let data = all.map(|(id, organisation)| OrganisationView { id, label: organisation.label, revision: organisation.rev }).collect();
+    let data =
+        all.map(|(id, organisation)| OrganisationView { id, label: organisation.label.clone(), revision: organisation.rev }).collect();
     Ok(axum::Json(List::of(data, limit, |organisation: &OrganisationView| &organisation.id)).into_response())
 }
 

@@ -1,13 +1,13 @@
 //! Credentials that are lent to a running service, from a vault string: in memory until it stops, stored nowhere.
 
 use super::{Loaded, ORGANISATION, Service, ServiceError, now_ms};
-use crate::config::{self, Fault};
+use crate::config::{self, Fault, Kind};
 use crate::directory::Directory;
 use hmac::{Hmac, KeyInit, Mac};
 use keyward_core::hex;
-use keyward_core::operation::Provider;
 use sha2::Sha256;
 use std::collections::HashMap;
+use std::sync::Arc;
 use zeroize::Zeroizing;
 
 /// What is lent.
@@ -60,7 +60,7 @@ impl Service {
 
     /// Adds what is lent, after what is stored.
     pub(super) fn add_lent(&self, directory: &mut Directory, secrets: &mut HashMap<String, Loaded>) {
-        let Some(organisation) = directory.organisations.get_mut(ORGANISATION) else { return };
+        let Some(organisation) = directory.organisations.get_mut(ORGANISATION).map(Arc::make_mut) else { return };
         for Lent { id, provider, secret, .. } in self.lent() {
             organisation.lent.push((id.clone(), provider));
             secrets.insert(id, Loaded { secret });
@@ -93,16 +93,14 @@ impl Service {
 /// What every credential must be.
 fn check(provider: &str, secret: &str) -> Result<(), ServiceError> {
     let fault = |fault: Fault| ServiceError::Invalid(fault.field, fault.message);
-    if Provider::by_name(provider).is_none() {
-        return Err(fault(Fault { field: "provider".to_owned(), message: format!("there is no provider {provider:?}") }));
-    }
+    config::check_name(Kind::Provider, provider).map_err(|message| fault(Fault { field: "provider".to_owned(), message }))?;
     config::check_secret(secret).map_err(|message| fault(Fault { field: "secret".to_owned(), message }))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{Credential, Kind};
+    use crate::config::Credential;
     use crate::service::access::Principal;
     use crate::store::Expect;
     use crate::{Config, Running, start};

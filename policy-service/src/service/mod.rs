@@ -178,12 +178,12 @@ impl Service {
     }
 
     /// An organisation's configuration as it stands.
-    pub fn organisation(&self, id: &str) -> Result<Organisation, ServiceError> {
+    pub fn organisation(&self, id: &str) -> Result<Arc<Organisation>, ServiceError> {
         self.memory().directory.organisations.get(id).cloned().ok_or(ServiceError::NotFound("organisation"))
     }
 
     /// All organisations, by id.
-    pub fn organisations(&self, who: &Principal) -> Result<Vec<(String, Organisation)>, ServiceError> {
+    pub fn organisations(&self, who: &Principal) -> Result<Vec<(String, Arc<Organisation>)>, ServiceError> {
         who.needs(Permission::ReadOrganisations)?;
         let memory = self.memory();
         let all = memory.directory.organisations.iter().filter(|(id, _)| who.organisation == ORGANISATION || **id == who.organisation);

@@ -9,6 +9,7 @@ use keyward_core::operation::PROVIDERS;
 use keyward_core::refusal::{Code, Refusal};
 use keyward_core::trace::TraceContext;
 use metrics::gauge;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 /// Readings closer together than this show the same: whoever can read must not be able to keep the database busy.
@@ -37,8 +38,8 @@ impl Service {
                 // A hold's begin is not stored, but how long before its expiry it began.
                 let age = |first: u64| now_ms.saturating_add(millis(self.hold_ttl)).saturating_sub(first);
                 metrics.oldest_hold_seconds.set(Duration::from_millis(standing.first_expiry_ms.map_or(0, age)).as_secs_f64());
-                metrics.reserved.set(standing.reserved_nanodollars);
-                metrics.audit_entries.set(standing.audit_entries);
+                metrics.reserved.store(standing.reserved.0, Ordering::Relaxed);
+                metrics.audit_entries.set(as_float(standing.audit_entries));
             }
             Err(error) => tracing::error!(%error, "the ledger's sums could not be read"),
         }

@@ -7,6 +7,7 @@ use crate::config::{self, Credential, Document, Kind};
 use crate::directory::{Directory, Meta, Organisation};
 use keyward_core::audit::{self, Event};
 use rusqlite::{Connection, OptionalExtension, Row, params};
+use std::sync::Arc;
 
 /// Answers kept for writes that come again.
 const IDEMPOTENT_MS: u64 = 24 * 3_600_000;
@@ -50,11 +51,10 @@ pub fn directory(db: &Connection) -> Result<Directory, StoreError> {
     let rows = select.query_map([], |row| Ok((row.get::<_, String>(0)?, row.get::<_, String>(1)?, unsigned(row.get(2)?))))?;
     for row in rows {
         let (id, label, rev) = row?;
-        directory.organisations.insert(id, Organisation { label, rev, ..Organisation::default() });
-    }
-    for (id, organisation) in &mut directory.organisations {
-        read_objects(db, id, organisation)?;
-        read_credentials(db, id, organisation)?;
+        let mut organisation = Organisation { label, rev, ..Organisation::default() };
+        read_objects(db, &id, &mut organisation)?;
+        read_credentials(db, &id, &mut organisation)?;
+        directory.organisations.insert(id, Arc::new(organisation));
     }
     Ok(directory)
 }

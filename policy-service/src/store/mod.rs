@@ -1,9 +1,11 @@
 //! Where decisions become durable. One trait; SQLite implements it for a single machine.
 
+mod admission;
 mod configuration;
 mod keys;
 pub mod ledger;
 pub mod objects;
+mod settlement;
 pub mod sqlite;
 
 use crate::config::{Fault, Kind};
@@ -239,8 +241,6 @@ pub struct Settled {
     pub gaps: u64,
     pub frozen: u64,
     pub nanodollars: i64,
-    pub input_tokens: u64,
-    pub output_tokens: u64,
     pub used: Vec<Used>,
 }
 
@@ -271,8 +271,8 @@ pub struct Standing {
     pub holds: u64,
     /// When the first hold expires, Unix milliseconds.
     pub first_expiry_ms: Option<u64>,
-    pub reserved_nanodollars: f64,
-    pub audit_entries: f64,
+    pub reserved: Nanodollars,
+    pub audit_entries: u64,
 }
 
 /// One entry of a chain as stored.

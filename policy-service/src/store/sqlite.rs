@@ -10,6 +10,7 @@ use super::{
 use crate::directory::Directory;
 use crate::metrics::handles;
 use async_trait::async_trait;
+use keyward_core::money::Nanodollars;
 use rusqlite::types::Value;
 use rusqlite::{Connection, OpenFlags, OptionalExtension, TransactionBehavior, params};
 use std::path::{Path, PathBuf};
@@ -366,19 +367,22 @@ impl Store for SqliteStore {
 /// Sums over all keys, and over the index of what is held: some milliseconds for ten thousand keys.
 fn standing(db: &Connection, now_ms: u64) -> Result<Standing, StoreError> {
     let mut standing = Standing::default();
+    // Dollars and what is below them apart: SQLite's sums end at 2^63, and money is never a float.
     let mut keys = db.prepare_cached(
-        "SELECT CASE WHEN status = 'active' AND expires_ms <= ?1 THEN 'expired' ELSE status END AS now, count(*), total(reserved), total(chain_seq)
+        "SELECT CASE WHEN status = 'active' AND expires_ms <= ?1 THEN 'expired' ELSE status END AS now, count(*),
+             sum(reserved / 1000000000), sum(reserved % 1000000000), sum(chain_seq)
          FROM keys GROUP BY now",
     )?;
     let mut rows = keys.query([signed(now_ms)])?;
-    let (mut reserved, mut entries) = (Vec::new(), Vec::new());
+    let mut reserved = 0i128;
     while let Some(row) = rows.next()? {
         standing.keys.insert(row.get(0)?, unsigned(row.get(1)?));
-        reserved.push(row.get::<_, f64>(2)?);
-        entries.push(row.get::<_, f64>(3)?);
+        reserved += i128::from(row.get::<_, i64>(2)?) * 1_000_000_000 + i128::from(row.get::<_, i64>(3)?);
+        standing.audit_entries += unsigned(row.get(4)?);
     }
-    entries.push(db.prepare_cached("SELECT total(chain_seq) FROM organisations")?.query_row([], |row| row.get(0))?);
-    (standing.reserved_nanodollars, standing.audit_entries) = (reserved.iter().sum(), entries.iter().sum());
+    standing.reserved = Nanodollars(i64::try_from(reserved).unwrap_or(i64::MAX));
+    let administrative: Option<i64> = db.prepare_cached("SELECT sum(chain_seq) FROM organisations")?.query_row([], |row| row.get(0))?;
+    standing.audit_entries += unsigned(administrative.unwrap_or(0));
     let mut held = db.prepare_cached("SELECT count(*), min(expires_ms) FROM requests WHERE state = 0")?;
     (standing.holds, standing.first_expiry_ms) =
         held.query_row([], |row| Ok((unsigned(row.get(0)?), row.get::<_, Option<i64>>(1)?.map(unsigned))))?;

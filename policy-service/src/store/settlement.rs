@@ -1,0 +1,313 @@
+//! How requests end, each in one transaction: settled, voided or expired; the charge, the entry, and the day's sums.
+
+use super::ledger::{Ledger, hold_at, signed, state, unsigned};
+use super::{Expired, Settle, Settled, StoreError, Used, objects};
+use keyward_core::admission::{self, Charge, Ended, Hold};
+use keyward_core::audit::{self, Event, TryEntry};
+use keyward_core::edge::{Outcome, RequestId, Settlement};
+use keyward_core::money::Nanodollars;
+use keyward_core::usage::Usage;
+use rusqlite::{OptionalExtension, params};
+use std::collections::BTreeMap;
+
+/// Ended requests are remembered this long, so that a replay is told from a new request.
+const REMEMBER_MS: u64 = 7 * 24 * 3_600_000;
+/// Holds that one sweep charges at most.
+const SWEEP: u32 = 1_000;
+const DAY_MS: u64 = 86_400_000;
+
+/// Charges by organisation, day, key, provider and model, gathered over a batch.
+type Tally = BTreeMap<(String, u64, String, String, String), TallyLine>;
+
+#[derive(Default)]
+struct TallyLine {
+    requests: u64,
+    usage: Usage,
+    nanodollars: i64,
+    /// Of `nanodollars`, what was given back.
+    returned: u64,
+}
+
+/// A request as the ledger has it.
+struct Request {
+    key_id: String,
+    state: i64,
+    provider: String,
+    model: String,
+    stream: bool,
+    choices: u64,
+    hold: Hold,
+    charge: Nanodollars,
+}
+
+/// How a request ends.
+struct End {
+    state: i64,
+    charge: Nanodollars,
+    usage: Usage,
+    event: Event,
+}
+
+impl Ledger<'_> {
+    /// Takes a batch of one or more VMs, in the order in which it was sent.
+    pub fn settle(&self, batch: &[Settle], now_ms: u64) -> Result<Settled, StoreError> {
+        let (mut done, mut tally) = (Settled::default(), Tally::new());
+        for settle in batch {
+            done.gaps += self.follow_vm(settle, now_ms)?;
+            self.settle_one(settle, now_ms, &mut done, &mut tally)?;
+        }
+        done.used = self.book(tally)?;
+        Ok(done)
+    }
+
+    /// Follows the chain of a VM's records. Returns how many are missing before this one.
+    fn follow_vm(&self, settle: &Settle, now_ms: u64) -> Result<u64, StoreError> {
+        let record = &settle.record;
+        let known: Option<(i64, [u8; 32])> = self
+            .db
+            .prepare_cached("SELECT seq, mac FROM vms WHERE vm = ?1")?
+            .query_row([record.vm.0], |row| Ok((row.get(0)?, row.get(1)?)))
+            .optional()?;
+        let (last, mac) = known.map_or((0, [0; 32]), |(seq, mac)| (unsigned(seq), mac));
+        if record.seq <= last {
+            return Ok(0);
+        }
+        self.db
+            .prepare_cached("INSERT INTO vms (vm, seq, mac, seen_ms) VALUES (?1, ?2, ?3, ?4) ON CONFLICT (vm) DO UPDATE SET seq = ?2, mac = ?3, seen_ms = ?4")?
+            .execute(params![record.vm.0, signed(record.seq), record.mac, signed(now_ms)])?;
+        let missing = record.seq - last - 1;
+        Ok(if missing == 0 && record.prev != mac { 1 } else { missing })
+    }
+
+    fn settle_one(&self, settle: &Settle, now_ms: u64, done: &mut Settled, tally: &mut Tally) -> Result<(), StoreError> {
+        let settlement = &settle.settlement;
+        let void = settlement.outcome == Outcome::Void;
+        let Some(request) = self.request(settlement.req)? else {
+            done.unknown += u64::from(!void);
+            done.voided += u64::from(void);
+            return self.bury(settlement.req, now_ms);
+        };
+        match (request.state, void) {
+            (state::HELD | state::EXPIRED, true) => {
+                done.voided += 1;
+                let event = Event::Voided { req: settlement.req.0 };
+                let end = End { state: state::VOIDED, charge: Nanodollars::ZERO, usage: Usage::default(), event };
+                self.finish(settlement.req, &request, end, now_ms, tally)
+            }
+            (state::HELD | state::EXPIRED, false) => {
+                objects::settle(self.db, settle, &request.key_id, &request.provider, now_ms)?;
+                self.charge(settlement, &request, now_ms, done, tally)
+            }
+            _ => {
+                done.repeated += 1;
+                Ok(())
+            }
+        }
+    }
+
+    fn charge(
+        &self,
+        settlement: &Settlement,
+        request: &Request,
+        now_ms: u64,
+        done: &mut Settled,
+        tally: &mut Tally,
+    ) -> Result<(), StoreError> {
+        let price = self.keys.prices.find(&request.provider, &request.model);
+        let ended = Ended {
+            sent: settlement.sent,
+            status: settlement.status,
+            stream: request.stream,
+            usage: settlement.usage.as_ref(),
+            input: settlement.input.as_ref(),
+            visible_bytes: settlement.visible,
+            choices: request.choices,
+        };
+        let charge = admission::charge(&request.hold, price, &ended);
+        let usage = settlement.usage.or(settlement.input).unwrap_or_default();
+        let end = End { state: state::SETTLED, charge: charge.amount, usage, event: settled_event(settlement, charge) };
+        self.finish(settlement.req, request, end, now_ms, tally)?;
+        done.charged += 1;
+        done.nanodollars = done.nanodollars.saturating_add(charge.amount.0);
+        if charge.amount > request.hold.total && self.freeze(&request.key_id, settlement.req, now_ms)? {
+            done.frozen += 1;
+        }
+        Ok(())
+    }
+
+    /// Moves a request to its end: the hold goes, the charge comes, the chain and the tally say so.
+    fn finish(&self, req: RequestId, request: &Request, end: End, now_ms: u64, tally: &mut Tally) -> Result<(), StoreError> {
+        let (sums, chain) = self.sums_and_chain(&request.key_id)?;
+        let (seq, mac) = self.append(&request.key_id, &chain, now_ms, end.event)?;
+        let held = request.state == state::HELD;
+        let released = if held { request.hold.total } else { Nanodollars::ZERO };
+        let change = end.charge.minus(request.charge);
+        let spent = sums.spent.plus(change).max(Nanodollars::ZERO);
+        let reserved = sums.reserved.minus(released).max(Nanodollars::ZERO);
+        let in_flight = sums.in_flight.saturating_sub(u64::from(held));
+        self.db
+            .prepare_cached("UPDATE keys SET spent = ?2, reserved = ?3, in_flight = ?4, chain_seq = ?5, chain_mac = ?6 WHERE id = ?1")?
+            .execute(params![request.key_id, spent.0, reserved.0, signed(in_flight), signed(seq), mac])?;
+        self.db.prepare_cached("UPDATE requests SET state = ?2, charge = ?3 WHERE req = ?1")?.execute(params![
+            req.0,
+            end.state,
+            end.charge.0
+        ])?;
+        let line = (chain.organisation, now_ms / DAY_MS, request.key_id.clone(), request.provider.clone(), request.model.clone());
+        let booked = tally.entry(line).or_default();
+        booked.requests += u64::from(held);
+        booked.nanodollars = booked.nanodollars.saturating_add(change.0);
+        booked.returned = booked.returned.saturating_add(if change.0 < 0 { change.0.unsigned_abs() } else { 0 });
+        add_tokens(&mut booked.usage, &end.usage);
+        Ok(())
+    }
+
+    /// Adds what a batch was charged to the days' sums. Gives it summed up by model.
+    fn book(&self, tally: Tally) -> Result<Vec<Used>, StoreError> {
+        let mut used: Vec<Used> = Vec::new();
+        for ((organisation, day, key, provider, model), line) in tally {
+            self.db
+                .prepare_cached(
+                    "INSERT INTO usage (organisation, day, key_id, provider, model, requests, input, cache_read, cache_write, output, nanodollars)
+                     VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)
+                     ON CONFLICT DO UPDATE SET requests = requests + ?6, input = input + ?7, cache_read = cache_read + ?8,
+                         cache_write = cache_write + ?9, output = output + ?10, nanodollars = nanodollars + ?11",
+                )?
+                .execute(params![
+                    organisation,
+                    signed(day),
+                    key,
+                    provider,
+                    model,
+                    signed(line.requests),
+                    tokens(line.usage.input),
+                    tokens(line.usage.cache_read),
+                    tokens(line.usage.cache_write),
+                    tokens(line.usage.output),
+                    line.nanodollars,
+                ])?;
+            match used.iter_mut().find(|used| used.provider == provider && used.model == model) {
+                Some(used) => used.add(&line),
+                None => {
+                    let mut first = Used { provider, model, ..Used::default() };
+                    first.add(&line);
+                    used.push(first);
+                }
+            }
+        }
+        Ok(used)
+    }
+
+    /// An actual cost exceeded its hold: the key stops until an operator acts. Keys without a budget have no hold to exceed.
+    fn freeze(&self, key_id: &str, req: RequestId, now_ms: u64) -> Result<bool, StoreError> {
+        let changed = self
+            .db
+            .prepare_cached("UPDATE keys SET status = 'frozen' WHERE id = ?1 AND status = 'active' AND cap IS NOT NULL")?
+            .execute([key_id])?;
+        if changed > 0 {
+            let reason = format!("the actual cost of {req} exceeded its hold");
+            self.append_alone(key_id, &self.chain(key_id)?, now_ms, Event::KeyFrozen { reason })?;
+        }
+        Ok(changed > 0)
+    }
+
+    /// Remembers a request that was voided before it was admitted, so that its admission is refused.
+    fn bury(&self, req: RequestId, now_ms: u64) -> Result<(), StoreError> {
+        self.db
+            .prepare_cached(
+                "INSERT INTO requests (req, key_id, state, fingerprint, provider, model, stream, choices, hold, hold_input, expires_ms)
+                 VALUES (?1, '', ?2, x'', '', '', 0, 0, 0, 0, ?3)",
+            )?
+            .execute(params![req.0, state::TOMBSTONE, signed(now_ms)])?;
+        Ok(())
+    }
+
+    /// Charges the holds that are past their time: whoever held them has not said what they cost.
+    pub fn expire(&self, now_ms: u64) -> Result<Expired, StoreError> {
+        let mut select =
+            self.db.prepare_cached("SELECT req FROM requests WHERE state = 0 AND expires_ms <= ?1 ORDER BY expires_ms LIMIT ?2")?;
+        let due: Vec<[u8; 16]> = select.query_map(params![signed(now_ms), SWEEP], |row| row.get(0))?.collect::<Result<_, _>>()?;
+        let mut tally = Tally::new();
+        for req in &due {
+            let Some(request) = self.request(RequestId(*req))? else { continue };
+            let charge = request.hold.total;
+            let event = Event::Expired { req: *req, charge: charge.0 };
+            let end = End { state: state::EXPIRED, charge, usage: Usage::default(), event };
+            self.finish(RequestId(*req), &request, end, now_ms, &mut tally)?;
+        }
+        let used = self.book(tally)?;
+        self.db
+            .prepare_cached("DELETE FROM requests WHERE req IN (SELECT req FROM requests WHERE state > 0 AND expires_ms < ?1 LIMIT ?2)")?
+            .execute(params![signed(now_ms.saturating_sub(REMEMBER_MS)), SWEEP])?;
+        Ok(Expired { holds: due.len() as u64, used })
+    }
+
+    fn request(&self, req: RequestId) -> Result<Option<Request>, StoreError> {
+        let mut select = self.db.prepare_cached(
+            "SELECT key_id, state, provider, model, stream, choices, charge, hold, hold_input, clamp FROM requests WHERE req = ?1",
+        )?;
+        let request = select.query_row([req.0], |row| {
+            Ok(Request {
+                key_id: row.get(0)?,
+                state: row.get(1)?,
+                provider: row.get(2)?,
+                model: row.get(3)?,
+                stream: row.get(4)?,
+                choices: unsigned(row.get(5)?),
+                charge: Nanodollars(row.get(6)?),
+                hold: hold_at(row, 7)?,
+            })
+        });
+        Ok(request.optional()?)
+    }
+}
+
+impl Used {
+    fn add(&mut self, line: &TallyLine) {
+        add_tokens(&mut self.usage, &line.usage);
+        self.returned_nanodollars = self.returned_nanodollars.saturating_add(line.returned);
+        let charged = u64::try_from(line.nanodollars.saturating_add_unsigned(line.returned)).unwrap_or(0);
+        self.nanodollars = self.nanodollars.saturating_add(charged);
+    }
+}
+
+/// Adds up tokens by what operators are shown: whatever they were made of, and however long a cache keeps them.
+fn add_tokens(to: &mut Usage, usage: &Usage) {
+    let add = |to: &mut u64, parts: &[u64]| *to = parts.iter().fold(*to, |sum, part| sum.saturating_add(*part));
+    add(&mut to.input, &[usage.input, usage.audio_input, usage.image_input]);
+    add(&mut to.cache_read, &[usage.cache_read]);
+    add(&mut to.cache_write, &[usage.cache_write, usage.cache_write_1h]);
+    add(&mut to.output, &[usage.output, usage.media_output]);
+}
+
+/// A count of tokens that can be added up for a long time: SQLite's sums end at 2^63.
+fn tokens(n: u64) -> i64 {
+    signed(n).min(1 << 48)
+}
+
+fn settled_event(settlement: &Settlement, charge: Charge) -> Event {
+    let usage = settlement.usage.or(settlement.input).unwrap_or_default();
+    let tries =
+        settlement.tries.iter().map(|t| TryEntry { credential: t.credential.clone(), status: u64::from(t.status.unwrap_or(0)), ms: t.ms });
+    Event::Settled(audit::Settled {
+        req: settlement.req.0,
+        outcome: match settlement.outcome {
+            Outcome::Complete => "complete",
+            Outcome::Cut => "cut",
+            Outcome::Void => "void",
+        }
+        .to_owned(),
+        status: u64::from(settlement.status.unwrap_or(0)),
+        // The chain counts tokens, whatever they were made of.
+        input: usage.input.saturating_add(usage.audio_input).saturating_add(usage.image_input),
+        cache_read: usage.cache_read,
+        cache_write: usage.cache_write,
+        cache_write_1h: usage.cache_write_1h,
+        output: usage.output.saturating_add(usage.media_output),
+        reasoning: usage.reasoning,
+        charge: charge.amount.0,
+        estimated: charge.estimated,
+        ms: settlement.ms,
+        tries: tries.collect(),
+    })
+}
