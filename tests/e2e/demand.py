@@ -184,14 +184,14 @@ async def all_at_once(port, asks, at_once=200, timeout=60.0):
     return answers
 
 
-async def patient(port, asks, until, answers, pause=0.2, longest=2.0):
-    """A client that goes on asking until the clock (monotonic) says `until`; refused, it waits as it is told, at most `longest`
+async def patient(port, asks, until, took, pause=0.2, longest=2.0):
+    """A client that goes on asking until the clock (monotonic) says `until()`, and gives each answer to `took`; refused, it waits as it is told, at most `longest`
     seconds, or `pause` if it is told nothing."""
     for what in asks:
         if time.monotonic() >= until():
             return
         answer = await ask(port, what)
-        answers.append(answer)
+        took(answer)
         if answer.status != 200:
             told = answer.retry_after
             await asyncio.sleep(min(longest, pause if told is None else max(told, 0.05)))

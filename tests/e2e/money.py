@@ -174,7 +174,7 @@ def sample_findings(parties, true, figures, starts):
                 yield f"{party} shows no {window} window"
                 continue
             start, spent, reserved = sums[window]
-            first = starts.setdefault((party, window), start) == start
+            first = starts.setdefault((str(party), window), start) == start
             if first and cost > cap:
                 yield f"{party}: really cost {cost} of {cap} a {window}"
             if spent + reserved > cap:
@@ -320,23 +320,26 @@ def provider_findings(books, clock_is_true=True):
             yield f"{req} cost {cost} and was charged {charges[req]}"
 
 
-def cap_findings(books):
+def cap_findings(books, clock_is_true=True):
     """What was really charged in each window, and what Keyward charged to it, is within the cap. A request belongs to the
-    window of its admission; windows never go backwards, whatever the clock does."""
+    window of its admission. On a clock that is stepped windows must not go backwards: a request that is admitted after one of a
+    later window belongs to that window."""
     admitted, charges = books.admitted_ms(), books.charges()
-    order = {}
+    costs, by_arrival = books.costs(), {}
     for call in books.calls:
-        order.setdefault(req_of(call), call["started_unix_us"])
-    costs, key_of = books.costs(), books.key_of()
-    reqs = sorted((req for req in charges if req in admitted), key=lambda req: (order.get(req, 0), admitted[req]))
+        by_arrival.setdefault(req_of(call), call["started_unix_us"])
     for party in books.parties:
-        mine = [req for req in reqs if key_of[req] in party.keys]
+        # In the order of their admission: that of the chain; over several chains as the provider saw them, whose clock is true.
+        mine = [entry["req"] for key in party.keys for entry in books.chains[key] if entry["event"] == "ADMITTED"]
+        if len(party.keys) > 1:
+            mine.sort(key=lambda req: by_arrival.get(req, 0))
         for window, cap in party.caps.items():
             true, charged, latest = collections.Counter(), collections.Counter(), 0
             for req in mine:
-                latest = max(latest, window_start(window, admitted[req]))
+                start = window_start(window, admitted[req])
+                latest = start if clock_is_true else max(latest, start)
                 true[latest] += costs[req]
-                charged[latest] += charges[req]
+                charged[latest] += charges.get(req, 0)
             for start in true:
                 if true[start] > cap:
                     yield f"{party}: really cost {true[start]} of {cap} in the {window} of {start}"
@@ -383,7 +386,7 @@ def refusal_findings(books, allowed=frozenset(LIMITS), unrecorded=frozenset(("po
 
 def all_findings(books, once=True, clock_is_true=True, allowed=frozenset(LIMITS)):
     """Every check of the books at rest."""
-    return [*few(ends_findings(books, once)), *few(provider_findings(books, clock_is_true)), *few(cap_findings(books)), *few(figure_findings(books)),
+    return [*few(ends_findings(books, once)), *few(provider_findings(books, clock_is_true)), *few(cap_findings(books, clock_is_true)), *few(figure_findings(books)),
             *few(refusal_findings(books, allowed))]
 
 
