@@ -78,6 +78,13 @@ def test_caps_hold_through_kills():
     passes(trials.kills(times=5, clients=30, hold_ttl=8))
 
 
+def test_a_cap_that_does_not_hold_is_found_out(own):
+    """The same trial on a key whose cap is taken away behind its back: the trial must fail, in the sample and in the books."""
+    trial = trials.crowd(own, requests=300, at_once=50, meanwhile=lambda key: own.admin("PATCH", f"/v1/keys/{key}", {"budgets": []}))
+    for told in ("was charged", "reserved", "300 of 300 were served"):
+        assert any(told in finding for finding in trial.findings), (told, trial.findings)
+
+
 # --- the oracle itself -------------------------------------------------------------------------------------------------------
 
 NOON = 1_794_916_800_000

@@ -72,17 +72,19 @@ def price_of(world, what):
 # --- caps under concurrency ------------------------------------------------------------------------------------------------
 
 
-def crowd(stack, requests=2000, at_once=200):
-    """One key, a cap for about half of what is asked."""
+def crowd(stack, requests=2000, at_once=200, meanwhile=None):
+    """One key, a cap for about half of what is asked. meanwhile: what else is done to the key, by its id."""
     trial, world = Trial("one key, a crowd"), World(stack)
-    what = {"directive": "tokens=60", "max_tokens": 100}
+    what = {"directive": "tokens=60 first_ms=100", "max_tokens": 100}
     each, _ = price_of(world, what)
     key = world.key({"total": usd(each * requests // 2)})
-    with Sampler(world) as sampler:
+    with Sampler(world, 0.05) as sampler:
+        if meanwhile is not None:
+            meanwhile(key[0])
         answers = asyncio.run(all_at_once(stack.listen_port, (Ask(key, **what) for _ in range(requests)), at_once))
         books = trial.close(world, sampler, answers)
     trial.figures["of the cap"] = shares(books, "key")
-    trial.expect(requests * 0.25 < trial.figures["served"] < requests * 0.75, f"{trial.figures['served']} of {requests} were served")
+    trial.expect(0 < trial.figures["served"] < requests, f"{trial.figures['served']} of {requests} were served")
     return trial
 
 
@@ -247,7 +249,8 @@ def honest_retry_after(stack, rounds=4, answer_s=3.0):
     """After a history of requests of some seconds: who is refused as cap_reserved and waits as told, gets through."""
     trial, world = Trial("retry-after of cap_reserved"), World(stack)
     what = {"directive": f"tokens=20 first_ms={int(answer_s * 1000)}", "max_tokens": 40, "pad": 20_000}
-    each, hold = price_of(world, {**what, "directive": "tokens=20"})
+    # Takes as long as all of them: whose history the service goes by is its own affair.
+    each, hold = price_of(world, what)
     key = world.key({"total": usd(10 * hold + 6 * each)})
     port, told, right = stack.listen_port, [], 0
     answers = asyncio.run(all_at_once(port, [Ask(key, **what)] * 6, 3))
@@ -293,13 +296,13 @@ def rates(stack, seconds=6.0, rpm=60, tpm=12_000, in_flight=8, rps=None):
     """Each rate with more demand than it allows, for so long. Only over more than a minute can it be seen that the allowed is
     also given."""
     trial, world = Trial("rpm, tpm, in flight"), World(stack)
-    each = {"directive": "tokens=60", "max_tokens": 100}
+    each = {"directive": "tokens=100", "max_tokens": 150}
     by_requests = world.key(rates={"rpm": rpm})
     by_tokens = world.key(rates={"tpm": tpm})
     by_flight = world.key(rates={"max_in_flight": in_flight})
     answers, begun = [], time.monotonic()
     over = begun + seconds
-    rps = rps or max(3 * rpm / seconds, rpm / 60 * 3)
+    rps = rps or 3 * rpm / min(seconds, 60)
 
     async def steadily(key, what, per_second):
         """Open loop: refused or not, the next request comes when it is due."""
