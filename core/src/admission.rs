@@ -1,10 +1,12 @@
 //! Whether a key may make a request, and what is reserved for it: pure decisions over a key's state.
 
 use crate::edge::Ask;
+use crate::limits::Moment;
 use crate::money::Nanodollars;
 use crate::operation::{Costs, OTHER, Operation, Provider};
 use crate::price::{Price, Unit, image_price};
 use crate::refusal::{Code, Refusal};
+use crate::reserve::{Level, headroom, reserve};
 use crate::usage::Usage;
 use serde::{Deserialize, Serialize};
 
@@ -53,10 +55,6 @@ pub struct KeyState {
     pub allow: Allow,
     /// Further lists that must allow a request as well: its policy's, its team's.
     pub limits: Vec<Allow>,
-    pub cap: Option<Nanodollars>,
-    pub spent: Nanodollars,
-    pub reserved: Nanodollars,
-    pub in_flight: u64,
 }
 
 /// What is set aside for one request.
@@ -65,19 +63,46 @@ pub struct Hold {
     pub total: Nanodollars,
     /// The input's share of `total`.
     pub input: Nanodollars,
-    /// Output tokens the request is clamped to; `None`: as it asked.
+    /// Output tokens the request is clamped to, for each choice; `None`: as it asked.
     pub clamp: Option<u64>,
+    /// Tokens that it may come to.
+    pub tokens: u64,
+    /// Of `tokens`, those of output.
+    pub output_tokens: u64,
+}
+
+impl Hold {
+    pub fn input_tokens(&self) -> u64 {
+        self.tokens.saturating_sub(self.output_tokens)
+    }
+
+    /// A hold that is not split: what is paid is known before.
+    fn whole(total: Nanodollars, tokens: u64) -> Self {
+        Hold { total, input: total, tokens, ..Hold::default() }
+    }
 }
 
 /// Decides one request. `upstream` is the provider's name of the model, where a route leads to another than was asked for.
 /// `price` is `None` when the operation or model has no price. Whether what the request refers to is the key's own is for
 /// the ledger to say.
-pub fn decide(key: &KeyState, ask: &Ask, upstream: Option<&str>, price: Option<&Price>, now_ms: u64) -> Result<Hold, Refusal> {
+pub fn decide(
+    key: &KeyState,
+    levels: &[Level<'_>],
+    ask: &Ask,
+    upstream: Option<&str>,
+    price: Option<&Price>,
+    now: Moment,
+) -> Result<Hold, Refusal> {
+    check_standing(key, now.wall_ms)?;
+    check_permitted(key, ask, upstream)?;
+    reserve(levels, ask, operation(ask), price, now).map_err(|refusal| Refusal { headroom: headroom(levels, now), ..refusal })
+}
+
+/// Whether the key may make such a request at all, however much is left.
+pub fn check_permitted(key: &KeyState, ask: &Ask, upstream: Option<&str>) -> Result<(), Refusal> {
     let operation = operation(ask);
-    check_standing(key, now_ms)?;
     check_allowed(&key.lists(), ask, upstream, operation)?;
-    check_state(&key.allow, ask, operation)?;
-    reserve(key, ask, operation, price)
+    check_state(&key.allow, ask, operation)
 }
 
 impl KeyState {
@@ -183,60 +208,15 @@ fn glob(pattern: &str, text: &str) -> bool {
     rest.ends_with(last)
 }
 
-fn reserve(key: &KeyState, ask: &Ask, operation: &'static Operation, price: Option<&Price>) -> Result<Hold, Refusal> {
-    if operation.costs == Costs::Free {
-        return Ok(Hold::default());
-    }
-    // A model that is not made for this operation has no price in it.
-    let price = price.filter(|price| operation.models.contains(&price.mode));
-    let Some(cap) = key.cap else {
-        // Without a budget nothing is clamped: the hold only tells what may come.
-        let hold = price.and_then(|price| bound(ask, operation, price, None).or_else(|| guess(ask, operation, price)));
-        return Ok(hold.map_or(Hold::default(), |hold| Hold { clamp: None, ..hold }));
-    };
-    let unbounded = |message: String| Refusal::new(Code::UnboundedInput, message);
-    if operation.costs == Costs::Unknown {
-        return Err(unbounded(format!("no price is known for {}, and this key has a budget", ask.endpoint)));
-    }
-    if let Some(what) = &ask.unbounded {
-        return Err(unbounded(format!("a key with a budget can't use {what}: its cost has no bound")));
-    }
-    let model = ask.model.as_deref().unwrap_or_default();
-    let price = price.ok_or_else(|| unbounded(format!("no price is known for the model {model} here, and this key has a budget")))?;
-    let no_bound = || unbounded(format!("the cost of this request to {model} has no bound, and this key has a budget"));
-    let full = bound(ask, operation, price, None).ok_or_else(no_bound)?;
-    let clamps = !operation.limits().is_empty();
-    let least = MIN_OUTPUT_TOKENS.max(ask.thinking_budget.saturating_add(1)).min(asked_output(ask, price));
-    let needed = if clamps { bound(ask, operation, price, Some(least)).ok_or_else(no_bound)?.total } else { full.total };
-    let left = cap.minus(key.spent);
-    if needed > left {
-        return Err(Refusal::new(
-            Code::CapExhausted,
-            format!("the budget of this key is spent: ${} of ${} left", left.max(Nanodollars::ZERO).to_usd(), cap.to_usd()),
-        ));
-    }
-    let unheld = left.minus(key.reserved);
-    if needed > unheld {
-        return Err(Refusal::new(Code::CapReserved, "what is left of this key's budget is reserved by requests in flight").retry_after(1));
-    }
-    let share = Nanodollars(unheld.0 / i64::try_from(key.in_flight.saturating_add(1)).unwrap_or(i64::MAX)).max(needed);
-    if full.total <= share || !clamps {
-        return Ok(full);
-    }
-    let per_token = Nanodollars(price.dearest_output().0.saturating_mul(i64::try_from(ask.choices.max(1)).unwrap_or(i64::MAX)));
-    let clamp = share.minus(full.input).buys(per_token).unwrap_or(u64::MAX).max(least);
-    bound(ask, operation, price, Some(clamp)).ok_or_else(no_bound)
-}
-
-fn asked_output(ask: &Ask, price: &Price) -> u64 {
+pub(crate) fn asked_output(ask: &Ask, price: &Price) -> u64 {
     let most = price.max_output.unwrap_or(u64::MAX);
     ask.max_tokens.unwrap_or(most).min(most.max(1))
 }
 
 /// The most the request can cost; `None` when nothing bounds it. Where output has a limit that stands in the body, it is
 /// limited to `clamp` tokens a choice: a limit that the caller did not set, or set higher than the model's own, is written.
-fn bound(ask: &Ask, operation: &'static Operation, price: &Price, clamp: Option<u64>) -> Option<Hold> {
-    let whole = |total| Some(Hold { total, input: total, clamp: None });
+pub(crate) fn bound(ask: &Ask, operation: &'static Operation, price: &Price, clamp: Option<u64>) -> Option<Hold> {
+    let whole = |total| Some(Hold::whole(total, 0));
     match (operation.costs, &price.unit) {
         (Costs::Tokens, Unit::Tokens) => tokens_bound(ask, operation, price, clamp),
         (Costs::Speech, Unit::Characters(each)) => whole(Nanodollars::of_tokens(&[(ask.characters, *each)])),
@@ -247,12 +227,14 @@ fn bound(ask: &Ask, operation: &'static Operation, price: &Price, clamp: Option<
         (Costs::Images, Unit::Tokens) => {
             let each = price.max_output?.saturating_add(ask.partial_images.saturating_mul(TOKENS_PER_PARTIAL_IMAGE));
             let pictures = (each.saturating_mul(ask.choices.max(1)), price.dearest_output());
-            whole(Nanodollars::of_tokens(&[(ask.bytes, price.dearest_input()), pictures]))
+            Some(Hold::whole(Nanodollars::of_tokens(&[(ask.bytes, price.dearest_input()), pictures]), ask.bytes.saturating_add(pictures.0)))
         }
         (Costs::Recording, Unit::Seconds(each)) => whole(Nanodollars::of_tokens(&[(ask.seconds?, *each)])),
         // Whatever its length, the model takes and gives no more than that.
         (Costs::Recording, Unit::Tokens) => {
-            whole(Nanodollars::of_tokens(&[(price.context?, price.dearest_input()), (price.max_output?, price.dearest_output())]))
+            let (input, output) = (price.context?, price.max_output?);
+            let total = Nanodollars::of_tokens(&[(input, price.dearest_input()), (output, price.dearest_output())]);
+            Some(Hold::whole(total, input.saturating_add(output)))
         }
         _ => None,
     }
@@ -272,12 +254,14 @@ fn tokens_bound(ask: &Ask, operation: &'static Operation, price: &Price, clamp: 
         total: Nanodollars::of_tokens(&[input, output]),
         input: Nanodollars::of_tokens(&[input]),
         clamp: Some(limit).filter(|_| written),
+        tokens: input.0.saturating_add(output.0),
+        output_tokens: output.0,
     })
 }
 
 /// What a request may cost that has no bound: an estimate, for keys without a budget. Recordings at 8 kbit/s; of speech that
 /// is paid by tokens, four to a character.
-fn guess(ask: &Ask, operation: &'static Operation, price: &Price) -> Option<Hold> {
+pub(crate) fn guess(ask: &Ask, operation: &'static Operation, price: &Price) -> Option<Hold> {
     let total = match (operation.costs, &price.unit) {
         (Costs::Recording, Unit::Seconds(each)) => Nanodollars::of_tokens(&[(ask.bytes.div_ceil(1_000), *each)]),
         (Costs::Speech, Unit::Tokens) => {
@@ -285,7 +269,7 @@ fn guess(ask: &Ask, operation: &'static Operation, price: &Price) -> Option<Hold
         }
         _ => return None,
     };
-    Some(Hold { total, input: total, clamp: None })
+    Some(Hold::whole(total, 0))
 }
 
 /// How a request ended, as far as its price goes.
@@ -309,56 +293,76 @@ pub struct Ended<'a> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Charge {
     pub amount: Nanodollars,
+    pub tokens: u64,
     pub estimated: bool,
 }
 
 /// What a request that was held for is charged.
 pub fn charge(hold: &Hold, price: Option<&Price>, ended: &Ended<'_>) -> Charge {
-    let exactly = |amount| Charge { amount, estimated: false };
-    let about = |amount| Charge { amount, estimated: true };
-    let Some(price) = price else { return exactly(Nanodollars::ZERO) };
-    let told = ended.usage.and_then(|usage| price.cost(usage));
-    match (ended.sent, ended.status, told) {
-        (false, _, _) => exactly(Nanodollars::ZERO),
-        (true, _, Some(cost)) => exactly(cost),
+    let told = ended.usage.map(Usage::tokens);
+    let nothing = Charge { amount: Nanodollars::ZERO, tokens: 0, estimated: false };
+    let whole = Charge { amount: hold.total, tokens: told.unwrap_or(hold.tokens), estimated: true };
+    let cost = price.zip(ended.usage).and_then(|(price, usage)| price.cost(usage));
+    match (ended.sent, ended.status, cost, price) {
+        (false, ..) => nothing,
+        (true, _, Some(amount), _) => Charge { amount, estimated: false, ..whole },
         // Sent, and nobody knows what became of it.
-        (true, None, None) => about(hold.total),
-        (true, Some(status), None) if status >= 300 => exactly(Nanodollars::ZERO),
+        (true, None, None, Some(_)) => whole,
+        (true, Some(status), None, _) if status >= 300 => nothing,
+        (true, _, None, None) => Charge { amount: Nanodollars::ZERO, estimated: told.is_none(), ..whole },
         // Free, or paid by what was known beforehand.
-        (true, Some(_), None) if hold.total == Nanodollars::ZERO || matches!(price.unit, Unit::Characters(_) | Unit::Images(_)) => {
-            exactly(hold.total)
+        (true, Some(_), None, Some(price))
+            if hold.total == Nanodollars::ZERO || matches!(price.unit, Unit::Characters(_) | Unit::Images(_)) =>
+        {
+            Charge { estimated: false, ..whole }
         }
-        (true, Some(_), None) => about(cut(hold, price, ended)),
+        (true, Some(_), None, Some(price)) => cut(whole, hold, price, ended),
     }
 }
 
 /// The charge of an answer that stopped without telling usage.
-fn cut(hold: &Hold, price: &Price, ended: &Ended<'_>) -> Nanodollars {
-    let Some(bytes) = ended.visible_bytes.filter(|_| ended.stream && !price.reasoning) else { return hold.total };
+fn cut(whole: Charge, hold: &Hold, price: &Price, ended: &Ended<'_>) -> Charge {
+    let Some(bytes) = ended.visible_bytes.filter(|_| ended.stream && !price.reasoning) else { return whole };
     let input = ended.input.and_then(|usage| price.cost(usage)).unwrap_or(hold.input);
     let output = bytes.saturating_add(IN_FLIGHT_TOKENS.saturating_mul(ended.choices.max(1)));
-    hold.total.min(input.plus(Nanodollars::of_tokens(&[(output, price.dearest_output())])))
+    let tokens = ended.input.map_or(hold.input_tokens(), Usage::tokens).saturating_add(output);
+    let amount = input.plus(Nanodollars::of_tokens(&[(output, price.dearest_output())]));
+    Charge { amount: whole.amount.min(amount), tokens: whole.tokens.min(tokens), estimated: true }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::limits::{Account, Budget, Limits, Recent, Sums, Window};
     use crate::price::PriceTable;
+    use crate::reserve::Of;
     use proptest::prelude::*;
     #[cfg(target_arch = "wasm32")]
     use wasm_bindgen_test::wasm_bindgen_test as test;
 
-    fn key(cap: Option<i64>) -> KeyState {
-        KeyState {
-            status: Status::Active,
-            expires_ms: None,
-            allow: Allow::default(),
-            limits: Vec::new(),
-            cap: cap.map(Nanodollars),
-            spent: Nanodollars::ZERO,
-            reserved: Nanodollars::ZERO,
-            in_flight: 0,
-        }
+    fn key() -> KeyState {
+        KeyState { status: Status::Active, expires_ms: None, allow: Allow::default(), limits: Vec::new() }
+    }
+
+    /// A key's account with one budget for good.
+    fn account(spent: i64, reserved: i64, in_flight: u64) -> Account {
+        let total = Sums { spent: Nanodollars(spent), reserved: Nanodollars(reserved), ..Sums::default() };
+        Account::new(0, [Sums::default(), Sums::default(), total], in_flight, Recent::default())
+    }
+
+    fn on(cap: Option<i64>, account: &Account, ask: &Ask, price: Option<&Price>) -> Result<Hold, Refusal> {
+        let budgets = cap.map(|cap| Budget { window: Window::Total, cap: Nanodollars(cap) }).into_iter().collect();
+        let limits = Limits { budgets, ..Limits::default() };
+        let level = Level { of: Of::Key, limits: vec![&limits], account };
+        decide(&key(), &[level], ask, None, price, Moment::at(0))
+    }
+
+    fn fresh(cap: Option<i64>, ask: &Ask, price: Option<&Price>) -> Result<Hold, Refusal> {
+        on(cap, &Account::default(), ask, price)
+    }
+
+    fn at(key: &KeyState, ask: &Ask, price: Option<&Price>, ms: u64) -> Result<Hold, Refusal> {
+        decide(key, &[], ask, None, price, Moment::at(ms))
     }
 
     fn ask(model: &str, bytes: u64, max_tokens: Option<u64>) -> Ask {
@@ -379,11 +383,11 @@ mod tests {
 
     #[test]
     fn standing_comes_first() {
-        let refused = |key: &KeyState| decide(key, &ask("gpt-4o", 10, None), None, Some(&price()), 1_000).unwrap_err().code;
-        assert_eq!(refused(&KeyState { status: Status::Revoked, ..key(None) }), Code::Revoked);
-        assert_eq!(refused(&KeyState { expires_ms: Some(1_000), ..key(None) }), Code::Expired);
-        assert_eq!(refused(&KeyState { status: Status::Frozen, ..key(None) }), Code::CapExhausted);
-        assert!(decide(&KeyState { expires_ms: Some(1_001), ..key(None) }, &ask("gpt-4o", 10, None), None, Some(&price()), 1_000).is_ok());
+        let refused = |key: &KeyState| at(key, &ask("gpt-4o", 10, None), Some(&price()), 1_000).unwrap_err().code;
+        assert_eq!(refused(&KeyState { status: Status::Revoked, ..key() }), Code::Revoked);
+        assert_eq!(refused(&KeyState { expires_ms: Some(1_000), ..key() }), Code::Expired);
+        assert_eq!(refused(&KeyState { status: Status::Frozen, ..key() }), Code::CapExhausted);
+        assert!(at(&KeyState { expires_ms: Some(1_001), ..key() }, &ask("gpt-4o", 10, None), Some(&price()), 1_000).is_ok());
     }
 
     #[test]
@@ -413,9 +417,9 @@ mod tests {
                 endpoints: endpoints.iter().map(|s| (*s).into()).collect(),
                 state: false,
             },
-            ..key(None)
+            ..key()
         };
-        let code = |key: &KeyState| decide(key, &ask("gpt-4o", 10, None), None, Some(&price()), 0).map_err(|r| r.code).err();
+        let code = |key: &KeyState| at(key, &ask("gpt-4o", 10, None), Some(&price()), 0).map_err(|r| r.code).err();
         assert_eq!(code(&allow(&["gpt-4o"], &["POST /v1/chat/*"])), None);
         assert_eq!(code(&allow(&[], &["openai:POST /v1/*"])), None);
         assert_eq!(code(&allow(&[], &["anthropic:POST /v1/*"])), Some(Code::EndpointNotAllowed));
@@ -425,31 +429,30 @@ mod tests {
     #[test]
     fn a_small_budget_is_clamped_then_reserved_then_spent() {
         // gpt-4o: 2,500 nanodollars an input token, 10,000 an output token.
-        let poor = key(Some(10 * 2_500 + 100 * 10_000));
-        let hold = decide(&poor, &ask("gpt-4o", 10, None), None, Some(&price()), 0).unwrap();
+        let cap = Some(10 * 2_500 + 100 * 10_000);
+        let hold = fresh(cap, &ask("gpt-4o", 10, None), Some(&price())).unwrap();
         assert_eq!((hold.clamp, hold.total, hold.input), (Some(100), Nanodollars(1_025_000), Nanodollars(25_000)));
-        let busy = KeyState { reserved: hold.total, in_flight: 1, ..poor.clone() };
-        let refusal = decide(&busy, &ask("gpt-4o", 10, None), None, Some(&price()), 0).unwrap_err();
-        assert_eq!((refusal.code, refusal.retry_after), (Code::CapReserved, Some(1)));
-        let spent = KeyState { spent: hold.total, ..poor };
-        assert_eq!(decide(&spent, &ask("gpt-4o", 10, None), None, Some(&price()), 0).unwrap_err().code, Code::CapExhausted);
+        let refusal = on(cap, &account(0, hold.total.0, 1), &ask("gpt-4o", 10, None), Some(&price())).unwrap_err();
+        assert_eq!((refusal.code, refusal.retry_after_ms), (Code::CapReserved, Some(2_000)));
+        let refusal = on(cap, &account(hold.total.0, 0, 0), &ask("gpt-4o", 10, None), Some(&price())).unwrap_err();
+        assert_eq!((refusal.code, refusal.retry_after_ms), (Code::CapExhausted, None));
     }
 
     #[test]
     fn what_has_no_bound_or_no_price_needs_a_key_without_budget() {
         let mut hosted = ask("gpt-4o", 10, Some(5));
         hosted.unbounded = Some("web_search_options".into());
-        assert_eq!(decide(&key(Some(1 << 40)), &hosted, None, Some(&price()), 0).unwrap_err().code, Code::UnboundedInput);
-        assert!(decide(&key(None), &hosted, None, Some(&price()), 0).is_ok());
-        assert_eq!(decide(&key(Some(1 << 40)), &ask("mystery", 10, Some(5)), None, None, 0).unwrap_err().code, Code::UnboundedInput);
-        assert_eq!(decide(&key(None), &ask("mystery", 10, Some(5)), None, None, 0), Ok(Hold::default()));
+        assert_eq!(fresh(Some(1 << 40), &hosted, Some(&price())).unwrap_err().code, Code::UnboundedInput);
+        assert!(fresh(None, &hosted, Some(&price())).is_ok());
+        assert_eq!(fresh(Some(1 << 40), &ask("mystery", 10, Some(5)), None).unwrap_err().code, Code::UnboundedInput);
+        assert_eq!(fresh(None, &ask("mystery", 10, Some(5)), None), Ok(Hold::default()));
     }
 
     #[test]
     fn a_thinking_budget_is_never_clamped_away() {
         let mut thinking = ask("gpt-4o", 10, Some(4_000));
         thinking.thinking_budget = 2_000;
-        let refusal = decide(&key(Some(1_000_000)), &thinking, None, Some(&price()), 0).unwrap_err();
+        let refusal = fresh(Some(1_000_000), &thinking, Some(&price())).unwrap_err();
         assert_eq!(refusal.code, Code::CapExhausted);
     }
 
@@ -461,11 +464,11 @@ mod tests {
         let usage = Usage { input: 10, output: 20, ..Usage::default() };
         let base = Ended { sent: true, status: Some(200), stream: true, usage: None, input: None, visible_bytes: Some(40), choices: 1 };
         let of = |ended: Ended<'_>| charge(&hold, Some(&price), &ended);
-        assert_eq!(of(Ended { usage: Some(&usage), ..base }), Charge { amount: Nanodollars(225_000), estimated: false });
+        assert_eq!(of(Ended { usage: Some(&usage), ..base }), Charge { amount: Nanodollars(225_000), tokens: 30, estimated: false });
         assert_eq!(of(Ended { sent: false, status: None, ..base }).amount, Nanodollars::ZERO);
-        assert_eq!(of(Ended { status: None, ..base }), Charge { amount: hold.total, estimated: true });
+        assert_eq!(of(Ended { status: None, ..base }), Charge { amount: hold.total, tokens: hold.tokens, estimated: true });
         assert_eq!(of(Ended { status: Some(429), ..base }).amount, Nanodollars::ZERO);
-        assert_eq!(of(base), Charge { amount: Nanodollars(250_000 + (40 + 256) * 10_000), estimated: true });
+        assert_eq!(of(base), Charge { amount: Nanodollars(250_000 + (40 + 256) * 10_000), tokens: 100 + 296, estimated: true });
         assert_eq!(of(Ended { visible_bytes: None, ..base }).amount, hold.total, "an unreadable answer");
         assert_eq!(of(Ended { stream: false, ..base }).amount, hold.total, "a buffered answer cut short was made in full");
         let thinker = Price { reasoning: true, ..price.clone() };
@@ -478,7 +481,7 @@ mod tests {
             let allow = Allow { endpoints: endpoints.iter().map(|s| (*s).into()).collect(), ..Allow::default() };
             let asked =
                 Ask { endpoint: endpoint.into(), model: None, refs: refs.iter().map(|s| (*s).into()).collect(), ..ask("", 10, None) };
-            decide(&KeyState { allow, ..key(None) }, &asked, None, None, 0).err().map(|refusal| refusal.code)
+            at(&KeyState { allow, ..key() }, &asked, None, 0).err().map(|refusal| refusal.code)
         };
         for open in
             ["*", "POST *", "POST /v1/*", "POST /v1/fil*", "POST /v1/f*iles", "anthropic:POST /v1/files", "GET /v1/files", "", "/v1/files"]
@@ -499,11 +502,10 @@ mod tests {
     #[test]
     fn every_operation_is_free_priced_or_refused_on_a_budget() {
         let prices = PriceTable::built_in().unwrap();
-        let rich = key(Some(1 << 50));
         let of = |endpoint: &str, model: &str, change: fn(&mut Ask)| {
             let mut asked = Ask { endpoint: endpoint.into(), ..ask(model, 1_000, None) };
             change(&mut asked);
-            decide(&rich, &asked, None, prices.find("openai", model), 0).map(|hold| (hold.total.to_usd(), hold.clamp)).map_err(|r| r.code)
+            fresh(Some(1 << 50), &asked, prices.find("openai", model)).map(|hold| (hold.total.to_usd(), hold.clamp)).map_err(|r| r.code)
         };
         let held = |usd: &str| Ok((usd.to_owned(), None));
         assert_eq!(of("POST /v1/moderations", "omni-moderation-latest", |_| ()), held("0.00"));
@@ -529,11 +531,11 @@ mod tests {
     #[test]
     fn an_earlier_answer_fills_the_context() {
         let asked = |history| Ask { endpoint: "POST /v1/responses".into(), history, ..ask("gpt-4o", 100, Some(10)) };
-        let hold = |history| decide(&key(Some(1 << 50)), &asked(history), None, Some(&price()), 0).unwrap();
+        let hold = |history| fresh(Some(1 << 50), &asked(history), Some(&price())).unwrap();
         assert_eq!(hold(false).input, Nanodollars(100 * 2_500));
         assert_eq!(hold(true).input, Nanodollars(128_000 * 2_500));
         let boundless = Price { context: None, ..price() };
-        assert_eq!(decide(&key(Some(1 << 50)), &asked(true), None, Some(&boundless), 0).unwrap_err().code, Code::UnboundedInput);
+        assert_eq!(fresh(Some(1 << 50), &asked(true), Some(&boundless)).unwrap_err().code, Code::UnboundedInput);
     }
 
     proptest! {
@@ -541,10 +543,9 @@ mod tests {
         #[test]
         fn a_hold_fits_and_covers(cap in 0i64..1 << 40, spent in 0i64..1 << 40, reserved in 0i64..1 << 40, in_flight in 0u64..100,
             bytes in 1u64..200_000, max in proptest::option::of(0u64..200_000), choices in 1u64..8, images in 0u64..3) {
-            let state = KeyState { spent: Nanodollars(spent), reserved: Nanodollars(reserved), in_flight, ..key(Some(cap)) };
             let asked = Ask { choices, images, ..ask("gpt-4o", bytes, max) };
             let price = price();
-            if let Ok(hold) = decide(&state, &asked, None, Some(&price), 0) {
+            if let Ok(hold) = on(Some(cap), &account(spent, reserved, in_flight), &asked, Some(&price)) {
                 prop_assert!(spent + reserved + hold.total.0 <= cap);
                 let output = hold.clamp.or(max).unwrap_or(u64::MAX).min(price.max_output.unwrap());
                 let input = bytes.min(price.context.unwrap());
@@ -580,7 +581,7 @@ mod tests {
                 ..ask(model, bytes, max)
             };
             prop_assume!(operation(&asked) == op);
-            let Ok(hold) = decide(&key(Some(1 << 60)), &asked, None, Some(price), 0) else { return Ok(()) };
+            let Ok(hold) = fresh(Some(1 << 60), &asked, Some(price)) else { return Ok(()) };
             let context = price.context.unwrap_or(u64::MAX).saturating_mul(texts);
             let share = |n: u64, i: usize| {
                 let all = if i < 6 { 0..6 } else { 6..8 };

@@ -45,6 +45,14 @@ pub enum Event {
         target: String,
         detail: String,
     },
+    /// What would have been refused, were the key not in shadow mode. Its admission follows.
+    WouldRefuse(Refused),
+    /// Something that a person should look at: money spent up to a share of a budget, a charge above its hold.
+    Alarm {
+        what: String,
+        /// JSON.
+        detail: String,
+    },
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -130,7 +138,7 @@ impl Entry {
                     out.text(id);
                 });
             }
-            Event::Refused(r) => {
+            Event::Refused(r) | Event::WouldRefuse(r) => {
                 out.bytes(&r.req).text(&r.code).text(&r.provider).text(&r.endpoint).text(&r.model);
             }
             Event::Settled(s) => {
@@ -158,6 +166,9 @@ impl Entry {
             Event::AdminChanged { actor, action, target, detail } => {
                 out.text(actor).text(action).text(target).text(detail);
             }
+            Event::Alarm { what, detail } => {
+                out.text(what).text(detail);
+            }
         }
         out.0
     }
@@ -183,7 +194,7 @@ impl Entry {
                 rev: r.u64()?,
                 credentials: r.list(Reader::text)?,
             }),
-            2 => Event::Refused(Refused { req: r.array()?, code: r.text()?, provider: r.text()?, endpoint: r.text()?, model: r.text()? }),
+            2 => Event::Refused(r.refused()?),
             3 => Event::Settled(Settled {
                 req: r.array()?,
                 outcome: r.text()?,
@@ -206,6 +217,8 @@ impl Entry {
             8 => Event::KeyFrozen { reason: r.text()? },
             9 => Event::KeyRevoked { actor: r.text()? },
             10 => Event::AdminChanged { actor: r.text()?, action: r.text()?, target: r.text()?, detail: r.text()? },
+            11 => Event::WouldRefuse(r.refused()?),
+            12 => Event::Alarm { what: r.text()?, detail: r.text()? },
             _ => return None,
         };
         r.0.is_empty().then_some(Entry { epoch, seq, time_ms, organisation, key_id, event })
@@ -225,6 +238,8 @@ impl Event {
             Event::KeyFrozen { .. } => 8,
             Event::KeyRevoked { .. } => 9,
             Event::AdminChanged { .. } => 10,
+            Event::WouldRefuse(_) => 11,
+            Event::Alarm { .. } => 12,
         }
     }
 
@@ -240,13 +255,16 @@ impl Event {
             Event::KeyFrozen { .. } => "KEY_FROZEN",
             Event::KeyRevoked { .. } => "KEY_REVOKED",
             Event::AdminChanged { .. } => "ADMIN_CHANGED",
+            Event::WouldRefuse(_) => "WOULD_REFUSE",
+            Event::Alarm { .. } => "ALARM",
         }
     }
 
     /// The request an entry is about.
     pub fn request(&self) -> Option<[u8; 16]> {
         match self {
-            Event::Admitted(Admitted { req, .. }) | Event::Refused(Refused { req, .. }) | Event::Settled(Settled { req, .. }) => Some(*req),
+            Event::Admitted(Admitted { req, .. }) | Event::Settled(Settled { req, .. }) => Some(*req),
+            Event::Refused(Refused { req, .. }) | Event::WouldRefuse(Refused { req, .. }) => Some(*req),
             Event::Voided { req } | Event::Expired { req, .. } => Some(*req),
             _ => None,
         }
@@ -314,6 +332,9 @@ impl<'a> Reader<'a> {
     }
     fn text(&mut self) -> Option<String> {
         String::from_utf8(self.bytes()?.to_vec()).ok()
+    }
+    fn refused(&mut self) -> Option<Refused> {
+        Some(Refused { req: self.array()?, code: self.text()?, provider: self.text()?, endpoint: self.text()?, model: self.text()? })
     }
     fn list<T>(&mut self, item: impl Fn(&mut Self) -> Option<T>) -> Option<Vec<T>> {
         let n = self.u64()?;

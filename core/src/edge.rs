@@ -1,7 +1,7 @@
 //! What the filter and the policy service say to each other (`/edge/v1/*`), and the MAC that chains the filter's records.
 
 use crate::hex;
-use crate::refusal::Refusal;
+use crate::refusal::{Headroom, Refusal};
 use crate::usage::Usage;
 use hkdf::Hkdf;
 use hmac::{Hmac, KeyInit, Mac};
@@ -147,6 +147,9 @@ pub struct Plan {
     /// The provider may keep what it answers: the key is allowed state.
     #[serde(default, skip_serializing_if = "is_default")]
     pub state: bool,
+    /// What the limits per minute have left, for the answer's headers.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub headroom: Option<Headroom>,
     /// The whole answer, JSON: the gate gives it and nothing is forwarded.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub answer: Option<String>,

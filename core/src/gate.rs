@@ -8,7 +8,7 @@ use crate::edge::{AdmitAnswer, AdmitRequest, Ask, Outcome, Plan, RequestId, Sett
 use crate::meter::{Measured, Meter, Passed};
 use crate::multipart::{MultipartReader, boundary};
 use crate::operation::{Costs, Dialect, Form, MAX_REFS, NoTarget, OTHER, Provider, Takes, Target, Tells, find};
-use crate::refusal::{Answer, Code, Refusal};
+use crate::refusal::{Answer, Code, Headroom, Refusal};
 use crate::token::TokenHash;
 use crate::trace::TraceContext;
 use crate::usage::Looks;
@@ -415,6 +415,7 @@ impl Admitted {
             dialect: self.permit.target.provider.dialect,
             id: self.permit.id,
             clamp: self.clamp,
+            headroom: self.permit.plan.headroom,
             withhold_usage: self.withhold_usage,
             stream: self.stream,
             meter: None,
@@ -430,6 +431,7 @@ pub struct Answering {
     dialect: Dialect,
     id: RequestId,
     clamp: Option<u64>,
+    headroom: Option<Headroom>,
     withhold_usage: bool,
     stream: bool,
     looks: Looks,
@@ -466,6 +468,8 @@ impl Answering {
         if let Some(clamp) = self.clamp {
             edits.set.push(("x-keyward-max-tokens", clamp.to_string()));
         }
+        // Over the provider's own, which are of an account that many keys share.
+        edits.set.extend(self.headroom.iter().flat_map(Headroom::headers));
         self.meter = Some(meter);
         Ok(edits)
     }

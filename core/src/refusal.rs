@@ -3,6 +3,9 @@
 use crate::operation::Dialect;
 use serde::{Deserialize, Serialize};
 
+/// A client that has to wait longer gives up: SDKs take no longer `retry-after` than this.
+const LONGEST_RETRY_MS: u64 = 60_000;
+
 /// Why a request is refused. The names are part of the interface (`x-keyward-reason`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -21,6 +24,9 @@ pub enum Code {
     BodyTooLarge,
     CapExhausted,
     CapReserved,
+    QuotaExhausted,
+    RateLimited,
+    ConcurrencyLimited,
     PoolExhausted,
     ProviderCredentialRejected,
     PolicyUnavailable,
@@ -29,7 +35,7 @@ pub enum Code {
 
 impl Code {
     /// Every code there is.
-    pub const ALL: [Code; 18] = [
+    pub const ALL: [Code; 21] = [
         Code::MissingKey,
         Code::UnknownKey,
         Code::Revoked,
@@ -44,6 +50,9 @@ impl Code {
         Code::BodyTooLarge,
         Code::CapExhausted,
         Code::CapReserved,
+        Code::QuotaExhausted,
+        Code::RateLimited,
+        Code::ConcurrencyLimited,
         Code::PoolExhausted,
         Code::ProviderCredentialRejected,
         Code::PolicyUnavailable,
@@ -66,6 +75,9 @@ impl Code {
             Code::BodyTooLarge => "body_too_large",
             Code::CapExhausted => "cap_exhausted",
             Code::CapReserved => "cap_reserved",
+            Code::QuotaExhausted => "quota_exhausted",
+            Code::RateLimited => "rate_limited",
+            Code::ConcurrencyLimited => "concurrency_limited",
             Code::PoolExhausted => "pool_exhausted",
             Code::ProviderCredentialRejected => "provider_credential_rejected",
             Code::PolicyUnavailable => "policy_unavailable",
@@ -80,15 +92,30 @@ impl Code {
             Code::UnknownProvider | Code::UnknownModel => 404,
             Code::BadRequest | Code::UnboundedInput => 400,
             Code::BodyTooLarge => 413,
-            Code::CapExhausted | Code::CapReserved | Code::PoolExhausted => 429,
+            Code::CapExhausted
+            | Code::CapReserved
+            | Code::QuotaExhausted
+            | Code::RateLimited
+            | Code::ConcurrencyLimited
+            | Code::PoolExhausted => 429,
             Code::ProviderCredentialRejected => 502,
             Code::PolicyUnavailable | Code::AuditUnavailable => 503,
         }
     }
 
-    /// Whether the same request may succeed later without anybody changing anything.
-    fn retry_can_help(self) -> bool {
-        matches!(self, Code::CapReserved | Code::PoolExhausted | Code::PolicyUnavailable | Code::AuditUnavailable)
+    /// Whether a key in shadow mode passes all the same: who it is and what it owns are checked for everybody.
+    pub fn is_forgiven_in_shadow(self) -> bool {
+        matches!(
+            self,
+            Code::ModelNotAllowed
+                | Code::EndpointNotAllowed
+                | Code::UnboundedInput
+                | Code::CapExhausted
+                | Code::CapReserved
+                | Code::QuotaExhausted
+                | Code::RateLimited
+                | Code::ConcurrencyLimited
+        )
     }
 }
 
@@ -97,9 +124,52 @@ impl Code {
 pub struct Refusal {
     pub code: Code,
     pub message: String,
-    /// Seconds until a retry can help.
+    /// Milliseconds until a retry can help.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub retry_after: Option<u64>,
+    pub retry_after_ms: Option<u64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub headroom: Option<Headroom>,
+}
+
+/// What the tightest limits per minute have left.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Headroom {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub requests: Option<Room>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tokens: Option<Room>,
+}
+
+/// What one limit per minute has left.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Room {
+    pub limit: u64,
+    pub remaining: u64,
+    /// Milliseconds until all of it is there again.
+    pub reset_ms: u64,
+}
+
+impl Headroom {
+    /// `x-ratelimit-*`, in the form in which OpenAI gives them.
+    pub fn headers(&self) -> impl Iterator<Item = (&'static str, String)> {
+        let of = |room: Option<Room>, names: [&'static str; 3]| {
+            let values = room.map(|room| [room.limit.to_string(), room.remaining.to_string(), duration(room.reset_ms)]);
+            values.into_iter().flat_map(move |values| names.into_iter().zip(values))
+        };
+        let requests = ["x-ratelimit-limit-requests", "x-ratelimit-remaining-requests", "x-ratelimit-reset-requests"];
+        let tokens = ["x-ratelimit-limit-tokens", "x-ratelimit-remaining-tokens", "x-ratelimit-reset-tokens"];
+        of(self.requests, requests).chain(of(self.tokens, tokens))
+    }
+}
+
+/// `120ms`, `6s`, `1m0s`.
+fn duration(ms: u64) -> String {
+    let seconds = ms.div_ceil(1_000);
+    match (ms, seconds) {
+        (0..1_000, _) => format!("{ms}ms"),
+        (_, 0..60) => format!("{seconds}s"),
+        _ => format!("{}m{}s", seconds / 60, seconds % 60),
+    }
 }
 
 /// A whole answer to the caller.
@@ -112,12 +182,22 @@ pub struct Answer {
 
 impl Refusal {
     pub fn new(code: Code, message: impl Into<String>) -> Self {
-        Refusal { code, message: message.into(), retry_after: None }
+        Refusal { code, message: message.into(), retry_after_ms: None, headroom: None }
     }
 
-    pub fn retry_after(mut self, seconds: u64) -> Self {
-        self.retry_after = Some(seconds);
+    pub fn retry_after(self, seconds: u64) -> Self {
+        self.retry_after_ms(seconds.saturating_mul(1_000))
+    }
+
+    pub fn retry_after_ms(mut self, ms: u64) -> Self {
+        self.retry_after_ms = Some(ms);
         self
+    }
+
+    /// Whether the same request may succeed soon without anybody changing anything.
+    fn retry_can_help(&self) -> bool {
+        matches!(self.code, Code::PolicyUnavailable | Code::AuditUnavailable)
+            || self.retry_after_ms.is_some_and(|ms| ms <= LONGEST_RETRY_MS)
     }
 
     /// The answer in the caller's dialect.
@@ -127,10 +207,12 @@ impl Refusal {
             ("x-keyward-reason", self.code.name().to_owned()),
             ("x-keyward-request-id", request_id.to_owned()),
         ];
-        if let Some(seconds) = self.retry_after {
-            headers.push(("retry-after", seconds.to_string()));
+        if let Some(ms) = self.retry_after_ms {
+            headers.push(("retry-after", ms.div_ceil(1_000).max(1).to_string()));
+            headers.push(("retry-after-ms", ms.max(1).to_string()));
         }
-        if !self.code.retry_can_help() {
+        headers.extend(self.headroom.iter().flat_map(Headroom::headers));
+        if !self.retry_can_help() {
             headers.push(("x-should-retry", "false".to_owned()));
         }
         let body = match dialect {
@@ -146,7 +228,7 @@ impl Refusal {
 
     fn openai_type(&self) -> &'static str {
         match self.code {
-            Code::CapExhausted | Code::CapReserved => "insufficient_quota",
+            Code::CapExhausted | Code::CapReserved | Code::QuotaExhausted => "insufficient_quota",
             _ if self.code.status() == 429 => "rate_limit_error",
             _ if self.code.status() >= 500 => "server_error",
             _ => "invalid_request_error",

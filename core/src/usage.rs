@@ -37,6 +37,23 @@ pub struct Usage {
     pub seconds: u64,
 }
 
+impl Usage {
+    /// All tokens, whatever they are billed as.
+    pub fn tokens(&self) -> u64 {
+        let parts = [
+            self.input,
+            self.cache_read,
+            self.cache_write,
+            self.cache_write_1h,
+            self.output,
+            self.audio_input,
+            self.image_input,
+            self.media_output,
+        ];
+        parts.iter().fold(0, |sum, part| sum.saturating_add(*part))
+    }
+}
+
 /// Ids that one answer may name, at most: an answer and its items.
 pub const MAX_IDS: usize = 128;
 

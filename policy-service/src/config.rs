@@ -2,6 +2,7 @@
 //! Types, the check that everything named exists, and the difference between two configurations. No I/O.
 
 use keyward_core::admission;
+use keyward_core::limits::{self, Limits, Window};
 use keyward_core::money::Nanodollars;
 use keyward_core::operation::Provider;
 use schemars::JsonSchema;
@@ -13,6 +14,10 @@ use utoipa::ToSchema;
 
 /// Longest name of a team, policy, pool, credential or route.
 const MAX_NAME: usize = 128;
+/// The one name of an organisation's own settings.
+pub const ORGANISATION_OBJECT: &str = "organisation";
+/// Most a quota or rate may say.
+const MOST_COUNT: u64 = 1_000_000_000_000_000;
 /// Most a budget may say, in nanodollars: a billion dollars, so that no sum of holds under it leaves its type.
 const MOST: Nanodollars = Nanodollars(1_000_000_000_000_000_000);
 
@@ -20,6 +25,9 @@ const MOST: Nanodollars = Nanodollars(1_000_000_000_000_000_000);
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema, ToSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Document {
+    /// Limits of all keys together.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub organisation: Option<OrganisationSettings>,
     /// Who uses keys, and what their keys may be.
     pub teams: BTreeMap<String, Team>,
     /// Templates and limits of keys.
@@ -32,6 +40,13 @@ pub struct Document {
     pub pools: BTreeMap<String, Pool>,
     /// Model names of your own.
     pub routes: BTreeMap<String, Route>,
+}
+
+impl Document {
+    /// The organisation's settings, as the other kinds are: by name.
+    pub fn organisation_by_name(&self) -> BTreeMap<String, OrganisationSettings> {
+        self.organisation.iter().map(|settings| (ORGANISATION_OBJECT.to_owned(), settings.clone())).collect()
+    }
 }
 
 /// What may be called. An empty list allows everything.
@@ -63,15 +78,103 @@ impl From<&admission::Allow> for Allow {
     }
 }
 
-/// A hard cap. `window` is `total`: the key's whole life.
+/// A hard cap in money.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Budget {
     /// Dollars, such as `"25.00"`.
     #[schema(example = "25.00")]
     pub usd: String,
+    /// `day` and `month` begin at 00:00 UTC; `total` has no end.
     #[schema(example = "total")]
     pub window: String,
+}
+
+/// A cap in requests, tokens or both.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Quota {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub requests: Option<u64>,
+    /// Tokens of input and output together.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tokens: Option<u64>,
+    /// `day` and `month` begin at 00:00 UTC; `total` has no end.
+    #[schema(example = "day")]
+    pub window: String,
+}
+
+/// Limits over any 60 seconds, and at any moment.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema, ToSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Rates {
+    /// Requests in any 60 seconds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rpm: Option<u64>,
+    /// Tokens in any 60 seconds; requests in flight count with all they may come to.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tpm: Option<u64>,
+    /// Requests at the same time.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_in_flight: Option<u64>,
+}
+
+impl Rates {
+    fn is_none(&self) -> bool {
+        *self == Rates::default()
+    }
+}
+
+impl From<limits::Rates> for Rates {
+    fn from(rates: limits::Rates) -> Self {
+        Rates { rpm: rates.rpm, tpm: rates.tpm, max_in_flight: rates.max_in_flight }
+    }
+}
+
+/// What a refused limit does.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Enforce {
+    #[default]
+    Enforce,
+    /// Everything is decided, recorded and measured; nothing is refused.
+    Shadow,
+}
+
+impl Enforce {
+    fn is_default(&self) -> bool {
+        *self == Enforce::default()
+    }
+}
+
+impl From<Enforce> for limits::Enforce {
+    fn from(enforce: Enforce) -> Self {
+        match enforce {
+            Enforce::Enforce => limits::Enforce::Enforce,
+            Enforce::Shadow => limits::Enforce::Shadow,
+        }
+    }
+}
+
+impl From<limits::Enforce> for Enforce {
+    fn from(enforce: limits::Enforce) -> Self {
+        match enforce {
+            limits::Enforce::Enforce => Enforce::Enforce,
+            limits::Enforce::Shadow => Enforce::Shadow,
+        }
+    }
+}
+
+/// The organisation's own limits: all its keys together.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema, ToSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct OrganisationSettings {
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub budgets: Vec<Budget>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub quotas: Vec<Quota>,
+    #[serde(skip_serializing_if = "Rates::is_none")]
+    pub rates: Rates,
 }
 
 /// A team: its keys may never be more than this.
@@ -93,18 +196,33 @@ pub struct Team {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(example = "30d")]
     pub max_expires_in: Option<String>,
+    /// What all keys of the team may spend together.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub budgets: Vec<Budget>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub quotas: Vec<Quota>,
+    #[serde(skip_serializing_if = "Rates::is_none")]
+    pub rates: Rates,
 }
 
-/// A policy. `allow` and `pools` hold for every key that names it, from now on; budget and expiry are what a new key gets
-/// when it brings none of its own.
+/// A policy. Everything in it holds for every key that names it, from now on, beside the key's own: of two limits the lower
+/// binds. Only the expiry is what a new key gets when it brings none.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema, ToSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Policy {
     #[serde(skip_serializing_if = "String::is_empty")]
     pub label: String,
     pub allow: Allow,
+    /// What each key may spend.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub budgets: Vec<Budget>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub quotas: Vec<Quota>,
+    #[serde(skip_serializing_if = "Rates::is_none")]
+    pub rates: Rates,
+    /// `shadow`: its keys are refused nothing that a limit or a list would refuse; it is only recorded.
+    #[serde(skip_serializing_if = "Enforce::is_default")]
+    pub enforce: Enforce,
     /// `30s`, `10m`, `12h`, `7d`.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(example = "10m")]
@@ -193,6 +311,7 @@ pub struct RouteTarget {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Kind {
+    Organisation,
     Team,
     Policy,
     Provider,
@@ -202,10 +321,11 @@ pub enum Kind {
 }
 
 impl Kind {
-    pub const ALL: [Kind; 6] = [Kind::Team, Kind::Policy, Kind::Provider, Kind::Credential, Kind::Pool, Kind::Route];
+    pub const ALL: [Kind; 7] = [Kind::Organisation, Kind::Team, Kind::Policy, Kind::Provider, Kind::Credential, Kind::Pool, Kind::Route];
 
     pub fn name(self) -> &'static str {
         match self {
+            Kind::Organisation => "organisation",
             Kind::Team => "team",
             Kind::Policy => "policy",
             Kind::Provider => "provider",
@@ -218,12 +338,21 @@ impl Kind {
     /// Its key in the document, and its collection in the API.
     pub fn section(self) -> &'static str {
         match self {
+            Kind::Organisation => "organisation",
             Kind::Team => "teams",
             Kind::Policy => "policies",
             Kind::Provider => "providers",
             Kind::Credential => "credentials",
             Kind::Pool => "pools",
             Kind::Route => "routes",
+        }
+    }
+
+    /// Path of an object in the document.
+    pub fn at(self, name: &str) -> String {
+        match self {
+            Kind::Organisation => self.section().to_owned(),
+            _ => format!("{}.{name}", self.section()),
         }
     }
 
@@ -252,13 +381,14 @@ pub fn check(document: &Document) -> Vec<Fault> {
     let mut faults = Vec::new();
     fn each<T: Object>(map: &BTreeMap<String, T>, all: &Document, faults: &mut Vec<Fault>) {
         for (name, object) in map {
-            let at = format!("{}.{name}", T::KIND.section());
+            let at = T::KIND.at(name);
             if let Err(message) = check_name(T::KIND, name) {
                 faults.push(Fault { field: at.clone(), message });
             }
             object.check(&at, all, faults);
         }
     }
+    each(&document.organisation_by_name(), document, &mut faults);
     each(&document.teams, document, &mut faults);
     each(&document.policies, document, &mut faults);
     each(&document.providers, document, &mut faults);
@@ -272,6 +402,9 @@ pub fn check(document: &Document) -> Vec<Fault> {
 pub fn check_name(kind: Kind, name: &str) -> Result<(), String> {
     let extra: &[u8] = if kind == Kind::Route { b"-_.:/" } else { b"-_." };
     let fits = |b: u8| b.is_ascii_alphanumeric() || extra.contains(&b);
+    if kind == Kind::Organisation && name == ORGANISATION_OBJECT {
+        return Ok(());
+    }
     if kind == Kind::Provider {
         return Provider::by_name(name).map(|_| ()).ok_or_else(|| unknown_provider(name));
     }
@@ -313,6 +446,12 @@ impl Faults<'_> {
         }
     }
 
+    fn limits(&mut self, budgets: &[Budget], quotas: &[Quota], rates: &Rates) {
+        if let Err(faults) = parse_limits(budgets, quotas, rates) {
+            faults.into_iter().for_each(|fault| self.add(&fault.field, fault.message));
+        }
+    }
+
     fn allow(&mut self, allow: &Allow) {
         for (list, items) in [("models", &allow.models), ("endpoints", &allow.endpoints)] {
             for (i, item) in items.iter().enumerate() {
@@ -340,6 +479,14 @@ impl Object for Team {
         faults.allow(&self.allow);
         faults.result("max_key_usd", self.max_key_usd.as_deref().map(parse_usd).transpose());
         faults.result("max_expires_in", self.max_expires_in.as_deref().map(parse_duration).transpose());
+        faults.limits(&self.budgets, &self.quotas, &self.rates);
+    }
+}
+
+impl Object for OrganisationSettings {
+    const KIND: Kind = Kind::Organisation;
+    fn check(&self, at: &str, _: &Document, out: &mut Vec<Fault>) {
+        Faults { at, out }.limits(&self.budgets, &self.quotas, &self.rates);
     }
 }
 
@@ -349,9 +496,7 @@ impl Object for Policy {
         let mut faults = Faults { at, out };
         faults.label(&self.label);
         faults.allow(&self.allow);
-        if let Err(fault) = parse_budgets(&self.budgets) {
-            faults.add(&fault.field, fault.message);
-        }
+        faults.limits(&self.budgets, &self.quotas, &self.rates);
         faults.result("expires_in", self.expires_in.as_deref().map(parse_duration).transpose());
         for (provider, pool) in &self.pools {
             let field = format!("pools.{provider}");
@@ -469,15 +614,91 @@ pub fn parse_usd(usd: &str) -> Result<Nanodollars, String> {
     amount.ok_or_else(|| "expected dollars such as \"50.00\", at most a billion".to_owned())
 }
 
-/// The cap that a list of budgets means.
-pub fn parse_budgets(budgets: &[Budget]) -> Result<Option<Nanodollars>, Fault> {
-    let fault = |field: &str, message: String| Fault { field: field.to_owned(), message };
-    match budgets {
-        [] => Ok(None),
-        [one] if one.window != "total" => Err(fault("budgets[0].window", "this version knows only \"total\"".to_owned())),
-        [one] => parse_usd(&one.usd).map(Some).map_err(|message| fault("budgets[0].usd", message)),
-        _ => Err(fault("budgets", "this version takes one budget".to_owned())),
+/// The limits that these lists mean, or everything that is wrong with them.
+pub fn parse_limits(budgets: &[Budget], quotas: &[Quota], rates: &Rates) -> Result<Limits, Vec<Fault>> {
+    let mut faults = Vec::new();
+    let mut fault = |field: String, message: String| faults.push(Fault { field, message });
+    let mut limits = Limits::default();
+    for (i, budget) in budgets.iter().enumerate() {
+        let (window, cap) = (parse_window(&budget.window), parse_usd(&budget.usd));
+        if let Ok(window) = window
+            && limits.budget(window).is_some()
+        {
+            fault(format!("budgets[{i}].window"), format!("there is a budget for {:?} already", budget.window));
+        }
+        match (window, cap) {
+            (Ok(window), Ok(cap)) => limits.budgets.push(limits::Budget { window, cap }),
+            (window, cap) => {
+                window.err().into_iter().for_each(|message| fault(format!("budgets[{i}].window"), message));
+                cap.err().into_iter().for_each(|message| fault(format!("budgets[{i}].usd"), message));
+            }
+        }
     }
+    let too_much = |n: Option<u64>| n.is_some_and(|n| n > MOST_COUNT);
+    for (i, quota) in quotas.iter().enumerate() {
+        let at = format!("quotas[{i}]");
+        if quota.requests.is_none() && quota.tokens.is_none() {
+            fault(at.clone(), "needs \"requests\", \"tokens\" or both".to_owned());
+        }
+        for (field, _) in [("requests", quota.requests), ("tokens", quota.tokens)].into_iter().filter(|(_, n)| too_much(*n)) {
+            fault(format!("{at}.{field}"), format!("must be at most {MOST_COUNT}"));
+        }
+        match parse_window(&quota.window) {
+            Ok(window) if limits.quotas.iter().any(|quota| quota.window == window) => {
+                fault(format!("{at}.window"), format!("there is a quota for {:?} already", quota.window));
+            }
+            Ok(window) => limits.quotas.push(limits::Quota { window, requests: quota.requests, tokens: quota.tokens }),
+            Err(message) => fault(format!("{at}.window"), message),
+        }
+    }
+    let Rates { rpm, tpm, max_in_flight } = *rates;
+    for (field, _) in [("rpm", rpm), ("tpm", tpm), ("max_in_flight", max_in_flight)].into_iter().filter(|(_, n)| too_much(*n)) {
+        fault(format!("rates.{field}"), format!("must be at most {MOST_COUNT}"));
+    }
+    limits.rates = limits::Rates { rpm, tpm, max_in_flight };
+    if faults.is_empty() { Ok(limits) } else { Err(faults) }
+}
+
+/// Limits as they are written.
+pub fn written(limits: &Limits) -> (Vec<Budget>, Vec<Quota>, Rates) {
+    let budgets = limits.budgets.iter().map(|b| Budget { usd: b.cap.to_usd(), window: b.window.name().to_owned() });
+    let quotas = limits.quotas.iter().map(|q| Quota { requests: q.requests, tokens: q.tokens, window: q.window.name().to_owned() });
+    (budgets.collect(), quotas.collect(), limits.rates.into())
+}
+
+/// What changes in the rates; a field that is absent stays, `null` takes it away.
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize, ToSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct ChangeRates {
+    #[serde(deserialize_with = "present")]
+    #[schema(value_type = Option<u64>)]
+    rpm: Option<Option<u64>>,
+    #[serde(deserialize_with = "present")]
+    #[schema(value_type = Option<u64>)]
+    tpm: Option<Option<u64>>,
+    #[serde(deserialize_with = "present")]
+    #[schema(value_type = Option<u64>)]
+    max_in_flight: Option<Option<u64>>,
+}
+
+/// Tells `null` from absent.
+fn present<'de, D: serde::Deserializer<'de>>(from: D) -> Result<Option<Option<u64>>, D::Error> {
+    Option::deserialize(from).map(Some)
+}
+
+/// Merges a change into rates; none clears them.
+pub fn merge_rates(change: Option<&ChangeRates>, rates: Rates) -> Rates {
+    let Some(change) = change else { return Rates::default() };
+    Rates {
+        rpm: change.rpm.unwrap_or(rates.rpm),
+        tpm: change.tpm.unwrap_or(rates.tpm),
+        max_in_flight: change.max_in_flight.unwrap_or(rates.max_in_flight),
+    }
+}
+
+fn parse_window(window: &str) -> Result<Window, String> {
+    let known = Window::ALL.into_iter().find(|known| known.name() == window);
+    known.ok_or_else(|| "expected \"day\", \"month\" or \"total\"".to_owned())
 }
 
 /// `30s`, `10m`, `12h`, `7d`; at most ten years.
@@ -567,7 +788,7 @@ mod tests {
             "teams": {"bad name": {}, "t": {"max_key_usd": "-1", "max_expires_in": "soon", "allow": {"endpoints": ["chat"]}}},
             "credentials": {"main": {"provider": "nobody", "from": "OPENAI_API_KEY", "secret": "vk_x"}},
             "pools": {"prod": {"provider": "openai", "credentials": ["main", "other"]}, "empty": {"provider": "openai", "credentials": []}},
-            "policies": {"p": {"pools": {"openai": "none"}, "budgets": [{"usd": "5.00", "window": "day"}]}},
+            "policies": {"p": {"pools": {"openai": "none"}, "budgets": [{"usd": "5.00", "window": "week"}], "quotas": [{"window": "day"}]}},
             "routes": {"fast": {"targets": []}, "slow": {"targets": [{"provider": "x", "model": "", "pool": "none"}]}},
             "providers": {"openai": {"url": "example.com"}, "mine": {}},
         });
@@ -579,6 +800,7 @@ mod tests {
                 "teams.t.max_key_usd",
                 "teams.t.max_expires_in",
                 "policies.p.budgets[0].window",
+                "policies.p.quotas[0]",
                 "policies.p.pools.openai",
                 "providers.mine",
                 "providers.openai.url",

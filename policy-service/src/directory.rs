@@ -1,7 +1,8 @@
 //! Every organisation's configuration as it stands, held in memory: admissions read it, edits replace it.
 
-use crate::config::{Document, Kind, Pool, RouteTarget};
+use crate::config::{self, Document, Kind, Pool, RouteTarget};
 use keyward_core::admission::Allow;
+use keyward_core::limits::{Enforce, Limits};
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
@@ -25,6 +26,39 @@ pub struct Organisation {
     pub order: Vec<String>,
     /// Ids and providers of credentials that are in memory only, after the stored ones.
     pub lent: Vec<(String, String)>,
+    /// What the document's limits mean.
+    pub in_force: InForce,
+}
+
+/// The limits that a document sets, read once.
+#[derive(Debug, Clone, Default)]
+pub struct InForce {
+    pub organisation: Limits,
+    pub teams: HashMap<String, Limits>,
+    pub policies: HashMap<String, PolicyInForce>,
+}
+
+#[derive(Debug, Clone, Default)]
+pub struct PolicyInForce {
+    pub limits: Limits,
+    pub enforce: Enforce,
+}
+
+impl InForce {
+    /// `None`: a document that was never checked.
+    pub fn of(document: &Document) -> Option<Self> {
+        let settings = document.organisation.clone().unwrap_or_default();
+        let limits = |budgets: &_, quotas: &_, rates: &_| config::parse_limits(budgets, quotas, rates).ok();
+        let mut in_force = InForce { organisation: limits(&settings.budgets, &settings.quotas, &settings.rates)?, ..InForce::default() };
+        for (name, team) in &document.teams {
+            in_force.teams.insert(name.clone(), limits(&team.budgets, &team.quotas, &team.rates)?);
+        }
+        for (name, policy) in &document.policies {
+            let limits = limits(&policy.budgets, &policy.quotas, &policy.rates)?;
+            in_force.policies.insert(name.clone(), PolicyInForce { limits, enforce: policy.enforce.into() });
+        }
+        Some(in_force)
+    }
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq)]

@@ -3,7 +3,7 @@
 use super::api::{Admin, MAX_BODY, authenticate, idempotent, to_the_end};
 use super::error::{Problem, ProblemBody};
 use super::observe::observe;
-use super::{audit, configuration, credentials, keys, tokens};
+use super::{audit, configuration, credentials, keys, standing, tokens};
 use crate::metrics::render;
 use axum::extract::{DefaultBodyLimit, State};
 use axum::http::{StatusCode, header};
@@ -43,6 +43,7 @@ pub fn router(admin: Admin) -> Router {
 fn described() -> OpenApiRouter<Admin> {
     OpenApiRouter::new()
         .merge(keys::router())
+        .merge(standing::router())
         .merge(configuration::router())
         .merge(credentials::router())
         .merge(tokens::router())

@@ -97,7 +97,7 @@ fn fields(event: &Event) -> Value {
             "stream": a.stream, "bytes": a.bytes, "clamp": (a.clamp != u64::MAX).then_some(a.clamp), "choices": a.choices, "hold_nanodollars": a.hold,
             "rev": a.rev, "credentials": a.credentials,
         }),
-        Event::Refused(r) => {
+        Event::Refused(r) | Event::WouldRefuse(r) => {
             json!({ "req": req(&r.req), "code": r.code, "provider": r.provider, "endpoint": r.endpoint, "model": r.model })
         }
         Event::Settled(s) => json!({
@@ -114,6 +114,7 @@ fn fields(event: &Event) -> Value {
         Event::AdminChanged { actor, action, target, detail: d } => {
             json!({ "actor": actor, "action": action, "target": target, "detail": detail(d) })
         }
+        Event::Alarm { what, detail: d } => json!({ "what": what, "detail": detail(d) }),
     }
 }
 

@@ -2,7 +2,8 @@
 
 use super::api::{Admin, Json, List, Params, Path, Precondition, etag, page};
 use super::error::Problem;
-use crate::config::{Allow, Budget};
+use super::standing::Standing;
+use crate::config::{Allow, Budget, ChangeRates, Enforce, Quota, Rates, written};
 use crate::service::access::Principal;
 use crate::service::keys::{AllowPatch, FieldsPatch, KeyPatch, KeySpec};
 use crate::store::KeyRow;
@@ -10,6 +11,7 @@ use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use keyward_core::admission::{self, Status};
+use keyward_core::limits::Window;
 use keyward_core::money::Nanodollars;
 use serde::{Deserialize, Deserializer, Serialize};
 use std::collections::BTreeMap;
@@ -33,10 +35,14 @@ pub struct CreateKey {
     label: String,
     /// A developer's default: their own team.
     team: Option<String>,
-    /// Limits the key, and gives it budget and expiry when it brings none.
+    /// Limits the key beside its own limits, and gives it an expiry when it brings none.
     policy: Option<String>,
     allow: Allow,
     budgets: Vec<Budget>,
+    quotas: Vec<Quota>,
+    rates: Rates,
+    /// `shadow` is not for developers.
+    enforce: Enforce,
     /// `30s`, `10m`, `12h`, `7d`.
     #[schema(example = "10m")]
     expires_in: Option<String>,
@@ -65,6 +71,16 @@ pub struct ChangeKey {
     #[serde(deserialize_with = "present")]
     #[schema(value_type = Option<Vec<Budget>>)]
     budgets: Option<Option<Vec<Budget>>>,
+    #[serde(deserialize_with = "present")]
+    #[schema(value_type = Option<Vec<Quota>>)]
+    quotas: Option<Option<Vec<Quota>>>,
+    #[serde(deserialize_with = "present")]
+    #[schema(value_type = Option<ChangeRates>)]
+    rates: Option<Option<ChangeRates>>,
+    /// `shadow` is not for developers.
+    #[serde(deserialize_with = "some")]
+    #[schema(nullable = false)]
+    enforce: Option<Enforce>,
     /// Counted from now.
     #[serde(deserialize_with = "present")]
     #[schema(value_type = Option<String>, example = "12h")]
@@ -140,15 +156,22 @@ pub struct Key {
     allow: Allow,
     tags: BTreeMap<String, String>,
     personal: Option<BTreeMap<String, String>>,
+    /// Its own limits; its policy's, team's and organisation's come on top.
+    budgets: Vec<Budget>,
+    quotas: Vec<Quota>,
+    rates: Rates,
+    enforce: Enforce,
+    /// Its own budget of the window `total`.
     budget_usd: Option<String>,
+    /// In all its life.
     spent_usd: String,
     reserved_usd: String,
     /// The same three as integers, in nanodollars.
     budget_nanodollars: Option<i64>,
     spent_nanodollars: i64,
     reserved_nanodollars: i64,
-    /// Requests that are admitted and not settled.
-    in_flight: u64,
+    #[serde(flatten)]
+    standing: Standing,
     /// Unix milliseconds.
     created_ms: u64,
     expires_ms: Option<u64>,
@@ -167,6 +190,8 @@ enum KeyStatus {
 
 impl From<KeyRow> for Key {
     fn from(row: KeyRow) -> Self {
+        let (budgets, quotas, rates) = written(&row.limits);
+        let (cap, total) = (row.limits.budget(Window::Total), row.account.sums(Window::Total));
         Key {
             id: row.id,
             label: row.label,
@@ -176,13 +201,17 @@ impl From<KeyRow> for Key {
             allow: Allow::from(&row.allow),
             tags: row.tags,
             personal: row.personal,
-            budget_usd: row.cap.map(Nanodollars::to_usd),
-            spent_usd: row.spent.to_usd(),
-            reserved_usd: row.reserved.to_usd(),
-            budget_nanodollars: row.cap.map(|cap| cap.0),
-            spent_nanodollars: row.spent.0,
-            reserved_nanodollars: row.reserved.0,
-            in_flight: row.in_flight,
+            budgets,
+            quotas,
+            rates,
+            enforce: row.enforce.into(),
+            budget_usd: cap.map(Nanodollars::to_usd),
+            spent_usd: total.spent.to_usd(),
+            reserved_usd: total.reserved.to_usd(),
+            budget_nanodollars: cap.map(|cap| cap.0),
+            spent_nanodollars: total.spent.0,
+            reserved_nanodollars: total.reserved.0,
+            standing: Standing::of(&row.account),
             created_ms: row.created_ms,
             expires_ms: row.expires_ms,
             version: row.version,
@@ -236,6 +265,9 @@ async fn create_key(State(admin): State<Admin>, who: Principal, Json(body): Json
         policy: body.policy,
         allow: admission::Allow::from(&body.allow),
         budgets: body.budgets,
+        quotas: body.quotas,
+        rates: body.rates,
+        enforce: body.enforce.into(),
         expires_in: body.expires_in,
         tags: body.tags,
         personal: body.personal,
@@ -279,6 +311,9 @@ async fn change_key(
         policy: body.policy,
         allow: body.allow.map(allow_patch),
         budgets: body.budgets.map(Option::unwrap_or_default),
+        quotas: body.quotas.map(Option::unwrap_or_default),
+        rates: body.rates,
+        enforce: body.enforce.map(Into::into),
         expires_in: body.expires_in,
         tags: body.tags.map(fields_patch),
         personal: body.personal.map(fields_patch),

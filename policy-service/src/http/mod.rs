@@ -9,4 +9,5 @@ pub mod edge;
 mod error;
 mod keys;
 mod observe;
+mod standing;
 mod tokens;

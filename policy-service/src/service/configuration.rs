@@ -158,6 +158,7 @@ impl Service {
         let now = self.organisation(&who.organisation)?;
         let mut work = Work { now: &now, edits: Vec::new(), differences: Vec::new() };
         self.credential_edits(who, document, &mut work).await?;
+        work.put_all(&now.document.organisation_by_name(), &document.organisation_by_name())?;
         work.put_all(&now.document.teams, &document.teams)?;
         work.put_all(&now.document.providers, &document.providers)?;
         work.put_all(&now.document.pools, &document.pools)?;
@@ -245,7 +246,7 @@ fn new_credential_id() -> Result<String, ServiceError> {
 
 /// Names a fault of the object itself by its own field.
 fn relative(error: ServiceError, kind: Kind, name: &str) -> ServiceError {
-    let at = format!("{}.{name}", kind.section());
+    let at = kind.at(name);
     match error {
         ServiceError::Faults(mut faults) => {
             for fault in &mut faults {
@@ -298,7 +299,7 @@ impl Work<'_> {
 
     /// Removes what an earlier apply made and the document no longer names; what needs others goes before what is needed.
     fn remove_unnamed(&mut self, wanted: &Document) {
-        for kind in [Kind::Route, Kind::Policy, Kind::Pool, Kind::Credential, Kind::Provider, Kind::Team] {
+        for kind in [Kind::Route, Kind::Policy, Kind::Pool, Kind::Credential, Kind::Provider, Kind::Team, Kind::Organisation] {
             let names = self.now.meta.iter().filter(|((of, name), meta)| *of == kind && meta.managed && !names_it(wanted, kind, name));
             for ((_, name), meta) in names {
                 self.differences.push(Difference { action: Action::Delete, kind, name: name.clone(), fields: Vec::new() });
@@ -310,6 +311,7 @@ impl Work<'_> {
 
 fn names_it(document: &Document, kind: Kind, name: &str) -> bool {
     match kind {
+        Kind::Organisation => document.organisation.is_some(),
         Kind::Team => document.teams.contains_key(name),
         Kind::Policy => document.policies.contains_key(name),
         Kind::Provider => document.providers.contains_key(name),

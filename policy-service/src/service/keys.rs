@@ -2,11 +2,12 @@
 
 use super::access::{Permission, Principal};
 use super::{Service, ServiceError, millis, now_ms};
-use crate::config::{self, Budget};
+use crate::config::{self, Budget, ChangeRates, Quota, Rates, merge_rates, written};
 use crate::store::{KeyOutcome, KeyRow, KeyUpdate, NewKey, Rotation};
 use crate::vault::random;
 use keyward_core::admission::{Allow, Status};
 use keyward_core::hex;
+use keyward_core::limits::{Account, Enforce, Limits, Window};
 use keyward_core::money::Nanodollars;
 use keyward_core::token::VirtualKey;
 use std::collections::BTreeMap;
@@ -25,6 +26,9 @@ pub struct KeySpec {
     pub policy: Option<String>,
     pub allow: Allow,
     pub budgets: Vec<Budget>,
+    pub quotas: Vec<Quota>,
+    pub rates: Rates,
+    pub enforce: Enforce,
     pub expires_in: Option<String>,
     pub tags: BTreeMap<String, String>,
     pub personal: Option<BTreeMap<String, String>>,
@@ -38,6 +42,10 @@ pub struct KeyPatch {
     pub policy: Option<Option<String>>,
     pub allow: Option<AllowPatch>,
     pub budgets: Option<Vec<Budget>>,
+    pub quotas: Option<Vec<Quota>>,
+    /// `Some(None)`: none any more.
+    pub rates: Option<Option<ChangeRates>>,
+    pub enforce: Option<Enforce>,
     /// From now; `Some(None)`: never.
     pub expires_in: Option<Option<String>>,
     pub tags: Option<FieldsPatch>,
@@ -99,27 +107,24 @@ impl Service {
             version: 1,
             created_ms: now,
             expires_ms: expiry(spec.expires_in.as_deref(), now)?,
-            cap: cap(&spec.budgets)?,
-            spent: Nanodollars::ZERO,
-            reserved: Nanodollars::ZERO,
-            in_flight: 0,
+            limits: limits(&spec.budgets, &spec.quotas, &spec.rates)?,
+            enforce: spec.enforce,
+            account: Account::default(),
         };
+        only_operators_shadow(who, row.enforce)?;
         let max_keys = self.within_limits(who, &row)?;
         let token = VirtualKey::generate(random()?);
         let key = NewKey { row, token_hash: self.pepper(&token.hash().0), salt: random()?, actor: who.actor(), max_keys };
         Ok((outcome(self.store.create_key(key).await?)?, token))
     }
 
-    /// Budget and expiry that the key does not bring come from its policy.
+    /// An expiry that the key does not bring comes from its policy.
     fn template(&self, organisation: &str, spec: &mut KeySpec) -> Result<(), ServiceError> {
         let Some(name) = &spec.policy else { return Ok(()) };
         let organisation = self.organisation(organisation)?;
         let Some(policy) = organisation.document.policies.get(name) else {
             return Err(ServiceError::Invalid("policy".to_owned(), format!("there is no policy {name:?}")));
         };
-        if spec.budgets.is_empty() {
-            spec.budgets.clone_from(&policy.budgets);
-        }
         if spec.expires_in.is_none() {
             spec.expires_in.clone_from(&policy.expires_in);
         }
@@ -152,8 +157,12 @@ impl Service {
         }
         let Some(name) = &row.team else { return Ok(None) };
         let Some(team) = organisation.document.teams.get(name) else { return invalid("team", format!("there is no team {name:?}")) };
+        // Its policy's budgets hold for it as its own do.
+        let of_policy = row.policy.as_ref().and_then(|policy| organisation.in_force.policies.get(policy)).map(|policy| &policy.limits);
+        let cap = |window| std::iter::once(&row.limits).chain(of_policy).filter_map(|limits| limits.budget(window)).min();
+        let caps: Vec<Nanodollars> = Window::ALL.into_iter().filter_map(cap).collect();
         if let Some(most) = team.max_key_usd.as_deref().and_then(|usd| config::parse_usd(usd).ok())
-            && row.cap.is_none_or(|cap| cap > most)
+            && (caps.is_empty() || caps.iter().any(|cap| *cap > most))
         {
             return invalid("budgets", format!("a key of the team {name} has a budget of at most ${}", most.to_usd()));
         }
@@ -198,6 +207,9 @@ impl Service {
                 return Err(ServiceError::Forbidden("a frozen key needs an operator's eye".to_owned()));
             }
             let row = patched(before, patch, now)?;
+            if patch.enforce.is_some() {
+                only_operators_shadow(who, row.enforce)?;
+            }
             let max_keys = self.within_limits(who, &row)?;
             match self.store.update_key(KeyUpdate { row, salt: random()?, actor: who.actor(), now_ms: now, max_keys }).await? {
                 KeyOutcome::Stale(_) if expect.is_none() => {}
@@ -284,9 +296,12 @@ fn patched(mut row: KeyRow, patch: &KeyPatch, now: u64) -> Result<KeyRow, Servic
         row.allow.models = allow.models.clone().unwrap_or(row.allow.models);
         row.allow.endpoints = allow.endpoints.clone().unwrap_or(row.allow.endpoints);
     }
-    if let Some(budgets) = &patch.budgets {
-        row.cap = cap(budgets)?;
+    if patch.budgets.is_some() || patch.quotas.is_some() || patch.rates.is_some() {
+        let (budgets, quotas, rates) = written(&row.limits);
+        let rates = patch.rates.as_ref().map_or(rates, |change| merge_rates(change.as_ref(), rates));
+        row.limits = limits(patch.budgets.as_ref().unwrap_or(&budgets), patch.quotas.as_ref().unwrap_or(&quotas), &rates)?;
     }
+    row.enforce = patch.enforce.unwrap_or(row.enforce);
     if let Some(expires_in) = &patch.expires_in {
         row.expires_ms = expiry(expires_in.as_deref(), now)?;
     }
@@ -304,8 +319,19 @@ fn patched(mut row: KeyRow, patch: &KeyPatch, now: u64) -> Result<KeyRow, Servic
     Ok(row)
 }
 
-fn cap(budgets: &[Budget]) -> Result<Option<Nanodollars>, ServiceError> {
-    config::parse_budgets(budgets).map_err(|fault| ServiceError::Invalid(fault.field, fault.message))
+fn limits(budgets: &[Budget], quotas: &[Quota], rates: &Rates) -> Result<Limits, ServiceError> {
+    config::parse_limits(budgets, quotas, rates).map_err(|faults| match <[config::Fault; 1]>::try_from(faults) {
+        Ok([one]) => ServiceError::Invalid(one.field, one.message),
+        Err(faults) => ServiceError::Faults(faults),
+    })
+}
+
+/// A key in shadow mode has no limits: a developer's must have theirs.
+fn only_operators_shadow(who: &Principal, enforce: Enforce) -> Result<(), ServiceError> {
+    if enforce == Enforce::Shadow && who.team.is_some() {
+        return Err(ServiceError::Forbidden("a developer's keys are not in shadow mode".to_owned()));
+    }
+    Ok(())
 }
 
 fn expiry(expires_in: Option<&str>, now: u64) -> Result<Option<u64>, ServiceError> {

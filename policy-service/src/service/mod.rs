@@ -23,12 +23,13 @@ use keyward_core::edge::{
     AdmitAnswer, AdmitRequest, EdgeKey, Plan, PlanCredential, PlanTarget, Record, Secret, SettleAnswer, Settlement, VmId,
 };
 use keyward_core::hex;
+use keyward_core::limits::{Account, DAY_MS, Moment};
 use keyward_core::refusal::{Code, Refusal};
 use keyward_core::trace::TraceContext;
 use sha2::Sha256;
 use std::collections::HashMap;
 use std::path::Path;
-use std::sync::{Arc, RwLock};
+use std::sync::{Arc, LazyLock, RwLock};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use zeroize::Zeroizing;
 
@@ -210,20 +211,20 @@ impl Service {
     async fn decide(&self, request: AdmitRequest, trace: Option<&TraceContext>) -> Admitted {
         let edge_key = request.need_key.then(|| EdgeKey::derive(&self.roots.edge_master, request.vm));
         let memory = self.memory();
-        let now_ms = now_ms();
+        let now = moment();
         let (req, provider, endpoint) = (request.req, request.ask.provider.clone(), request.ask.endpoint.clone());
         let admit = Admit {
             token_hash: self.pepper(&request.token),
             directory: memory.directory.clone(),
-            now_ms,
-            expires_ms: now_ms.saturating_add(millis(self.hold_ttl)),
+            now,
+            expires_ms: now.wall_ms.saturating_add(millis(self.hold_ttl)),
             patient: true,
             request,
         };
         match self.admit_patiently(admit).await {
             Ok(Admission::Admitted(admitted)) => {
                 handles().admitted(&provider, &endpoint);
-                let store::Admitted { key_id, hold, model, credentials, state, answer, rev } = *admitted;
+                let store::Admitted { key_id, hold, model, credentials, state, answer, rev, headroom } = *admitted;
                 if tracing::enabled!(tracing::Level::DEBUG) {
                     let (trace_id, span_id) = watched::ids(trace);
                     tracing::debug!(
@@ -237,7 +238,7 @@ impl Service {
                 };
                 let credentials = credentials.into_iter().filter_map(with_secret).collect();
                 let targets = vec![PlanTarget { provider, model, credentials }];
-                let plan = Plan { key: key_id, rev, clamp: hold.clamp, state, answer, targets };
+                let plan = Plan { key: key_id, rev, clamp: hold.clamp, state, answer, headroom, targets };
                 Admitted::Answer(Box::new(AdmitAnswer { plan: Some(plan), refusal: None, edge_key }))
             }
             Ok(Admission::Refused(refusal)) => {
@@ -323,8 +324,8 @@ impl Service {
         if batch.is_empty() {
             return Ok((0, 0));
         }
-        let now_ms = now_ms();
-        let error = match self.store.settle(batch.clone(), now_ms).await {
+        let (directory, now) = (self.memory().directory.clone(), moment());
+        let error = match self.store.settle(batch.clone(), directory.clone(), now).await {
             Ok(settled) => {
                 self.report(&settled);
                 return Ok((batch.len() as u64, 0));
@@ -334,7 +335,7 @@ impl Service {
         let (mut taken, mut failed) = (0, 0);
         for settle in batch {
             let req = settle.settlement.req;
-            match self.store.settle(vec![settle], now_ms).await {
+            match self.store.settle(vec![settle], directory.clone(), now).await {
                 Ok(settled) => {
                     self.report(&settled);
                     taken += 1;
@@ -350,7 +351,7 @@ impl Service {
 
     /// Charges holds that nobody settled in time.
     pub async fn expire(&self) -> Result<u64, ServiceError> {
-        let expired = self.store.expire(now_ms()).await?;
+        let expired = self.store.expire(moment()).await?;
         handles().holds_expired.increment(expired.holds);
         self.count_used(&expired.used);
         if expired.holds > 0 {
@@ -366,6 +367,11 @@ impl Service {
         let detail = serde_json::json!({ "taken": taken, "rejected": rejected }).to_string();
         self.store.note(&who.organisation, &who.actor(), "import", "settlements", &detail, now_ms()).await?;
         Ok((taken, rejected))
+    }
+
+    /// The account of a team, or of the organisation itself.
+    pub async fn account(&self, who: &Principal, team: Option<&str>) -> Result<Account, ServiceError> {
+        Ok(self.store.account(&who.organisation, team).await?)
     }
 
     /// Entries of a key's chain, or of the organisation's chain of administrative changes.
@@ -469,6 +475,15 @@ fn refused(refusal: Refusal, edge_key: Option<EdgeKey>) -> AdmitAnswer {
 
 fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// Now, by a clock that people set and by one that never goes back. The second one is near the first, so that what it counted
+/// means something after a restart.
+pub fn moment() -> Moment {
+    static START: LazyLock<(Instant, u64)> = LazyLock::new(|| (Instant::now(), now_ms()));
+    let (started, at_ms) = *START;
+    let wall_ms = now_ms();
+    Moment { wall_ms, steady_ms: at_ms.saturating_add(millis(started.elapsed())), day: wall_ms / DAY_MS }
 }
 
 /// Unix time in milliseconds.

@@ -51,16 +51,16 @@ impl Service {
         let metrics = handles();
         metrics.settlements.increment(settled.charged);
         metrics.voids.increment(settled.voided);
-        metrics.keys_frozen.increment(settled.frozen);
+        metrics.keys_frozen.increment(settled.frozen.len() as u64);
         metrics.records_missing.increment(settled.gaps);
         metrics.records_repeated.increment(settled.repeated);
         metrics.records_unknown.increment(settled.unknown);
         self.count_used(&settled.used);
-        if settled.gaps > 0 || settled.unknown > 0 || settled.frozen > 0 {
+        if settled.gaps > 0 || settled.unknown > 0 || !settled.frozen.is_empty() {
             tracing::error!(
                 missing = settled.gaps,
                 unknown = settled.unknown,
-                frozen = settled.frozen,
+                frozen = ?settled.frozen,
                 "settlements need an operator's eye"
             );
         }

@@ -1,16 +1,18 @@
 //! An admission, in one transaction: who asks, whether they may, what is held for it, where it goes; and its entry.
 
-use super::ledger::{Chain, Ledger, chain_at, hold_at, json, signed, state, status, unsigned};
+use super::accounts::{organisation_account, team_account};
+use super::ledger::{Chain, Ledger, chain_at, enforce, hold_at, json, signed, state, status, unsigned};
 use super::objects::{self, References};
 use super::{Admission, Admit, Admitted, StoreError};
 use crate::directory::{NoCredential, Organisation};
 use keyward_core::admission::{self, Hold, KeyState};
 use keyward_core::audit::{self, Event};
 use keyward_core::edge::RequestId;
+use keyward_core::limits::{DAY_MS, Enforce, Limits, Moment};
 use keyward_core::models;
-use keyward_core::money::Nanodollars;
 use keyward_core::operation::Provider;
-use keyward_core::refusal::{Code, Refusal};
+use keyward_core::refusal::{Code, Headroom, Refusal};
+use keyward_core::reserve::{self, Level, Of};
 use rusqlite::{OptionalExtension, params};
 use sha2::{Digest, Sha256};
 
@@ -18,11 +20,29 @@ use sha2::{Digest, Sha256};
 struct Found {
     id: String,
     state: KeyState,
+    limits: Limits,
+    enforce: Enforce,
     chain: Chain,
     team: Option<String>,
     policy: Option<String>,
     /// A newer token has taken this one's place since then.
     token_expires_ms: Option<u64>,
+}
+
+/// What a request is held to beside its key's own limits, and where it is booked.
+struct Levels<'a> {
+    key: Vec<&'a Limits>,
+    team: Option<(String, &'a Limits)>,
+    organisation: (String, &'a Limits),
+}
+
+/// What was decided of a request.
+struct Decision {
+    target: Target,
+    hold: Hold,
+    /// Why it would have been refused, were the key not in shadow mode.
+    forgiven: Option<Refusal>,
+    bounded: bool,
 }
 
 /// Where an admitted request goes.
@@ -36,7 +56,6 @@ struct Target {
 
 impl Ledger<'_> {
     pub fn admit(&self, admit: &Admit) -> Result<Admission, StoreError> {
-        let ask = &admit.request.ask;
         let fingerprint = fingerprint(admit);
         let Some(mut key) = self.key_by_token(&admit.token_hash)? else {
             return Ok(Admission::Refused(Refusal::new(Code::UnknownKey, keyward_core::credentials::UNKNOWN_KEY)));
@@ -53,16 +72,42 @@ impl Ledger<'_> {
                     return Ok(Admission::Conflict);
                 }
                 let target = self.target(organisation, &key, admit)?;
-                return Ok(target.map_or(Admission::Conflict, |target| admitted(&key, target, hold, organisation.rev)));
+                return Ok(target.map_or(Admission::Conflict, |target| admitted(&key, target, hold, organisation.rev, None)));
             }
             Some(_) => return Ok(Admission::Conflict),
             None => {}
         }
-        let (target, hold) = match self.decide(organisation, &mut key, admit)? {
-            Ok(decided) => decided,
-            Err(refusal) if admit.patient && key.state.in_flight > 0 && refusal == objects::not_owned() => return Ok(Admission::NotYet),
-            Err(refusal) => return self.refuse(&key, admit, refusal),
+        let now = self.accounts.moment(admit.now);
+        let decision = match self.decide(organisation, &mut key, admit, now)? {
+            Ok(decision) => decision,
+            Err(refusal) => {
+                let in_flight = self.account(&key.id, now, |account| account.in_flight)?;
+                if admit.patient && in_flight > 0 && refusal.code == Code::StateNotOwned && refusal == objects::not_owned() {
+                    return Ok(Admission::NotYet);
+                }
+                return self.refuse(&key, admit, refusal);
+            }
         };
+        self.write_down(organisation, key, admit, decision, fingerprint, now)
+    }
+
+    /// Books what was decided: the entry, the hold at every level, the request.
+    fn write_down(
+        &self,
+        organisation: &Organisation,
+        key: Found,
+        admit: &Admit,
+        decision: Decision,
+        fingerprint: Vec<u8>,
+        now: Moment,
+    ) -> Result<Admission, StoreError> {
+        let ask = &admit.request.ask;
+        let Decision { target, hold, forgiven, bounded } = decision;
+        let mut chain = key.chain.clone();
+        if let Some(refusal) = &forgiven {
+            chain = self.append(&key.id, &chain, now.wall_ms, Event::WouldRefuse(refused(admit, refusal)))?;
+            self.count_forgiven(&key, admit, refusal, now)?;
+        }
         let event = Event::Admitted(audit::Admitted {
             req: admit.request.req.0,
             vm: admit.request.vm.0,
@@ -78,16 +123,20 @@ impl Ledger<'_> {
             rev: organisation.rev,
             credentials: target.credentials.clone(),
         });
-        let (seq, mac) = self.append(&key.id, &key.chain, admit.now_ms, event)?;
+        let end = self.append(&key.id, &chain, now.wall_ms, event)?;
+        self.end_chain(&key.id, &end)?;
+        let levels = key.levels(organisation);
+        let mut rated = 0;
+        for (bit, id, is_rated) in levels.accounts(&key.id) {
+            self.change_account(id, now, |account| account.reserve(hold.total, hold.tokens, now, is_rated))?;
+            rated |= if is_rated { bit } else { 0 };
+        }
+        let headroom = if rated == 0 { None } else { self.with_levels(&key.id, &levels, now, |levels| reserve::headroom(levels, now))? };
         self.db
             .prepare_cached(
-                "UPDATE keys SET reserved = reserved + ?2, in_flight = in_flight + 1, chain_seq = ?3, chain_mac = ?4 WHERE id = ?1",
-            )?
-            .execute(params![key.id, hold.total.0, signed(seq), mac])?;
-        self.db
-            .prepare_cached(
-                "INSERT INTO requests (req, key_id, state, fingerprint, provider, model, stream, choices, hold, hold_input, clamp, expires_ms)
-                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12)",
+                "INSERT INTO requests (req, key_id, state, fingerprint, provider, model, stream, choices, hold, hold_input, clamp, hold_tokens,
+                     hold_output, expires_ms, team, endpoint, asked, admitted_ms, day, bounded, rated)
+                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18, ?19, ?20, ?21)",
             )?
             .execute(params![
                 admit.request.req.0,
@@ -101,22 +150,93 @@ impl Ledger<'_> {
                 hold.total.0,
                 hold.input.0,
                 hold.clamp.map(signed),
+                signed(hold.tokens),
+                signed(hold.output_tokens),
                 signed(admit.expires_ms),
+                key.team,
+                ask.endpoint,
+                ask.model,
+                signed(now.wall_ms),
+                signed(now.day),
+                bounded,
+                rated,
             ])?;
-        Ok(admitted(&key, target, hold, organisation.rev))
+        Ok(admitted(&key, target, hold, organisation.rev, headroom))
     }
 
-    fn decide(&self, organisation: &Organisation, key: &mut Found, admit: &Admit) -> Result<Result<(Target, Hold), Refusal>, StoreError> {
+    fn decide(
+        &self,
+        organisation: &Organisation,
+        key: &mut Found,
+        admit: &Admit,
+        now: Moment,
+    ) -> Result<Result<Decision, Refusal>, StoreError> {
         let ask = &admit.request.ask;
-        let decided = key.stand(organisation, admit).and_then(|()| {
-            let upstream = ask.model.as_deref().and_then(|model| organisation.route(model)).map(|target| target.model.as_str());
-            let price = upstream.or(ask.model.as_deref()).and_then(|model| self.keys.prices.find(&ask.provider, model));
-            admission::decide(&key.state, ask, upstream, price, admit.now_ms)
-        });
-        match decided {
-            Ok(hold) => Ok(self.target(organisation, key, admit)?.map(|target| (target, hold))),
-            Err(refusal) => Ok(Err(refusal)),
+        if let Err(refusal) = key.stand(organisation, admit) {
+            return Ok(Err(refusal));
         }
+        let upstream = ask.model.as_deref().and_then(|model| organisation.route(model)).map(|target| target.model.as_str());
+        let price = upstream.or(ask.model.as_deref()).and_then(|model| self.keys.prices.find(&ask.provider, model));
+        let levels = key.levels(organisation);
+        let decided = self.with_levels(&key.id, &levels, now, |levels| {
+            let hold = admission::decide(&key.state, levels, ask, upstream, price, now);
+            (hold, reserve::is_bounded(levels))
+        })?;
+        let shadow = key.is_in_shadow(organisation);
+        let (hold, forgiven, bounded) = match decided {
+            (Ok(hold), bounded) if !shadow => (hold, None, bounded),
+            // Nothing of a request in shadow mode is changed: it is not clamped either.
+            (Ok(_), _) => (reserve::unlimited(ask, admission::operation(ask), price), None, false),
+            (Err(refusal), _) if shadow && refusal.code.is_forgiven_in_shadow() => {
+                (reserve::unlimited(ask, admission::operation(ask), price), Some(refusal), false)
+            }
+            (Err(refusal), _) => return Ok(Err(refusal)),
+        };
+        Ok(self.target(organisation, key, admit)?.map(|target| Decision { target, hold, forgiven, bounded }))
+    }
+
+    /// Runs `with` on the accounts of a request's levels, each with its limits.
+    fn with_levels<T>(
+        &self,
+        key_id: &str,
+        levels: &Levels<'_>,
+        now: Moment,
+        with: impl FnOnce(&[Level<'_>]) -> T,
+    ) -> Result<T, StoreError> {
+        let (of_organisation, limits) = &levels.organisation;
+        self.account(key_id, now, |_| ())?;
+        self.account(of_organisation, now, |_| ())?;
+        if let Some((team, _)) = &levels.team {
+            self.account(team, now, |_| ())?;
+        }
+        self.accounts.look(|cached| {
+            let account = |id: &str| cached.get(id).ok_or(StoreError::Damaged("an account that is gone"));
+            let mut all = vec![Level { of: Of::Key, limits: levels.key.clone(), account: account(key_id)? }];
+            if let Some((team, limits)) = &levels.team {
+                all.push(Level { of: Of::Team, limits: vec![limits], account: account(team)? });
+            }
+            all.push(Level { of: Of::Organisation, limits: vec![limits], account: account(of_organisation)? });
+            Ok(with(&all))
+        })
+    }
+
+    /// Counts what a key in shadow mode would have been refused.
+    fn count_forgiven(&self, key: &Found, admit: &Admit, refusal: &Refusal, now: Moment) -> Result<(), StoreError> {
+        let ask = &admit.request.ask;
+        self.db
+            .prepare_cached(
+                "INSERT INTO would_refuse (organisation, day, key_id, code, provider, model, requests) VALUES (?1, ?2, ?3, ?4, ?5, ?6, 1)
+                 ON CONFLICT DO UPDATE SET requests = requests + 1",
+            )?
+            .execute(params![
+                key.chain.organisation,
+                signed(now.wall_ms / DAY_MS),
+                key.id,
+                refusal.code.name(),
+                ask.provider,
+                ask.model.as_deref().unwrap_or_default(),
+            ])?;
+        Ok(())
     }
 
     /// Where a request goes that may be made: which model, which credentials, which state, or the answer itself. A route's name
@@ -162,15 +282,7 @@ impl Ledger<'_> {
     }
 
     fn refuse(&self, key: &Found, admit: &Admit, refusal: Refusal) -> Result<Admission, StoreError> {
-        let ask = &admit.request.ask;
-        let event = Event::Refused(audit::Refused {
-            req: admit.request.req.0,
-            code: refusal.code.name().to_owned(),
-            provider: ask.provider.clone(),
-            endpoint: ask.endpoint.clone(),
-            model: ask.model.clone().unwrap_or_default(),
-        });
-        self.append_alone(&key.id, &key.chain, admit.now_ms, event)?;
+        self.append_alone(&key.id, &key.chain, admit.now.wall_ms, Event::Refused(refused(admit, &refusal)))?;
         Ok(Admission::Refused(refusal))
     }
 
@@ -183,7 +295,7 @@ impl Ledger<'_> {
             .optional()?;
         let Some((id, token_expires_ms)) = token else { return Ok(None) };
         let mut select = self.db.prepare_cached(
-            "SELECT status, expires_ms, allow, cap, spent, reserved, in_flight, organisation, chain_epoch, chain_seq, chain_mac, team, policy
+            "SELECT status, expires_ms, allow, limits, enforce, organisation, chain_epoch, chain_seq, chain_mac, team, policy
              FROM keys WHERE id = ?1",
         )?;
         let found = select
@@ -193,20 +305,26 @@ impl Ledger<'_> {
                     expires_ms: row.get::<_, Option<i64>>(1)?.map(unsigned),
                     allow: json(row, 2)?,
                     limits: Vec::new(),
-                    cap: row.get::<_, Option<i64>>(3)?.map(Nanodollars),
-                    spent: Nanodollars(row.get(4)?),
-                    reserved: Nanodollars(row.get(5)?),
-                    in_flight: unsigned(row.get(6)?),
                 };
-                let token_expires_ms = token_expires_ms.map(unsigned);
-                Ok(Found { id: id.clone(), state, chain: chain_at(row, 7)?, team: row.get(11)?, policy: row.get(12)?, token_expires_ms })
+                Ok(Found {
+                    id: id.clone(),
+                    state,
+                    limits: json(row, 3)?,
+                    enforce: enforce(row, 4)?,
+                    chain: chain_at(row, 5)?,
+                    team: row.get(9)?,
+                    policy: row.get(10)?,
+                    token_expires_ms: token_expires_ms.map(unsigned),
+                })
             })
             .optional()?;
         Ok(found)
     }
 
     fn seen(&self, req: RequestId) -> Result<Option<(i64, Vec<u8>, Hold)>, StoreError> {
-        let mut select = self.db.prepare_cached("SELECT state, fingerprint, hold, hold_input, clamp FROM requests WHERE req = ?1")?;
+        let mut select = self
+            .db
+            .prepare_cached("SELECT state, fingerprint, hold, hold_input, clamp, hold_tokens, hold_output FROM requests WHERE req = ?1")?;
         Ok(select.query_row([req.0], |row| Ok((row.get(0)?, row.get(1)?, hold_at(row, 2)?))).optional()?)
     }
 }
@@ -214,8 +332,8 @@ impl Ledger<'_> {
 impl Found {
     /// Puts the key under its team and policy, or says why it may do nothing now.
     fn stand(&mut self, organisation: &Organisation, admit: &Admit) -> Result<(), Refusal> {
-        admission::check_standing(&self.state, admit.now_ms)?;
-        if self.token_expires_ms.is_some_and(|at| at <= admit.now_ms) {
+        admission::check_standing(&self.state, admit.now.wall_ms)?;
+        if self.token_expires_ms.is_some_and(|at| at <= admit.now.wall_ms) {
             return Err(Refusal::new(Code::Revoked, "this token was replaced by a newer one of its key"));
         }
         let provider = &admit.request.ask.provider;
@@ -228,11 +346,53 @@ impl Found {
         self.state.allow.state = organisation.allows_state(self.state.allow.state, team, policy);
         Ok(())
     }
+
+    /// The limits of every level that counts: the key's own and its policy's, its team's, its organisation's.
+    fn levels<'a>(&'a self, organisation: &'a Organisation) -> Levels<'a> {
+        let in_force = &organisation.in_force;
+        let of_policy = self.policy.as_ref().and_then(|policy| in_force.policies.get(policy)).map(|policy| &policy.limits);
+        Levels {
+            key: std::iter::once(&self.limits).chain(of_policy).collect(),
+            team: self.team.as_ref().and_then(|team| Some((team_account(&self.chain.organisation, team), in_force.teams.get(team)?))),
+            organisation: (organisation_account(&self.chain.organisation), &in_force.organisation),
+        }
+    }
+
+    fn is_in_shadow(&self, organisation: &Organisation) -> bool {
+        let of_policy = self.policy.as_ref().and_then(|policy| organisation.in_force.policies.get(policy)).map(|policy| policy.enforce);
+        self.enforce == Enforce::Shadow || of_policy == Some(Enforce::Shadow)
+    }
 }
 
-fn admitted(key: &Found, target: Target, hold: Hold, rev: u64) -> Admission {
+impl Levels<'_> {
+    /// The accounts that a request is booked on, from the narrowest to the widest: each with its bit in `requests.rated`, and
+    /// whether a rate limits it.
+    fn accounts<'a>(&'a self, key_id: &'a str) -> impl Iterator<Item = (i64, &'a str, bool)> {
+        let rated = |limits: &Limits| limits.rates.rpm.is_some() || limits.rates.tpm.is_some();
+        let team = self.team.as_ref().map(|(id, limits)| (2, id.as_str(), rated(limits)));
+        let (organisation, limits) = &self.organisation;
+        std::iter::once((1, key_id, self.key.iter().any(|limits| rated(limits)))).chain(team).chain(std::iter::once((
+            4,
+            organisation.as_str(),
+            rated(limits),
+        )))
+    }
+}
+
+fn admitted(key: &Found, target: Target, hold: Hold, rev: u64, headroom: Option<Headroom>) -> Admission {
     let Target { model, credentials, state, answer } = target;
-    Admission::Admitted(Box::new(Admitted { key_id: key.id.clone(), hold, model, credentials, state, answer, rev }))
+    Admission::Admitted(Box::new(Admitted { key_id: key.id.clone(), hold, model, credentials, state, answer, rev, headroom }))
+}
+
+fn refused(admit: &Admit, refusal: &Refusal) -> audit::Refused {
+    let ask = &admit.request.ask;
+    audit::Refused {
+        req: admit.request.req.0,
+        code: refusal.code.name().to_owned(),
+        provider: ask.provider.clone(),
+        endpoint: ask.endpoint.clone(),
+        model: ask.model.clone().unwrap_or_default(),
+    }
 }
 
 fn no_credential(none: &NoCredential, provider: &str) -> Refusal {

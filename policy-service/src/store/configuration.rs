@@ -4,7 +4,7 @@
 use super::ledger::{Chain, Ledger, signed, unsigned};
 use super::{CredentialRow, Edit, Edited, Edits, Expect, Idempotent, NewOrganisation, StoreError, TokenRow, admin_chain};
 use crate::config::{self, Credential, Document, Kind};
-use crate::directory::{Directory, Meta, Organisation};
+use crate::directory::{Directory, InForce, Meta, Organisation};
 use keyward_core::audit::{self, Event};
 use rusqlite::{Connection, OptionalExtension, Row, params};
 use std::sync::Arc;
@@ -54,6 +54,7 @@ pub fn directory(db: &Connection) -> Result<Directory, StoreError> {
         let mut organisation = Organisation { label, rev, ..Organisation::default() };
         read_objects(db, &id, &mut organisation)?;
         read_credentials(db, &id, &mut organisation)?;
+        organisation.in_force = InForce::of(&organisation.document).ok_or(StoreError::Damaged("limits that can't be read"))?;
         directory.organisations.insert(id, Arc::new(organisation));
     }
     Ok(directory)
@@ -109,6 +110,7 @@ fn put(document: &mut Document, kind: Kind, name: &str, body: &str) -> Result<()
     let damaged = |_| StoreError::Damaged("an object of the configuration that can't be read");
     let name = name.to_owned();
     match kind {
+        Kind::Organisation => document.organisation = Some(serde_json::from_str(body).map_err(damaged)?),
         Kind::Team => drop(document.teams.insert(name, serde_json::from_str(body).map_err(damaged)?)),
         Kind::Policy => drop(document.policies.insert(name, serde_json::from_str(body).map_err(damaged)?)),
         Kind::Provider => drop(document.providers.insert(name, serde_json::from_str(body).map_err(damaged)?)),
@@ -117,6 +119,11 @@ fn put(document: &mut Document, kind: Kind, name: &str, body: &str) -> Result<()
         Kind::Credential => return Err(StoreError::Damaged("a credential among the objects")),
     }
     Ok(())
+}
+
+/// What an entry of the chain calls an object.
+fn target(kind: Kind, name: &str) -> String {
+    if kind == Kind::Organisation { kind.section().to_owned() } else { format!("{}/{name}", kind.section()) }
 }
 
 impl Ledger<'_> {
@@ -181,7 +188,7 @@ impl Ledger<'_> {
             )?
             .execute(params![edits.organisation, kind.name(), name, body, managed, signed(edits.now_ms)])?;
         let action = if version.is_some() { "update" } else { "create" };
-        self.note(&edits.organisation, &edits.actor, action, &format!("{}/{name}", kind.section()), body, edits.now_ms)?;
+        self.note(&edits.organisation, &edits.actor, action, &target(kind, name), body, edits.now_ms)?;
         Ok(None)
     }
 
@@ -232,7 +239,7 @@ impl Ledger<'_> {
             _ => "DELETE FROM objects_of_configuration WHERE organisation = ?1 AND name = ?2 AND kind = ?3",
         };
         self.db.prepare_cached(delete)?.execute(params![edits.organisation, name, kind.name()])?;
-        self.note(&edits.organisation, &edits.actor, "delete", &format!("{}/{name}", kind.section()), "{}", edits.now_ms)?;
+        self.note(&edits.organisation, &edits.actor, "delete", &target(kind, name), "{}", edits.now_ms)?;
         Ok(None)
     }
 
@@ -276,17 +283,22 @@ impl Ledger<'_> {
 
     /// Appends an entry to the organisation's chain of administrative changes.
     pub fn note(&self, organisation: &str, actor: &str, action: &str, target: &str, detail: &str, now_ms: u64) -> Result<(), StoreError> {
+        let text = |text: &str| text.to_owned();
+        let event = Event::AdminChanged { actor: text(actor), action: text(action), target: text(target), detail: text(detail) };
+        self.append_to_organisation(organisation, now_ms, event)
+    }
+
+    /// Appends an entry to an organisation's own chain.
+    pub(super) fn append_to_organisation(&self, organisation: &str, now_ms: u64, event: Event) -> Result<(), StoreError> {
         let select = "SELECT id, chain_epoch, chain_seq, chain_mac FROM organisations WHERE id = ?1";
         let chain = self.db.prepare_cached(select)?.query_row([organisation], |row| {
             Ok(Chain { organisation: row.get(0)?, epoch: unsigned(row.get(1)?), seq: unsigned(row.get(2)?), mac: row.get(3)? })
         })?;
-        let text = |text: &str| text.to_owned();
-        let event = Event::AdminChanged { actor: text(actor), action: text(action), target: text(target), detail: text(detail) };
-        let (seq, mac) = self.append(&admin_chain(organisation), &chain, now_ms, event)?;
+        let end = self.append(&admin_chain(organisation), &chain, now_ms, event)?;
         self.db.prepare_cached("UPDATE organisations SET chain_seq = ?2, chain_mac = ?3 WHERE id = ?1")?.execute(params![
             organisation,
-            signed(seq),
-            mac
+            signed(end.seq),
+            end.mac
         ])?;
         Ok(())
     }

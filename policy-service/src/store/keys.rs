@@ -1,16 +1,24 @@
 //! Virtual keys in the ledger: made, changed, rotated, revoked; each by an entry in the key's own chain.
 
-use super::ledger::{Chain, Ledger, json, signed, status, unsigned};
+use super::accounts::{ACCOUNT_COLUMNS, account_at};
+use super::ledger::{Chain, Ledger, enforce, json, signed, status, unsigned};
 use super::{KeyOutcome, KeyRow, KeyUpdate, NewKey, Rotation, StoreError};
 use crate::config::Fault;
 use keyward_core::audit::{self, Event};
 use keyward_core::hex;
-use keyward_core::money::Nanodollars;
+use keyward_core::limits::Enforce;
 use rusqlite::{OptionalExtension, Row, params};
 use sha2::{Digest, Sha256};
+use std::sync::LazyLock;
 
-pub const KEY_COLUMNS: &str = "id, organisation, team, policy, label, allow, tags, personal, status, version, created_ms, expires_ms,
-    cap, spent, reserved, in_flight";
+/// A key with its account.
+pub const KEYS: &str = "keys k LEFT JOIN accounts a ON a.id = k.id";
+pub static KEY_COLUMNS: LazyLock<String> = LazyLock::new(|| {
+    let own =
+        "k.id, k.organisation, k.team, k.policy, k.label, k.allow, k.tags, k.personal, k.status, k.version, k.created_ms, k.expires_ms,
+        k.limits, k.enforce";
+    format!("{own}, {ACCOUNT_COLUMNS}")
+});
 
 pub fn key_row(row: &Row<'_>) -> rusqlite::Result<KeyRow> {
     Ok(KeyRow {
@@ -26,10 +34,9 @@ pub fn key_row(row: &Row<'_>) -> rusqlite::Result<KeyRow> {
         version: unsigned(row.get(9)?),
         created_ms: unsigned(row.get(10)?),
         expires_ms: row.get::<_, Option<i64>>(11)?.map(unsigned),
-        cap: row.get::<_, Option<i64>>(12)?.map(Nanodollars),
-        spent: Nanodollars(row.get(13)?),
-        reserved: Nanodollars(row.get(14)?),
-        in_flight: unsigned(row.get(15)?),
+        limits: json(row, 12)?,
+        enforce: enforce(row, 13)?,
+        account: account_at(row, 14)?,
     })
 }
 
@@ -46,9 +53,9 @@ impl Ledger<'_> {
         let personal = personal(row, &key.salt);
         self.db
             .prepare_cached(
-                "INSERT INTO keys (id, organisation, team, policy, label, allow, tags, personal, personal_salt, status, created_ms, expires_ms, cap,
-                     chain_seq, chain_mac)
-                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, 'active', ?10, ?11, ?12, 0, ?13)",
+                "INSERT INTO keys (id, organisation, team, policy, label, allow, tags, personal, personal_salt, status, created_ms, expires_ms, limits,
+                     enforce, chain_seq, chain_mac)
+                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, 'active', ?10, ?11, ?12, ?13, 0, ?14)",
             )?
             .execute(params![
                 row.id,
@@ -62,7 +69,8 @@ impl Ledger<'_> {
                 personal.as_ref().map(|p| p.salt),
                 signed(row.created_ms),
                 row.expires_ms.map(signed),
-                row.cap.map(|cap| cap.0),
+                text(&row.limits)?,
+                enforce_name(row.enforce),
                 chain.mac,
             ])?;
         self.db.prepare_cached("INSERT INTO tokens (token_hash, key_id) VALUES (?1, ?2)")?.execute(params![key.token_hash, row.id])?;
@@ -101,7 +109,7 @@ impl Ledger<'_> {
         self.db
             .prepare_cached(
                 "UPDATE keys SET team = ?2, policy = ?3, label = ?4, allow = ?5, tags = ?6, personal = ?7, personal_salt = ?8, status = ?9,
-                     expires_ms = ?10, cap = ?11, version = version + 1 WHERE id = ?1",
+                     expires_ms = ?10, limits = ?11, enforce = ?12, version = version + 1 WHERE id = ?1",
             )?
             .execute(params![
                 row.id,
@@ -114,7 +122,8 @@ impl Ledger<'_> {
                 personal.as_ref().map(|p| p.salt),
                 status,
                 row.expires_ms.map(signed),
-                row.cap.map(|cap| cap.0),
+                text(&row.limits)?,
+                enforce_name(row.enforce),
             ])?;
         let event = Event::KeyChanged { actor: update.actor.clone(), detail: detail(row, personal.as_ref()) };
         self.append_alone(&row.id, &self.chain(&row.id)?, update.now_ms, event)?;
@@ -186,7 +195,7 @@ impl Ledger<'_> {
     }
 
     fn key(&self, organisation: &str, id: &str) -> Result<Option<KeyRow>, StoreError> {
-        let select = format!("SELECT {KEY_COLUMNS} FROM keys WHERE organisation = ?1 AND id = ?2");
+        let select = format!("SELECT {} FROM {KEYS} WHERE k.organisation = ?1 AND k.id = ?2", *KEY_COLUMNS);
         Ok(self.db.prepare_cached(&select)?.query_row(params![organisation, id], key_row).optional()?)
     }
 
@@ -241,10 +250,17 @@ fn personal(row: &KeyRow, salt: &[u8; 16]) -> Option<Personal> {
 /// can be erased.
 fn detail(row: &KeyRow, personal: Option<&Personal>) -> String {
     serde_json::json!({
-        "label": row.label, "team": row.team, "policy": row.policy, "allow": row.allow, "cap": row.cap, "expires_ms": row.expires_ms,
-        "status": row.status, "personal_sha256": personal.map(|p| &p.commitment),
+        "label": row.label, "team": row.team, "policy": row.policy, "allow": row.allow, "limits": row.limits, "enforce": row.enforce,
+        "expires_ms": row.expires_ms, "status": row.status, "personal_sha256": personal.map(|p| &p.commitment),
     })
     .to_string()
+}
+
+fn enforce_name(enforce: Enforce) -> &'static str {
+    match enforce {
+        Enforce::Enforce => "enforce",
+        Enforce::Shadow => "shadow",
+    }
 }
 
 fn fault(field: &str, message: String) -> Fault {

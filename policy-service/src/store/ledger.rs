@@ -1,9 +1,11 @@
 //! What every operation of the ledger stands on, inside one SQLite transaction: the chains, and how columns are read. Each
 //! operation first reads and decides, then writes: one that refuses leaves nothing behind.
 
+use super::accounts::Accounts;
 use super::{LedgerKeys, StoreError};
 use keyward_core::admission::{Hold, Status};
 use keyward_core::audit::{Entry, Event};
+use keyward_core::limits::Enforce;
 use keyward_core::money::Nanodollars;
 use rusqlite::{Connection, Row, params};
 
@@ -19,21 +21,16 @@ pub(super) mod state {
 pub struct Ledger<'a> {
     pub db: &'a Connection,
     pub keys: &'a LedgerKeys,
+    pub accounts: &'a Accounts,
 }
 
 /// The end of a chain.
+#[derive(Clone)]
 pub(super) struct Chain {
     pub organisation: String,
     pub epoch: u64,
     pub seq: u64,
     pub mac: [u8; 32],
-}
-
-/// A key's sums. They saturate: SQLite would turn a sum that leaves 64 bits into a float.
-pub(super) struct Sums {
-    pub spent: Nanodollars,
-    pub reserved: Nanodollars,
-    pub in_flight: u64,
 }
 
 impl From<rusqlite::Error> for StoreError {
@@ -43,7 +40,8 @@ impl From<rusqlite::Error> for StoreError {
 }
 
 impl Ledger<'_> {
-    pub(super) fn append(&self, key_id: &str, chain: &Chain, time_ms: u64, event: Event) -> Result<(u64, [u8; 32]), StoreError> {
+    /// Appends an entry. Gives the chain's new end, which the caller has to store.
+    pub(super) fn append(&self, key_id: &str, chain: &Chain, time_ms: u64, event: Event) -> Result<Chain, StoreError> {
         let seq = chain.seq + 1;
         let entry =
             Entry { epoch: chain.epoch, seq, time_ms, organisation: chain.organisation.clone(), key_id: key_id.to_owned(), event }.encode();
@@ -54,32 +52,23 @@ impl Ledger<'_> {
             entry,
             mac
         ])?;
-        Ok((seq, mac))
+        Ok(Chain { organisation: chain.organisation.clone(), epoch: chain.epoch, seq, mac })
     }
 
     pub(super) fn append_alone(&self, key_id: &str, chain: &Chain, time_ms: u64, event: Event) -> Result<(), StoreError> {
-        let (seq, mac) = self.append(key_id, chain, time_ms, event)?;
-        self.db.prepare_cached("UPDATE keys SET chain_seq = ?2, chain_mac = ?3 WHERE id = ?1")?.execute(params![
-            key_id,
-            signed(seq),
-            mac
-        ])?;
+        let end = self.append(key_id, chain, time_ms, event)?;
+        self.end_chain(key_id, &end)
+    }
+
+    pub(super) fn end_chain(&self, key_id: &str, end: &Chain) -> Result<(), StoreError> {
+        let mut update = self.db.prepare_cached("UPDATE keys SET chain_seq = ?2, chain_mac = ?3 WHERE id = ?1")?;
+        update.execute(params![key_id, signed(end.seq), end.mac])?;
         Ok(())
     }
 
     pub(super) fn chain(&self, key_id: &str) -> Result<Chain, StoreError> {
-        Ok(self.sums_and_chain(key_id)?.1)
-    }
-
-    pub(super) fn sums_and_chain(&self, key_id: &str) -> Result<(Sums, Chain), StoreError> {
-        let mut select = self
-            .db
-            .prepare_cached("SELECT spent, reserved, in_flight, organisation, chain_epoch, chain_seq, chain_mac FROM keys WHERE id = ?1")?;
-        let found = select.query_row([key_id], |row| {
-            let sums = Sums { spent: Nanodollars(row.get(0)?), reserved: Nanodollars(row.get(1)?), in_flight: unsigned(row.get(2)?) };
-            Ok((sums, chain_at(row, 3)?))
-        });
-        Ok(found?)
+        let mut select = self.db.prepare_cached("SELECT organisation, chain_epoch, chain_seq, chain_mac FROM keys WHERE id = ?1")?;
+        Ok(select.query_row([key_id], |row| chain_at(row, 0))?)
     }
 }
 
@@ -92,6 +81,10 @@ pub(super) fn status(row: &Row<'_>, at: usize) -> rusqlite::Result<Status> {
     })
 }
 
+pub(super) fn enforce(row: &Row<'_>, at: usize) -> rusqlite::Result<Enforce> {
+    Ok(if row.get_ref(at)?.as_str()? == "shadow" { Enforce::Shadow } else { Enforce::Enforce })
+}
+
 pub(super) fn json<T: serde::de::DeserializeOwned>(row: &Row<'_>, at: usize) -> rusqlite::Result<T> {
     let text = row.get_ref(at)?.as_str()?;
     serde_json::from_str(text).map_err(|error| rusqlite::Error::FromSqlConversionFailure(at, rusqlite::types::Type::Text, Box::new(error)))
@@ -101,9 +94,16 @@ pub(super) fn chain_at(row: &Row<'_>, at: usize) -> rusqlite::Result<Chain> {
     Ok(Chain { organisation: row.get(at)?, epoch: unsigned(row.get(at + 1)?), seq: unsigned(row.get(at + 2)?), mac: row.get(at + 3)? })
 }
 
+/// Reads `hold, hold_input, clamp, hold_tokens, hold_output`.
 pub(super) fn hold_at(row: &Row<'_>, at: usize) -> rusqlite::Result<Hold> {
     let clamp: Option<i64> = row.get(at + 2)?;
-    Ok(Hold { total: Nanodollars(row.get(at)?), input: Nanodollars(row.get(at + 1)?), clamp: clamp.map(unsigned) })
+    Ok(Hold {
+        total: Nanodollars(row.get(at)?),
+        input: Nanodollars(row.get(at + 1)?),
+        clamp: clamp.map(unsigned),
+        tokens: unsigned(row.get(at + 3)?),
+        output_tokens: unsigned(row.get(at + 4)?),
+    })
 }
 
 /// SQLite integers are signed; nothing stored here comes near the limit, and what does saturates.

@@ -1,6 +1,8 @@
 //! Where decisions become durable. One trait; SQLite implements it for a single machine.
 
+mod accounts;
 mod admission;
+mod alarms;
 mod configuration;
 mod keys;
 pub mod ledger;
@@ -14,11 +16,11 @@ use async_trait::async_trait;
 use keyward_core::admission::{Allow, Hold, Status};
 use keyward_core::audit::ChainKey;
 use keyward_core::edge::{AdmitRequest, Record, Settlement};
+use keyward_core::limits::{Account, Enforce, Limits, Moment};
 use keyward_core::money::Nanodollars;
 use keyward_core::price::PriceTable;
-use keyward_core::refusal::Refusal;
+use keyward_core::refusal::{Headroom, Refusal};
 use keyward_core::usage::Usage;
-use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -34,7 +36,7 @@ pub enum StoreError {
 }
 
 /// A virtual key as the ledger has it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KeyRow {
     pub id: String,
     pub organisation: String,
@@ -50,10 +52,10 @@ pub struct KeyRow {
     pub version: u64,
     pub created_ms: u64,
     pub expires_ms: Option<u64>,
-    pub cap: Option<Nanodollars>,
-    pub spent: Nanodollars,
-    pub reserved: Nanodollars,
-    pub in_flight: u64,
+    /// Its own; its policy's come on top.
+    pub limits: Limits,
+    pub enforce: Enforce,
+    pub account: Account,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -189,7 +191,7 @@ pub struct Admit {
     pub token_hash: [u8; 32],
     pub request: AdmitRequest,
     pub directory: Arc<Directory>,
-    pub now_ms: u64,
+    pub now: Moment,
     pub expires_ms: u64,
     /// What the request refers to may be in a settlement that has not come yet: say so instead of refusing.
     pub patient: bool,
@@ -220,6 +222,8 @@ pub struct Admitted {
     /// The answer, where the service itself gives it.
     pub answer: Option<String>,
     pub rev: u64,
+    /// What the limits per minute have left.
+    pub headroom: Option<Headroom>,
 }
 
 /// A settlement whose MAC has been checked, with its place in its VM's chain.
@@ -239,9 +243,20 @@ pub struct Settled {
     pub unknown: u64,
     /// Records that should have come before these and have not.
     pub gaps: u64,
-    pub frozen: u64,
+    /// Keys whose charge exceeded its hold.
+    pub frozen: Vec<String>,
     pub nanodollars: i64,
     pub used: Vec<Used>,
+    pub alarms: Vec<Alarm>,
+}
+
+/// Something that a person should look at.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Alarm {
+    pub organisation: String,
+    /// `budget`, `over_hold` or `frozen`.
+    pub what: String,
+    pub detail: serde_json::Value,
 }
 
 /// What one model was used for, and what it was charged.
@@ -356,9 +371,9 @@ pub fn admin_chain(organisation: &str) -> String {
 #[async_trait]
 pub trait Store: Send + Sync + 'static {
     async fn admit(&self, admit: Admit) -> Result<Admission, StoreError>;
-    async fn settle(&self, batch: Vec<Settle>, now_ms: u64) -> Result<Settled, StoreError>;
+    async fn settle(&self, batch: Vec<Settle>, directory: Arc<Directory>, now: Moment) -> Result<Settled, StoreError>;
     /// Charges every hold that is past its time.
-    async fn expire(&self, now_ms: u64) -> Result<Expired, StoreError>;
+    async fn expire(&self, now: Moment) -> Result<Expired, StoreError>;
 
     async fn create_key(&self, key: NewKey) -> Result<KeyOutcome, StoreError>;
     async fn update_key(&self, update: KeyUpdate) -> Result<KeyOutcome, StoreError>;
@@ -397,6 +412,9 @@ pub trait Store: Send + Sync + 'static {
     async fn revoke_admin_token(&self, organisation: &str, id: &str, actor: &str, now_ms: u64) -> Result<bool, StoreError>;
     /// Notes an administrative act that changes nothing else.
     async fn note(&self, organisation: &str, actor: &str, action: &str, target: &str, detail: &str, now_ms: u64) -> Result<(), StoreError>;
+
+    /// The account of a team, or of the organisation itself.
+    async fn account(&self, organisation: &str, team: Option<&str>) -> Result<Account, StoreError>;
 
     /// Entries of a chain from `from` on.
     async fn audit(&self, chain: &str, from: u64, limit: u32) -> Result<Vec<AuditRow>, StoreError>;

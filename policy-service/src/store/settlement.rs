@@ -1,20 +1,23 @@
 //! How requests end, each in one transaction: settled, voided or expired; the charge, the entry, and the day's sums.
 
+use super::accounts::{organisation_account, team_account};
 use super::ledger::{Ledger, hold_at, signed, state, unsigned};
 use super::{Expired, Settle, Settled, StoreError, Used, objects};
+use crate::directory::Directory;
 use keyward_core::admission::{self, Charge, Ended, Hold};
 use keyward_core::audit::{self, Event, TryEntry};
 use keyward_core::edge::{Outcome, RequestId, Settlement};
+use keyward_core::limits::{self, DAY_MS, Moment};
 use keyward_core::money::Nanodollars;
 use keyward_core::usage::Usage;
 use rusqlite::{OptionalExtension, params};
+use serde_json::json;
 use std::collections::BTreeMap;
 
 /// Ended requests are remembered this long, so that a replay is told from a new request.
 const REMEMBER_MS: u64 = 7 * 24 * 3_600_000;
 /// Holds that one sweep charges at most.
 const SWEEP: u32 = 1_000;
-const DAY_MS: u64 = 86_400_000;
 
 /// Charges by organisation, day, key, provider and model, gathered over a batch.
 type Tally = BTreeMap<(String, u64, String, String, String), TallyLine>;
@@ -29,32 +32,42 @@ struct TallyLine {
 }
 
 /// A request as the ledger has it.
-struct Request {
-    key_id: String,
+pub(super) struct Request {
+    pub key_id: String,
     state: i64,
     provider: String,
     model: String,
     stream: bool,
     choices: u64,
     hold: Hold,
+    /// What it was charged so far.
     charge: Nanodollars,
+    tokens: u64,
+    pub team: Option<String>,
+    admitted_ms: u64,
+    /// The day whose windows it is charged to.
+    day: u64,
+    bounded: bool,
+    rated: i64,
 }
 
 /// How a request ends.
 struct End {
     state: i64,
     charge: Nanodollars,
+    tokens: u64,
     usage: Usage,
     event: Event,
 }
 
 impl Ledger<'_> {
     /// Takes a batch of one or more VMs, in the order in which it was sent.
-    pub fn settle(&self, batch: &[Settle], now_ms: u64) -> Result<Settled, StoreError> {
+    pub fn settle(&self, batch: &[Settle], directory: &Directory, now: Moment) -> Result<Settled, StoreError> {
+        let now = self.accounts.moment(now);
         let (mut done, mut tally) = (Settled::default(), Tally::new());
         for settle in batch {
-            done.gaps += self.follow_vm(settle, now_ms)?;
-            self.settle_one(settle, now_ms, &mut done, &mut tally)?;
+            done.gaps += self.follow_vm(settle, now.wall_ms)?;
+            self.settle_one(settle, directory, now, &mut done, &mut tally)?;
         }
         done.used = self.book(tally)?;
         Ok(done)
@@ -79,24 +92,32 @@ impl Ledger<'_> {
         Ok(if missing == 0 && record.prev != mac { 1 } else { missing })
     }
 
-    fn settle_one(&self, settle: &Settle, now_ms: u64, done: &mut Settled, tally: &mut Tally) -> Result<(), StoreError> {
+    fn settle_one(
+        &self,
+        settle: &Settle,
+        directory: &Directory,
+        now: Moment,
+        done: &mut Settled,
+        tally: &mut Tally,
+    ) -> Result<(), StoreError> {
         let settlement = &settle.settlement;
         let void = settlement.outcome == Outcome::Void;
         let Some(request) = self.request(settlement.req)? else {
             done.unknown += u64::from(!void);
             done.voided += u64::from(void);
-            return self.bury(settlement.req, now_ms);
+            return self.bury(settlement.req, now.wall_ms);
         };
         match (request.state, void) {
             (state::HELD | state::EXPIRED, true) => {
                 done.voided += 1;
                 let event = Event::Voided { req: settlement.req.0 };
-                let end = End { state: state::VOIDED, charge: Nanodollars::ZERO, usage: Usage::default(), event };
-                self.finish(settlement.req, &request, end, now_ms, tally)
+                let end = End { state: state::VOIDED, charge: Nanodollars::ZERO, tokens: 0, usage: Usage::default(), event };
+                self.finish(settlement.req, &request, end, now, tally)
             }
             (state::HELD | state::EXPIRED, false) => {
-                objects::settle(self.db, settle, &request.key_id, &request.provider, now_ms)?;
-                self.charge(settlement, &request, now_ms, done, tally)
+                objects::settle(self.db, settle, &request.key_id, &request.provider, now.wall_ms)?;
+                self.charge(settlement, &request, now, done, tally)?;
+                self.look_at_budgets(&request, directory, now, done)
             }
             _ => {
                 done.repeated += 1;
@@ -109,7 +130,7 @@ impl Ledger<'_> {
         &self,
         settlement: &Settlement,
         request: &Request,
-        now_ms: u64,
+        now: Moment,
         done: &mut Settled,
         tally: &mut Tally,
     ) -> Result<(), StoreError> {
@@ -125,35 +146,49 @@ impl Ledger<'_> {
         };
         let charge = admission::charge(&request.hold, price, &ended);
         let usage = settlement.usage.or(settlement.input).unwrap_or_default();
-        let end = End { state: state::SETTLED, charge: charge.amount, usage, event: settled_event(settlement, charge) };
-        self.finish(settlement.req, request, end, now_ms, tally)?;
+        let event = settled_event(settlement, charge);
+        let end = End { state: state::SETTLED, charge: charge.amount, tokens: charge.tokens, usage, event };
+        self.finish(settlement.req, request, end, now, tally)?;
         done.charged += 1;
         done.nanodollars = done.nanodollars.saturating_add(charge.amount.0);
-        if charge.amount > request.hold.total && self.freeze(&request.key_id, settlement.req, now_ms)? {
-            done.frozen += 1;
+        if charge.amount > request.hold.total && request.bounded {
+            let detail = json!({
+                "request": settlement.req.to_string(), "held_nanodollars": request.hold.total.0, "charged_nanodollars": charge.amount.0,
+            });
+            self.alarm(&request.key_id, "over_hold", detail, now, done)?;
+            if self.freeze(&request.key_id, settlement.req, now, done)? {
+                done.frozen.push(request.key_id.clone());
+            }
         }
         Ok(())
     }
 
-    /// Moves a request to its end: the hold goes, the charge comes, the chain and the tally say so.
-    fn finish(&self, req: RequestId, request: &Request, end: End, now_ms: u64, tally: &mut Tally) -> Result<(), StoreError> {
-        let (sums, chain) = self.sums_and_chain(&request.key_id)?;
-        let (seq, mac) = self.append(&request.key_id, &chain, now_ms, end.event)?;
+    /// Moves a request to its end: the hold goes, the charge comes, at every level; the chain and the tally say so.
+    fn finish(&self, req: RequestId, request: &Request, end: End, now: Moment, tally: &mut Tally) -> Result<(), StoreError> {
+        let chain = self.append(&request.key_id, &self.chain(&request.key_id)?, now.wall_ms, end.event)?;
+        self.end_chain(&request.key_id, &chain)?;
         let held = request.state == state::HELD;
-        let released = if held { request.hold.total } else { Nanodollars::ZERO };
         let change = end.charge.minus(request.charge);
-        let spent = sums.spent.plus(change).max(Nanodollars::ZERO);
-        let reserved = sums.reserved.minus(released).max(Nanodollars::ZERO);
-        let in_flight = sums.in_flight.saturating_sub(u64::from(held));
-        self.db
-            .prepare_cached("UPDATE keys SET spent = ?2, reserved = ?3, in_flight = ?4, chain_seq = ?5, chain_mac = ?6 WHERE id = ?1")?
-            .execute(params![request.key_id, spent.0, reserved.0, signed(in_flight), signed(seq), mac])?;
-        self.db.prepare_cached("UPDATE requests SET state = ?2, charge = ?3 WHERE req = ?1")?.execute(params![
+        let moves = limits::End {
+            day: request.day,
+            held,
+            hold: request.hold.total,
+            hold_tokens: request.hold.tokens,
+            charge: change,
+            tokens: signed(end.tokens).saturating_sub(signed(request.tokens)),
+            void: end.state == state::VOIDED,
+            took_ms: now.wall_ms.saturating_sub(request.admitted_ms),
+        };
+        for (bit, account) in request.accounts(&chain.organisation) {
+            self.change_account(&account, now, |account| account.end(&moves, now, request.rated & bit != 0))?;
+        }
+        self.db.prepare_cached("UPDATE requests SET state = ?2, charge = ?3, tokens = ?4 WHERE req = ?1")?.execute(params![
             req.0,
             end.state,
-            end.charge.0
+            end.charge.0,
+            signed(end.tokens)
         ])?;
-        let line = (chain.organisation, now_ms / DAY_MS, request.key_id.clone(), request.provider.clone(), request.model.clone());
+        let line = (chain.organisation, now.wall_ms / DAY_MS, request.key_id.clone(), request.provider.clone(), request.model.clone());
         let booked = tally.entry(line).or_default();
         booked.requests += u64::from(held);
         booked.nanodollars = booked.nanodollars.saturating_add(change.0);
@@ -198,15 +233,16 @@ impl Ledger<'_> {
         Ok(used)
     }
 
-    /// An actual cost exceeded its hold: the key stops until an operator acts. Keys without a budget have no hold to exceed.
-    fn freeze(&self, key_id: &str, req: RequestId, now_ms: u64) -> Result<bool, StoreError> {
+    /// An actual cost exceeded its hold: the key stops until an operator acts.
+    fn freeze(&self, key_id: &str, req: RequestId, now: Moment, done: &mut Settled) -> Result<bool, StoreError> {
         let changed = self
             .db
-            .prepare_cached("UPDATE keys SET status = 'frozen' WHERE id = ?1 AND status = 'active' AND cap IS NOT NULL")?
+            .prepare_cached("UPDATE keys SET status = 'frozen', version = version + 1 WHERE id = ?1 AND status = 'active'")?
             .execute([key_id])?;
         if changed > 0 {
             let reason = format!("the actual cost of {req} exceeded its hold");
-            self.append_alone(key_id, &self.chain(key_id)?, now_ms, Event::KeyFrozen { reason })?;
+            self.append_alone(key_id, &self.chain(key_id)?, now.wall_ms, Event::KeyFrozen { reason })?;
+            self.alarm(key_id, "frozen", json!({ "request": req.to_string() }), now, done)?;
         }
         Ok(changed > 0)
     }
@@ -223,7 +259,8 @@ impl Ledger<'_> {
     }
 
     /// Charges the holds that are past their time: whoever held them has not said what they cost.
-    pub fn expire(&self, now_ms: u64) -> Result<Expired, StoreError> {
+    pub fn expire(&self, now: Moment) -> Result<Expired, StoreError> {
+        let (now, now_ms) = (self.accounts.moment(now), now.wall_ms);
         let mut select =
             self.db.prepare_cached("SELECT req FROM requests WHERE state = 0 AND expires_ms <= ?1 ORDER BY expires_ms LIMIT ?2")?;
         let due: Vec<[u8; 16]> = select.query_map(params![signed(now_ms), SWEEP], |row| row.get(0))?.collect::<Result<_, _>>()?;
@@ -232,8 +269,8 @@ impl Ledger<'_> {
             let Some(request) = self.request(RequestId(*req))? else { continue };
             let charge = request.hold.total;
             let event = Event::Expired { req: *req, charge: charge.0 };
-            let end = End { state: state::EXPIRED, charge, usage: Usage::default(), event };
-            self.finish(RequestId(*req), &request, end, now_ms, &mut tally)?;
+            let end = End { state: state::EXPIRED, charge, tokens: request.hold.tokens, usage: Usage::default(), event };
+            self.finish(RequestId(*req), &request, end, now, &mut tally)?;
         }
         let used = self.book(tally)?;
         self.db
@@ -244,7 +281,8 @@ impl Ledger<'_> {
 
     fn request(&self, req: RequestId) -> Result<Option<Request>, StoreError> {
         let mut select = self.db.prepare_cached(
-            "SELECT key_id, state, provider, model, stream, choices, charge, hold, hold_input, clamp FROM requests WHERE req = ?1",
+            "SELECT key_id, state, provider, model, stream, choices, charge, hold, hold_input, clamp, hold_tokens, hold_output, tokens, team,
+                 admitted_ms, day, bounded, rated FROM requests WHERE req = ?1",
         )?;
         let request = select.query_row([req.0], |row| {
             Ok(Request {
@@ -256,9 +294,23 @@ impl Ledger<'_> {
                 choices: unsigned(row.get(5)?),
                 charge: Nanodollars(row.get(6)?),
                 hold: hold_at(row, 7)?,
+                tokens: unsigned(row.get(12)?),
+                team: row.get(13)?,
+                admitted_ms: unsigned(row.get(14)?),
+                day: unsigned(row.get(15)?),
+                bounded: row.get(16)?,
+                rated: row.get(17)?,
             })
         });
         Ok(request.optional()?)
+    }
+}
+
+impl Request {
+    /// The accounts that it was booked on, each with its bit in `rated`.
+    fn accounts(&self, organisation: &str) -> impl Iterator<Item = (i64, String)> {
+        let team = self.team.as_ref().map(|team| (2, team_account(organisation, team)));
+        std::iter::once((1, self.key_id.clone())).chain(team).chain(std::iter::once((4, organisation_account(organisation))))
     }
 }
 

@@ -1,7 +1,8 @@
 //! SQLite: one writer thread that commits what has queued up in one transaction, readers on their own connections.
 
+use super::accounts::{self, Accounts, organisation_account, team_account};
 use super::configuration::{CREDENTIAL_COLUMNS, TOKEN_COLUMNS, credential_row, directory, token_row};
-use super::keys::{KEY_COLUMNS, key_row};
+use super::keys::{KEY_COLUMNS, KEYS, key_row};
 use super::ledger::{Ledger, signed, unsigned};
 use super::{
     Admission, Admit, AuditRow, CredentialRow, Edited, Edits, Expired, Idempotent, KeyOutcome, KeyRow, KeyUpdate, LedgerKeys, NewKey,
@@ -10,6 +11,7 @@ use super::{
 use crate::directory::Directory;
 use crate::metrics::handles;
 use async_trait::async_trait;
+use keyward_core::limits::{Account, Moment};
 use keyward_core::money::Nanodollars;
 use rusqlite::types::Value;
 use rusqlite::{Connection, OpenFlags, OptionalExtension, TransactionBehavior, params};
@@ -23,7 +25,13 @@ const MAX_GROUP: usize = 256;
 /// Operations that may wait for the writer; more is answered as unavailable, at once.
 const MAX_QUEUE: usize = 16_384;
 const BUSY: Duration = Duration::from_secs(5);
-const MIGRATIONS: &[&str] = &[include_str!("schema.sql"), include_str!("admin.sql"), include_str!("objects.sql"), include_str!("kept.sql")];
+const MIGRATIONS: &[&str] = &[
+    include_str!("schema.sql"),
+    include_str!("admin.sql"),
+    include_str!("objects.sql"),
+    include_str!("kept.sql"),
+    include_str!("money.sql"),
+];
 
 type Apply = Box<dyn Fn(&Ledger<'_>) -> Result<(), StoreError> + Send>;
 
@@ -47,8 +55,10 @@ impl SqliteStore {
     pub fn open(path: &Path, keys: LedgerKeys) -> Result<Self, StoreError> {
         let mut db = connect(path, false)?;
         migrate(&mut db)?;
+        let accounts = Accounts::open(&db)?;
         let (sender, receiver) = mpsc::sync_channel(MAX_QUEUE);
-        let thread = std::thread::Builder::new().name("store-writer".to_owned()).spawn(move || write_all(&mut db, &keys, &receiver));
+        let thread =
+            std::thread::Builder::new().name("store-writer".to_owned()).spawn(move || write_all(&mut db, &keys, &accounts, &receiver));
         let thread = thread.map_err(|error| StoreError::Database(error.to_string()))?;
         Ok(SqliteStore {
             writer: Mutex::new(Some(sender)),
@@ -151,7 +161,7 @@ fn migrate(db: &mut Connection) -> Result<(), StoreError> {
 }
 
 /// The writer thread: takes what has queued up, applies it in one transaction, and tells each once it is durable.
-fn write_all(db: &mut Connection, keys: &LedgerKeys, queue: &mpsc::Receiver<Change>) {
+fn write_all(db: &mut Connection, keys: &LedgerKeys, accounts: &Accounts, queue: &mpsc::Receiver<Change>) {
     // Whether something was erased whose earlier state may still be in the write-ahead log.
     let mut unclean = false;
     while let Ok(first) = queue.recv() {
@@ -160,7 +170,7 @@ fn write_all(db: &mut Connection, keys: &LedgerKeys, queue: &mpsc::Receiver<Chan
         let (metrics, began) = (handles(), Instant::now());
         metrics.commit_group.record(u32::try_from(group.len()).unwrap_or(u32::MAX));
         unclean |= group.iter().any(|change| change.erases);
-        let committed = commit(db, keys, &group);
+        let committed = commit(db, keys, accounts, &group);
         metrics.commit_seconds.record(began.elapsed());
         match committed {
             Ok(()) => {
@@ -169,7 +179,7 @@ fn write_all(db: &mut Connection, keys: &LedgerKeys, queue: &mpsc::Receiver<Chan
             }
             // One bad change must not take the others with it: each gets a transaction of its own.
             Err(_) => group.into_iter().for_each(|change| {
-                let result = commit(db, keys, std::slice::from_ref(&change));
+                let result = commit(db, keys, accounts, std::slice::from_ref(&change));
                 if let Err(error) = &result {
                     tracing::error!(%error, "a change could not be committed");
                     metrics.store_errors.increment(1);
@@ -192,13 +202,21 @@ fn empty_log(db: &Connection) -> bool {
     matches!(busy, Ok(0))
 }
 
-fn commit(db: &mut Connection, keys: &LedgerKeys, group: &[Change]) -> Result<(), StoreError> {
-    let tx = db.transaction_with_behavior(TransactionBehavior::Immediate)?;
-    let ledger = Ledger { db: &tx, keys };
-    for change in group {
-        (change.apply)(&ledger)?;
+fn commit(db: &mut Connection, keys: &LedgerKeys, accounts: &Accounts, group: &[Change]) -> Result<(), StoreError> {
+    let apply = |db: &mut Connection| {
+        let tx = db.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        let ledger = Ledger { db: &tx, keys, accounts };
+        for change in group {
+            (change.apply)(&ledger)?;
+        }
+        accounts.flush(&tx)?;
+        Ok(tx.commit()?)
+    };
+    let result = apply(db);
+    if result.is_err() {
+        accounts.forget();
     }
-    Ok(tx.commit()?)
+    result
 }
 
 #[async_trait]
@@ -207,12 +225,12 @@ impl Store for SqliteStore {
         self.write(move |ledger| ledger.admit(&admit)).await
     }
 
-    async fn settle(&self, batch: Vec<Settle>, now_ms: u64) -> Result<Settled, StoreError> {
-        self.write(move |ledger| ledger.settle(&batch, now_ms)).await
+    async fn settle(&self, batch: Vec<Settle>, directory: Arc<Directory>, now: Moment) -> Result<Settled, StoreError> {
+        self.write(move |ledger| ledger.settle(&batch, &directory, now)).await
     }
 
-    async fn expire(&self, now_ms: u64) -> Result<Expired, StoreError> {
-        self.write(move |ledger| ledger.expire(now_ms)).await
+    async fn expire(&self, now: Moment) -> Result<Expired, StoreError> {
+        self.write(move |ledger| ledger.expire(now)).await
     }
 
     async fn create_key(&self, key: NewKey) -> Result<KeyOutcome, StoreError> {
@@ -246,14 +264,15 @@ impl Store for SqliteStore {
 
     async fn key(&self, organisation: &str, id: &str) -> Result<Option<KeyRow>, StoreError> {
         let (organisation, id) = (organisation.to_owned(), id.to_owned());
-        let select = format!("SELECT {KEY_COLUMNS} FROM keys WHERE organisation = ?1 AND id = ?2");
+        let select = format!("SELECT {} FROM {KEYS} WHERE k.organisation = ?1 AND k.id = ?2", *KEY_COLUMNS);
         self.read(move |db| Ok(db.prepare_cached(&select)?.query_row([organisation, id], key_row).optional()?)).await
     }
 
     async fn keys(&self, organisation: &str, team: Option<&str>, after: &str, limit: u32) -> Result<Vec<KeyRow>, StoreError> {
         let (organisation, team, after) = (organisation.to_owned(), team.map(str::to_owned), after.to_owned());
         let select = format!(
-            "SELECT {KEY_COLUMNS} FROM keys WHERE organisation = ?1 AND (?2 IS NULL OR team = ?2) AND id > ?3 ORDER BY id LIMIT ?4"
+            "SELECT {} FROM {KEYS} WHERE k.organisation = ?1 AND (?2 IS NULL OR k.team = ?2) AND k.id > ?3 ORDER BY k.id LIMIT ?4",
+            *KEY_COLUMNS
         );
         self.read(move |db| {
             let mut select = db.prepare_cached(&select)?;
@@ -321,6 +340,11 @@ impl Store for SqliteStore {
         self.write(move |ledger| ledger.note(&organisation, &actor, &action, &target, &detail, now_ms)).await
     }
 
+    async fn account(&self, organisation: &str, team: Option<&str>) -> Result<Account, StoreError> {
+        let id = team.map_or_else(|| organisation_account(organisation), |team| team_account(organisation, team));
+        self.read(move |db| accounts::read(db, &id)).await
+    }
+
     async fn audit(&self, chain: &str, from: u64, limit: u32) -> Result<Vec<AuditRow>, StoreError> {
         let key_id = chain.to_owned();
         self.read(move |db| {
@@ -370,8 +394,8 @@ fn standing(db: &Connection, now_ms: u64) -> Result<Standing, StoreError> {
     // Dollars and what is below them apart: SQLite's sums end at 2^63, and money is never a float.
     let mut keys = db.prepare_cached(
         "SELECT CASE WHEN status = 'active' AND expires_ms <= ?1 THEN 'expired' ELSE status END AS now, count(*),
-             sum(reserved / 1000000000), sum(reserved % 1000000000), sum(chain_seq)
-         FROM keys GROUP BY now",
+             sum(coalesce(total_reserved, 0) / 1000000000), sum(coalesce(total_reserved, 0) % 1000000000), sum(chain_seq)
+         FROM keys k LEFT JOIN accounts a ON a.id = k.id GROUP BY now",
     )?;
     let mut rows = keys.query([signed(now_ms)])?;
     let mut reserved = 0i128;
