@@ -24,7 +24,7 @@ def on_own_stack(trial, **size):
 
 TRIALS = {
     "crowd": on_own_stack(trials.crowd, requests=2000, at_once=200),
-    "multitude": on_own_stack(trials.multitude, keys=200, each=50, teams=20, per_second=500, answer_ms=8000),
+    "multitude": on_own_stack(trials.multitude, keys=200, each=50, teams=20, per_second=250, answer_ms=12_000),
     "mixed": on_own_stack(trials.mixed, keys=10, seconds=60, clients=80, cap="0.02"),
     "no-needless-refusal": on_own_stack(trials.no_needless_refusal, requests=1500, clients=40, seconds=90, beyond=8.0),
     "fair-clamps": on_own_stack(trials.fair_clamps),

@@ -22,6 +22,10 @@ from money import (LIMITS, MINUTE_MS, Books, Sampler, World, all_findings, few, 
                    usd)
 
 
+# Refusals that say nothing about limits: the service was not there in time.
+OVERLOADED = frozenset(("policy_unavailable",))
+
+
 @dataclass
 class Trial:
     """What came of one: findings say what is wrong, figures what was seen."""
@@ -33,6 +37,12 @@ class Trial:
     def expect(self, right, what):
         if not right:
             self.findings.append(what)
+
+    def expect_few_overloaded(self, answers):
+        """A busy machine may keep the service from answering in time; that must stay an exception."""
+        overloaded = sum(answer.reason in OVERLOADED for answer in answers)
+        self.figures["overloaded"] = overloaded
+        self.expect(overloaded * 100 <= len(answers), f"{overloaded} of {len(answers)} were refused because the service did not answer in time")
 
     def row(self):
         seen = "  ".join(f"{name} {value}" for name, value in self.figures.items())
@@ -109,7 +119,8 @@ def multitude(stack, keys=200, each=50, teams=20, per_second=600, answer_ms=6000
 
     with Sampler(world, 0.3) as sampler:
         answers = asyncio.run(arrive())
-        books = trial.close(world, sampler, answers)
+        books = trial.close(world, sampler, answers, allowed=LIMITS | OVERLOADED)
+    trial.expect_few_overloaded(answers)
     trial.figures |= {kind: shares(books, kind) for kind in ("key", "team", "organisation")}
     reasons = {answer.reason for answer in answers if answer.status != 200}
     trial.expect(reasons & {"cap_reserved", "cap_exhausted"}, f"no cap did bite: {reasons}")
@@ -499,7 +510,7 @@ def kills(times=5, keys=8, clients=50, hold_ttl=12, seed=None):
             answered = [answer for answer in answers if answer.status is not None]
             # What an Envoy that is gone had in flight is charged when its hold expires.
             books = Books.of(world, answered, hold_ttl + 60)
-            trial.findings += [*all_findings(books, once=False, allowed=MIXED | {"policy_unavailable"}), *sampler.findings]
+            trial.findings += [*all_findings(books, once=False, allowed=MIXED | OVERLOADED), *sampler.findings]
         expired = sum(entry["event"] == "EXPIRED" for chain in books.chains.values() for entry in chain)
         trial.figures |= {**killed, "asked": len(answers), "served": sum(answer.status == 200 for answer in answers), "holds expired": expired,
                           "samples": sampler.samples, "key": shares(books, "key"), "team": shares(books, "team")}
