@@ -211,8 +211,9 @@ class Sampler:
                 self.missed += 1
             else:
                 true = {key: tag["cost_nanodollars"] for key, tag in tags.items()}
-                found = list(sample_findings(self.world.parties(), true, figures, starts))
-                self.findings += found[:max(0, TOLD - len(self.findings))]
+                for finding in sample_findings(self.world.parties(), true, figures, starts):
+                    if finding not in self.findings and len(self.findings) < TOLD:
+                        self.findings.append(finding)
                 self.peak = max(self.peak, sum(figure["in_flight"] for (kind, _), figure in figures.items() if kind == "key"))
                 self.samples += 1
             self.over.wait(max(0.0, self.every - (time.monotonic() - begun)))
