@@ -7,7 +7,7 @@ import json
 import struct
 
 KINDS = {1: "ADMITTED", 2: "REFUSED", 3: "SETTLED", 4: "VOIDED", 5: "EXPIRED", 6: "KEY_CREATED", 7: "KEY_CHANGED", 8: "KEY_FROZEN", 9: "KEY_REVOKED",
-         10: "ADMIN_CHANGED"}
+         10: "ADMIN_CHANGED", 11: "WOULD_REFUSE", 12: "ALARM"}
 U64, I64, BYTES, TEXT = "u64", "i64", "bytes", "text"
 FIELDS = {
     "ADMITTED": [("req", BYTES), ("vm", BYTES), ("node", TEXT), ("provider", TEXT), ("endpoint", TEXT), ("model", TEXT), ("stream", U64), ("bytes", U64),
@@ -23,6 +23,8 @@ FIELDS = {
     "KEY_FROZEN": [("reason", TEXT)],
     "KEY_REVOKED": [("actor", TEXT)],
     "ADMIN_CHANGED": [("actor", TEXT), ("action", TEXT), ("target", TEXT), ("detail", TEXT)],
+    "WOULD_REFUSE": [("req", BYTES), ("code", TEXT), ("provider", TEXT), ("endpoint", TEXT), ("model", TEXT)],
+    "ALARM": [("what", TEXT), ("detail", TEXT)],
 }
 
 

@@ -2,7 +2,7 @@
 
 use super::api::{Admin, Json, List, Page, Params, Path, Precondition, etag, page};
 use super::error::Problem;
-use super::standing::Standing;
+use super::standing::{Standing, WindowView};
 use crate::config::{Difference, Document, Kind, Object, Policy, Pool, ProviderSettings, Route, Team};
 use crate::directory::{Meta, Organisation};
 use crate::service::ServiceError;
@@ -43,9 +43,14 @@ pub struct Named<T> {
     /// Unix milliseconds.
     created_ms: u64,
     updated_ms: u64,
+    /// Of a team that is shown: requests of its keys that are admitted and not settled.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    in_flight: Option<u64>,
     /// Of a team that is shown: what its keys use together.
-    #[serde(flatten)]
-    standing: Option<Standing>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    windows: Option<Vec<WindowView>>,
 }
 
 #[allow(dead_code, reason = "tells the OpenAPI document what the strings are")]
@@ -61,7 +66,7 @@ impl<T> Named<T> {
     fn new(name: &str, spec: T, meta: &Meta) -> Self {
         let managed_by = if meta.managed { "configuration" } else { "api" };
         let Meta { version, created_ms, updated_ms, .. } = *meta;
-        Named { name: name.to_owned(), spec, managed_by, version, created_ms, updated_ms, standing: None }
+        Named { name: name.to_owned(), spec, managed_by, version, created_ms, updated_ms, in_flight: None, windows: None }
     }
 }
 
@@ -97,7 +102,8 @@ async fn show<T: Object>(
     let (object, meta) = objects.get(name).zip(organisation.meta(T::KIND, name)).ok_or_else(missing)?;
     let mut named = Named::new(name, object.clone(), meta);
     if T::KIND == Kind::Team {
-        named.standing = Some(Standing::of(&admin.service.account(who, Some(name)).await?));
+        let Standing { in_flight, windows } = Standing::of(&admin.service.account(who, Some(name)).await?);
+        (named.in_flight, named.windows) = (Some(in_flight), Some(windows));
     }
     Ok((etag(meta.version), axum::Json(named)).into_response())
 }

@@ -41,8 +41,8 @@ pub struct WindowView {
 #[derive(Serialize, ToSchema)]
 pub struct Standing {
     /// Requests that are admitted and not settled.
-    in_flight: u64,
-    windows: Vec<WindowView>,
+    pub in_flight: u64,
+    pub windows: Vec<WindowView>,
 }
 
 impl Standing {
