@@ -4,6 +4,7 @@ use crate::client::Client;
 use crate::commands::administration::{self, Audit, Organisations, Settle, Tokens, Usage};
 use crate::commands::configuration::{self, Apply, Collection, Config, File};
 use crate::commands::keys::{self, Credentials, Keys};
+use crate::commands::limits::{self, Organisation};
 use crate::envoy::{self, Endpoint, Rendering};
 use crate::failure::{EXIT_CODES, Failure};
 use crate::manifest::{Manifest, tell};
@@ -62,6 +63,9 @@ enum Command {
     /// Organisations of the installation
     #[command(subcommand)]
     Organisations(Organisations),
+    /// The organisation's own limits, and what is used of them
+    #[command(subcommand)]
+    Organisation(Organisation),
     /// Tell whose token this is
     Whoami(Access),
     /// What was used and spent
@@ -205,6 +209,7 @@ pub fn run(options: Options) -> Result<(), Failure> {
         Command::Routes(command) => configuration::run_collection(Kind::Route, command),
         Command::Tokens(command) => administration::run_tokens(command),
         Command::Organisations(command) => administration::run_organisations(command),
+        Command::Organisation(command) => limits::run(command),
         Command::Whoami(access) => administration::whoami(&access),
         Command::Usage(options) => administration::usage(&options),
         Command::Vault(vault) => Ok(crate::vault::run(vault)?),

@@ -583,7 +583,7 @@ mod tests {
     fn plan(clamp: Option<u64>) -> Plan {
         let credential = PlanCredential { id: "cred_a".into(), secret: Secret("sk-real".into()) };
         let target = PlanTarget { provider: "openai".into(), model: Some("gpt-4o".into()), credentials: vec![credential] };
-        Plan { key: "key_1".into(), rev: 1, clamp, state: false, answer: None, targets: vec![target] }
+        Plan { key: "key_1".into(), rev: 1, clamp, state: false, headroom: None, answer: None, targets: vec![target] }
     }
 
     fn admitted(body: &str) -> Admitted {

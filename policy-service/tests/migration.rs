@@ -5,6 +5,7 @@
 use hmac::{Hmac, KeyInit, Mac};
 use keyward_core::audit::{self, ChainKey, Entry, Event, Verifier};
 use keyward_core::edge::{AdmitAnswer, AdmitRequest, Ask, EdgeChain, EdgeKey, Outcome, Plan, RequestId, Settlement, VmId};
+use keyward_core::limits::Window;
 use keyward_core::refusal::Code;
 use keyward_core::token::VirtualKey;
 use keyward_core::usage::Usage;
@@ -162,7 +163,9 @@ async fn a_database_of_version_1_goes_on() {
 
     // Keys: what they may, what they have spent, what they hold.
     let key = running.service.key(&who, "key_a").await.unwrap();
-    assert_eq!((key.spent.0, key.reserved.0, key.in_flight, key.version, key.team), (5_000, HOLD, 1, 1, None));
+    let total = key.account.sums(Window::Total);
+    assert_eq!((total.spent.0, total.reserved.0, key.account.in_flight, key.version, key.team), (5_000, HOLD, 1, 1, None));
+    assert_eq!(key.limits.budget(Window::Total).map(|cap| cap.0), Some(10_000_000));
     assert_eq!(running.service.keys(&who, None, "", 10).await.unwrap().len(), 3);
     for (n, req) in [(1, 2), (2, 3)] {
         let plan = ask(&running, &token(n), req).await.unwrap();
@@ -193,7 +196,7 @@ async fn a_database_of_version_1_goes_on() {
     for _ in 0..2 {
         assert_eq!(running.service.take_records([line.as_str()].into_iter()).await.unwrap(), (1, 0));
     }
-    assert_eq!(running.service.key(&who, "key_a").await.unwrap().spent.0, 5_000 + 225_000);
+    assert_eq!(running.service.key(&who, "key_a").await.unwrap().account.sums(Window::Total).spent.0, 5_000 + 225_000);
 
     // What version 1 did not know works on what it made: rotation, change, another name for the credential.
     let (_, new) = running.service.rotate_key(&who, "key_b", None, "0s").await.unwrap();

@@ -101,7 +101,7 @@ pub fn whoami(access: &Access) -> Result<(), Failure> {
 pub struct Usage {
     #[command(flatten)]
     access: Access,
-    /// What to sum by: day, team, key, provider, model; repeat or separate by commas
+    /// What to sum by: day, team, key, provider, model, tag:NAME; with --would-deny also reason; repeat or separate by commas
     #[arg(long, value_delimiter = ',')]
     by: Vec<String>,
     /// First day, UTC; default: 30 days before the last
@@ -114,16 +114,22 @@ pub struct Usage {
     team: Option<String>,
     #[arg(long)]
     key: Option<String>,
+    /// What keys in shadow mode would have been refused
+    #[arg(long)]
+    would_deny: bool,
 }
 
 pub fn usage(options: &Usage) -> Result<(), Failure> {
-    let mut query = format!("?by={}", options.by.join(","));
+    // Why they would be refused is what one asks first.
+    let by = if options.would_deny && options.by.is_empty() { vec!["reason".to_owned()] } else { options.by.clone() };
+    let mut query = format!("?by={}", by.join(","));
     for (name, value) in [("from", &options.from), ("to", &options.to), ("team", &options.team), ("key", &options.key)] {
         if let Some(value) = value {
             query.push_str(&format!("&{name}={}", segment(value)?));
         }
     }
-    let mut sums = options.access.client()?.list(&format!("/v1/usage{query}"))?;
+    let path = if options.would_deny { "/v1/usage/would-deny" } else { "/v1/usage" };
+    let mut sums = options.access.client()?.list(&format!("{path}{query}"))?;
     // A table has one column for each thing it is summed by.
     for sum in sums.as_array_mut().into_iter().flatten() {
         if let Some(Value::Object(by)) = sum.get("by").cloned()
@@ -133,8 +139,8 @@ pub fn usage(options: &Usage) -> Result<(), Failure> {
             row.extend(by);
         }
     }
-    let mut columns: Vec<&str> = options.by.iter().map(String::as_str).collect();
-    columns.extend(["requests", "input_tokens", "output_tokens", "spent_usd"]);
+    let mut columns: Vec<&str> = by.iter().map(String::as_str).collect();
+    columns.extend(if options.would_deny { &["requests"][..] } else { &["requests", "input_tokens", "output_tokens", "spent_usd"] });
     options.access.print(&sums, &columns)
 }
 

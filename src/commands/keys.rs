@@ -1,10 +1,11 @@
 //! `keyward keys` and `keyward credentials`.
 
+use super::limits::{Enforce, Limits};
 use super::{pairs, segment};
 use crate::cli::{Access, Output, out, text};
 use crate::failure::Failure;
 use crate::secret;
-use clap::{Args, Subcommand};
+use clap::{Args, Subcommand, ValueEnum};
 use serde_json::{Map, Value, json};
 
 #[derive(Subcommand)]
@@ -75,9 +76,11 @@ pub enum Keys {
 pub struct Fields {
     #[arg(long)]
     label: Option<String>,
-    /// Hard cap in dollars over the key's whole life, such as 25.00
-    #[arg(long)]
-    budget: Option<String>,
+    #[command(flatten)]
+    limits: Limits,
+    /// Whether its limits refuse
+    #[arg(long, value_enum)]
+    enforce: Option<Enforce>,
     /// Models it may use (globs); repeat for more; none: any
     #[arg(long = "model")]
     models: Vec<String>,
@@ -112,8 +115,9 @@ impl Fields {
         if !self.models.is_empty() || !self.endpoints.is_empty() {
             body.insert("allow".to_owned(), json!({ "models": self.models, "endpoints": self.endpoints }));
         }
-        if let Some(usd) = &self.budget {
-            body.insert("budgets".to_owned(), json!([{ "usd": usd, "window": "total" }]));
+        self.limits.add_to(&mut body)?;
+        if let Some(enforce) = self.enforce.and_then(|enforce| enforce.to_possible_value()) {
+            body.insert("enforce".to_owned(), enforce.get_name().into());
         }
         for (name, given) in [("tags", &self.tags), ("personal", &self.personal)] {
             if !given.is_empty() {

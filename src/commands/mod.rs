@@ -3,6 +3,7 @@
 pub mod administration;
 pub mod configuration;
 pub mod keys;
+pub mod limits;
 
 use crate::failure::{Exit, Failure};
 

@@ -25,6 +25,8 @@ FIELDS = {
     "WOULD_REFUSE": [("req", BYTES), ("code", TEXT), ("provider", TEXT), ("endpoint", TEXT), ("model", TEXT)],
     "ALARM": [("what", TEXT), ("detail", TEXT)],
     "ADMIN_CHANGED": [("actor", TEXT), ("action", TEXT), ("target", TEXT), ("detail", TEXT)],
+    "WOULD_REFUSE": [("req", BYTES), ("code", TEXT), ("provider", TEXT), ("endpoint", TEXT), ("model", TEXT)],
+    "ALARM": [("what", TEXT), ("detail", TEXT)],
 }
 
 

@@ -16,7 +16,7 @@ from harness import KEYWARD_BIN, Stack, wait_for
 from load import ask
 
 # What a key can live through. KEY_CHANGED has no way to come about in this version: keys can't be changed yet.
-KINDS = {"KEY_CREATED", "ADMITTED", "SETTLED", "REFUSED", "VOIDED", "EXPIRED", "KEY_FROZEN", "KEY_REVOKED"}
+KINDS = {"KEY_CREATED", "ADMITTED", "SETTLED", "REFUSED", "VOIDED", "EXPIRED", "KEY_FROZEN", "KEY_REVOKED", "ALARM"}
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +213,7 @@ def test_entries_say_what_happened(eventful):
     times = [entry["time_ms"] for entry in chain]
     assert times == sorted(times) and abs(times[-1] / 1000 - time.time()) < 3600
     created = json.loads(chain[0]["detail"])
-    assert created["label"] == "évén\u00adtful \U0001f511" and created["cap"] == 5_000_000_000
+    assert created["label"] == "évén\u00adtful \U0001f511" and created["limits"]["budgets"] == [{"window": "total", "cap": 5_000_000_000}]
     # The spent that the admin API tells is the sum of the chain: the last word on each request counts.
     assert sum(entries[-1].get("charge", 0) for entries in by_req.values()) == eventful.key(key_id)["spent_nanodollars"]
 

@@ -87,7 +87,7 @@ def gateway(tmp_path_factory):
 
 def test_a_gateway_from_a_file_serves_what_the_file_allows(gateway):
     key = gateway.json("keys", "create", "--team", "search", "--policy", "small", "--label", "first")
-    assert (key["budget_usd"], key["team"], key["policy"]) == ("1.00", "search", "small"), "the policy is a template"
+    assert (key["budget_usd"], key["team"], key["policy"]) == ("1.00", "search", "small"), "its policy's budget is its own"
     status, headers, body = gateway.chat(key["token"])
     assert status == 200 and json.loads(body)["choices"], body
     status, _, body = gateway.chat(key["token"], "fast")
@@ -176,7 +176,7 @@ def test_a_start_with_a_bad_file_says_where_it_is_bad(gateway):
 def test_the_schema_accepts_the_file():
     schema = json.loads(subprocess.run([KEYWARD_BIN, "config", "schema"], check=True, capture_output=True, text=True).stdout)
     assert schema["$schema"].startswith("https://json-schema.org/draft/2020-12") and set(schema["properties"]) == {
-        "teams", "policies", "providers", "credentials", "pools", "routes"}
+        "organisation", "teams", "policies", "providers", "credentials", "pools", "routes"}
     assert schema["additionalProperties"] is False
 
 

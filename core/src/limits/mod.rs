@@ -66,6 +66,12 @@ pub fn date(day: u64) -> (u64, u32, u32) {
     (year, u32::try_from(month).unwrap_or(0), u32::try_from(day_of_month).unwrap_or(0))
 }
 
+/// A day as `2026-11-20`.
+pub fn date_text(day: u64) -> String {
+    let (year, month, of_month) = date(day);
+    format!("{year:04}-{month:02}-{of_month:02}")
+}
+
 /// Most money that may be spent in a window.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Budget {

@@ -11,6 +11,7 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use keyward_core::audit::{Entry, Event};
 use keyward_core::hex;
+use keyward_core::limits::{DAY_MS, date_text};
 use keyward_core::money::Nanodollars;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -21,11 +22,17 @@ use utoipa_axum::routes;
 
 /// Largest import of records at a time, in bytes.
 const MAX_IMPORT: usize = 64 * 1024 * 1024;
-const DAY_MS: u64 = 86_400_000;
+/// Most things that a sum is summed by.
+const MAX_BY: usize = 8;
 
 pub fn router() -> OpenApiRouter<Admin> {
     let import = OpenApiRouter::new().routes(routes!(import_settlements)).layer(DefaultBodyLimit::max(MAX_IMPORT));
-    OpenApiRouter::new().routes(routes!(audit_page)).routes(routes!(audit_bundle)).routes(routes!(usage)).merge(import)
+    OpenApiRouter::new()
+        .routes(routes!(audit_page))
+        .routes(routes!(audit_bundle))
+        .routes(routes!(usage))
+        .routes(routes!(would_deny))
+        .merge(import)
 }
 
 #[derive(Deserialize, IntoParams)]
@@ -177,7 +184,8 @@ pub struct UsageParams {
     /// Last day, UTC; default: today.
     #[param(example = "2026-11-30")]
     to: Option<String>,
-    /// What to sum by, comma-separated: day, team, key, provider, model. Default: nothing, one sum.
+    /// What to sum by, comma-separated: day, team, key, provider, model, and `tag:NAME` for the value of a tag of the keys.
+    /// Default: nothing, one sum. What would have been denied has a `reason` as well.
     #[param(example = "day,model")]
     by: Option<String>,
     team: Option<String>,
@@ -193,7 +201,7 @@ pub struct UsageParams {
 #[derive(Serialize, ToSchema)]
 pub struct UsageSum {
     /// What it is the sum of: `{"day": "2026-11-20", "model": "gpt-4o"}`.
-    by: BTreeMap<&'static str, String>,
+    by: BTreeMap<String, String>,
     requests: u64,
     input_tokens: u64,
     cache_read_tokens: u64,
@@ -216,59 +224,93 @@ pub struct UsageSums {
 /// Days are those of the settlement, in UTC. A developer sees their own team.
 #[utoipa::path(get, path = "/v1/usage", tag = "usage", params(UsageParams), responses((status = 200, body = UsageSums)))]
 async fn usage(State(admin): State<Admin>, who: Principal, Params(params): Params<UsageParams>) -> Result<Response, Problem> {
+    let (by, rows, next_cursor) = sums(&admin, &who, params, false).await?;
+    let data = rows.into_iter().map(|row| sum(&by, row)).collect();
+    Ok(axum::Json(UsageSums { data, next_cursor }).into_response())
+}
+
+/// Requests that would have been refused.
+#[derive(Serialize, ToSchema)]
+pub struct WouldDeny {
+    /// What it is the sum of: `{"reason": "cap_exhausted", "key": "key_..."}`.
+    by: BTreeMap<String, String>,
+    requests: u64,
+}
+
+#[derive(Serialize, ToSchema)]
+pub struct WouldDenySums {
+    data: Vec<WouldDeny>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    next_cursor: Option<String>,
+}
+
+/// What keys in shadow mode would have been refused
+///
+/// Days are those of the request, in UTC. A developer sees their own team.
+#[utoipa::path(get, path = "/v1/usage/would-deny", tag = "usage", params(UsageParams), responses((status = 200, body = WouldDenySums)))]
+async fn would_deny(State(admin): State<Admin>, who: Principal, Params(params): Params<UsageParams>) -> Result<Response, Problem> {
+    let (by, rows, next_cursor) = sums(&admin, &who, params, true).await?;
+    let data = rows.into_iter().map(|row| WouldDeny { requests: row.requests, by: named(&by, row.by) }).collect();
+    Ok(axum::Json(WouldDenySums { data, next_cursor }).into_response())
+}
+
+/// Sums, what they are sums of, and the cursor of the next page.
+async fn sums(
+    admin: &Admin,
+    who: &Principal,
+    params: UsageParams,
+    would_deny: bool,
+) -> Result<(Vec<UsageBy>, Vec<UsageRow>, Option<String>), Problem> {
     let (cursor, limit) = page(params.cursor.as_deref(), params.limit)?;
     let day = |name: &str, text: &Option<String>| {
         text.as_deref().map(|text| parse_day(text).ok_or_else(|| invalid_query(name, "expected a day such as 2026-11-20"))).transpose()
     };
     let to_day = day("to", &params.to)?.unwrap_or(crate::service::now_ms() / DAY_MS);
     let from_day = day("from", &params.from)?.unwrap_or(to_day.saturating_sub(30));
-    let by = parse_by(params.by.as_deref().unwrap_or_default())?;
+    let by = parse_by(params.by.as_deref().unwrap_or_default(), would_deny)?;
     // The cursor is where the page before ended, so that what comes in between shifts nothing.
     let after: Option<Vec<String>> = if cursor.is_empty() { Some(Vec::new()) } else { serde_json::from_str(&cursor).ok() };
     let after = after.filter(|after| after.is_empty() || after.len() == by.len());
     let after = after.ok_or_else(|| invalid_query("cursor", "is not one that a page gave"))?;
-    let query = UsageQuery {
-        organisation: String::new(),
-        team: params.team,
-        key: params.key,
-        from_day,
-        to_day,
-        by: by.clone(),
-        after,
-        limit: limit + 1,
-    };
-    let mut rows = admin.service.usage(&who, query).await?;
+    let (team, key) = (params.team, params.key);
+    let query =
+        UsageQuery { organisation: String::new(), team, key, from_day, to_day, by: by.clone(), after, limit: limit + 1, would_deny };
+    let mut rows = admin.service.usage(who, query).await?;
     let more = rows.len() > limit as usize;
     rows.truncate(limit as usize);
     let next_cursor = rows.last().filter(|_| more).map(|last| super::api::cursor(&serde_json::to_string(&last.by).unwrap_or_default()));
-    let data = rows.into_iter().map(|row| sum(&by, row)).collect();
-    Ok(axum::Json(UsageSums { data, next_cursor }).into_response())
+    Ok((by, rows, next_cursor))
 }
 
-fn parse_by(names: &str) -> Result<Vec<UsageBy>, Problem> {
+fn parse_by(names: &str, would_deny: bool) -> Result<Vec<UsageBy>, Problem> {
     let mut by = Vec::new();
     for name in names.split(',').filter(|name| !name.is_empty()) {
-        let known = BY.iter().find(|(known, _)| *known == name);
-        let (_, one) = known.ok_or_else(|| invalid_query("by", "expected some of day, team, key, provider, model"))?;
-        if by.contains(one) {
+        let known = UsageBy::by_name(name).filter(|by| would_deny || *by != UsageBy::Reason);
+        let one = known.ok_or_else(|| invalid_query("by", "expected some of day, team, key, provider, model, tag:NAME"))?;
+        if by.contains(&one) {
             return Err(invalid_query("by", "expected each at most once"));
         }
-        by.push(*one);
+        by.push(one);
+    }
+    if by.len() > MAX_BY {
+        return Err(invalid_query("by", "expected at most 8"));
     }
     Ok(by)
 }
 
-const BY: [(&str, UsageBy); 5] =
-    [("day", UsageBy::Day), ("team", UsageBy::Team), ("key", UsageBy::Key), ("provider", UsageBy::Provider), ("model", UsageBy::Model)];
+/// What a sum is of, by name.
+fn named(by: &[UsageBy], values: Vec<String>) -> BTreeMap<String, String> {
+    let value = |(by, value): (&UsageBy, String)| {
+        let value = if *by == UsageBy::Day { value.parse().map_or(value, date_text) } else { value };
+        (by.name(), value)
+    };
+    by.iter().zip(values).map(value).collect()
+}
 
 fn sum(by: &[UsageBy], row: UsageRow) -> UsageSum {
-    let value = |(by, value): (&UsageBy, String)| {
-        let name = BY.iter().find(|(_, known)| known == by).map_or("", |(name, _)| *name);
-        let value = if *by == UsageBy::Day { value.parse().map_or(value, show_day) } else { value };
-        (name, value)
-    };
     UsageSum {
-        by: by.iter().zip(row.by).map(value).collect(),
+        by: named(by, row.by),
         requests: row.requests,
         input_tokens: row.input,
         cache_read_tokens: row.cache_read,
@@ -279,7 +321,7 @@ fn sum(by: &[UsageBy], row: UsageRow) -> UsageSum {
     }
 }
 
-/// Days since 1970-01-01 of `YYYY-MM-DD`, 1970 to 9999 (H. Hinnant's civil-day arithmetic).
+/// Days since 1970-01-01 of `YYYY-MM-DD`, 1970 to 9999 (Howard Hinnant's `days_from_civil`).
 fn parse_day(text: &str) -> Option<u64> {
     let mut parts = text.split('-');
     let mut part = |len: usize| {
@@ -297,20 +339,7 @@ fn parse_day(text: &str) -> Option<u64> {
     let days = era * 146_097 + year_of_era * 365 + year_of_era / 4 - year_of_era / 100 + day_of_year;
     // A day that its month does not have comes back as another.
     let days = days.checked_sub(719_468)?;
-    (show_day(days) == text).then_some(days)
-}
-
-fn show_day(days: u64) -> String {
-    let z = days + 719_468;
-    let era = z / 146_097;
-    let day_of_era = z - era * 146_097;
-    let year_of_era = (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let shifted = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * shifted + 2) / 5 + 1;
-    let month = if shifted < 10 { shifted + 3 } else { shifted - 9 };
-    let year = year_of_era + era * 400 + u64::from(month <= 2);
-    format!("{year:04}-{month:02}-{day:02}")
+    (date_text(days) == text).then_some(days)
 }
 
 #[cfg(test)]
@@ -328,7 +357,7 @@ mod tests {
             assert_eq!(parse_day(bad), None, "{bad}");
         }
         for day in (0..200_000).step_by(37) {
-            assert_eq!(parse_day(&show_day(day)), Some(day));
+            assert_eq!(parse_day(&date_text(day)), Some(day));
         }
     }
 }

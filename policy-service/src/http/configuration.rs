@@ -2,6 +2,7 @@
 
 use super::api::{Admin, Json, List, Page, Params, Path, Precondition, etag, page};
 use super::error::Problem;
+use super::standing::{Standing, WindowView};
 use crate::config::{Difference, Document, Kind, Object, Policy, Pool, ProviderSettings, Route, Team};
 use crate::directory::{Meta, Organisation};
 use crate::service::ServiceError;
@@ -42,6 +43,14 @@ pub struct Named<T> {
     /// Unix milliseconds.
     created_ms: u64,
     updated_ms: u64,
+    /// Of a team that is shown: requests of its keys that are admitted and not settled.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    in_flight: Option<u64>,
+    /// Of a team that is shown: what its keys use together.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    windows: Option<Vec<WindowView>>,
 }
 
 #[allow(dead_code, reason = "tells the OpenAPI document what the strings are")]
@@ -56,7 +65,8 @@ enum ManagedBy {
 impl<T> Named<T> {
     fn new(name: &str, spec: T, meta: &Meta) -> Self {
         let managed_by = if meta.managed { "configuration" } else { "api" };
-        Named { name: name.to_owned(), spec, managed_by, version: meta.version, created_ms: meta.created_ms, updated_ms: meta.updated_ms }
+        let Meta { version, created_ms, updated_ms, .. } = *meta;
+        Named { name: name.to_owned(), spec, managed_by, version, created_ms, updated_ms, in_flight: None, windows: None }
     }
 }
 
@@ -81,10 +91,21 @@ fn list<T: Object>(
     Ok(axum::Json(List::of(data, limit, |object| &object.name)).into_response())
 }
 
-fn show<T: Object>(organisation: &Organisation, objects: &BTreeMap<String, T>, name: &str) -> Result<Response, Problem> {
+async fn show<T: Object>(
+    admin: &Admin,
+    who: &Principal,
+    organisation: &Organisation,
+    objects: &BTreeMap<String, T>,
+    name: &str,
+) -> Result<Response, Problem> {
     let missing = || Problem::from(ServiceError::NotFound(T::KIND.name()));
     let (object, meta) = objects.get(name).zip(organisation.meta(T::KIND, name)).ok_or_else(missing)?;
-    Ok((etag(meta.version), axum::Json(Named::new(name, object.clone(), meta))).into_response())
+    let mut named = Named::new(name, object.clone(), meta);
+    if T::KIND == Kind::Team {
+        let Standing { in_flight, windows } = Standing::of(&admin.service.account(who, Some(name)).await?);
+        (named.in_flight, named.windows) = (Some(in_flight), Some(windows));
+    }
+    Ok((etag(meta.version), axum::Json(named)).into_response())
 }
 
 async fn put<T: Object>(admin: &Admin, who: &Principal, name: &str, object: T, expect: Expect) -> Result<Response, ServiceError> {
@@ -137,7 +158,7 @@ macro_rules! collection {
                 if own(&who).is_some_and(|own| own != name) {
                     return Err(ServiceError::NotFound(<$type as Object>::KIND.name()).into());
                 }
-                show(&organisation, &organisation.document.$field, &name)
+                show(&admin, &who, &organisation, &organisation.document.$field, &name).await
             }
 
             /// Create or replace

@@ -4,6 +4,7 @@ use super::api::{Admin, Json, List, Params, Path, Precondition, etag, page};
 use super::error::Problem;
 use super::standing::Standing;
 use crate::config::{Allow, Budget, ChangeRates, Enforce, Quota, Rates, written};
+use crate::directory::Organisation;
 use crate::service::access::Principal;
 use crate::service::keys::{AllowPatch, FieldsPatch, KeyPatch, KeySpec};
 use crate::store::KeyRow;
@@ -161,7 +162,7 @@ pub struct Key {
     quotas: Vec<Quota>,
     rates: Rates,
     enforce: Enforce,
-    /// Its own budget of the window `total`.
+    /// Its budget of the window `total`: its own or its policy's, the lower one.
     budget_usd: Option<String>,
     /// In all its life.
     spent_usd: String,
@@ -188,10 +189,13 @@ enum KeyStatus {
     Revoked,
 }
 
-impl From<KeyRow> for Key {
-    fn from(row: KeyRow) -> Self {
+impl Key {
+    /// `organisation`: where its policy is.
+    fn of(row: KeyRow, organisation: &Organisation) -> Self {
         let (budgets, quotas, rates) = written(&row.limits);
-        let (cap, total) = (row.limits.budget(Window::Total), row.account.sums(Window::Total));
+        let policy = row.policy.as_ref().and_then(|policy| organisation.in_force.policies.get(policy)).map(|policy| &policy.limits);
+        let cap = std::iter::once(&row.limits).chain(policy).filter_map(|limits| limits.budget(Window::Total)).min();
+        let total = row.account.sums(Window::Total);
         Key {
             id: row.id,
             label: row.label,
@@ -248,7 +252,8 @@ pub struct KeyQuery {
 async fn list_keys(State(admin): State<Admin>, who: Principal, Params(query): Params<KeyQuery>) -> Result<Response, Problem> {
     let (after, limit) = page(query.cursor.as_deref(), query.limit)?;
     let rows = admin.service.keys(&who, query.team.as_deref(), &after, limit + 1).await?;
-    let list = List::of(rows.into_iter().map(Key::from).collect(), limit, |key: &Key| &key.id);
+    let organisation = admin.service.organisation(&who.organisation)?;
+    let list = List::of(rows.into_iter().map(|row| Key::of(row, &organisation)).collect(), limit, |key: &Key| &key.id);
     Ok(axum::Json(list).into_response())
 }
 
@@ -273,23 +278,24 @@ async fn create_key(State(admin): State<Admin>, who: Principal, Json(body): Json
         personal: body.personal,
     };
     let (row, token) = admin.service.create_key(&who, spec).await?;
-    Ok((StatusCode::CREATED, with_token(row, token.reveal())).into_response())
+    Ok((StatusCode::CREATED, with_token(&admin, row, token.reveal())?).into_response())
 }
 
-fn with_token(row: KeyRow, token: &str) -> Response {
-    let tag = etag(row.version);
-    let created = KeyWithToken { key: row.into(), token: token.to_owned() };
-    ([(header::CACHE_CONTROL, "no-store")], tag, axum::Json(created)).into_response()
+fn with_token(admin: &Admin, row: KeyRow, token: &str) -> Result<Response, Problem> {
+    let (tag, organisation) = (etag(row.version), admin.service.organisation(&row.organisation)?);
+    let created = KeyWithToken { key: Key::of(row, &organisation), token: token.to_owned() };
+    Ok(([(header::CACHE_CONTROL, "no-store")], tag, axum::Json(created)).into_response())
 }
 
-fn shown(row: KeyRow) -> Response {
-    (etag(row.version), axum::Json(Key::from(row))).into_response()
+fn shown(admin: &Admin, row: KeyRow) -> Result<Response, Problem> {
+    let organisation = admin.service.organisation(&row.organisation)?;
+    Ok((etag(row.version), axum::Json(Key::of(row, &organisation))).into_response())
 }
 
 /// Show a key
 #[utoipa::path(get, path = "/v1/keys/{id}", tag = "keys", params(("id" = String, Path)), responses((status = 200, body = Key, headers(("ETag" = String)))))]
 async fn show_key(State(admin): State<Admin>, who: Principal, Path(id): Path<String>) -> Result<Response, Problem> {
-    Ok(shown(admin.service.key(&who, &id).await?))
+    shown(&admin, admin.service.key(&who, &id).await?)
 }
 
 /// Change a key
@@ -319,7 +325,7 @@ async fn change_key(
         personal: body.personal.map(fields_patch),
         active: body.status.is_some(),
     };
-    Ok(shown(admin.service.update_key(&who, &id, expected.version(), &patch).await?))
+    shown(&admin, admin.service.update_key(&who, &id, expected.version(), &patch).await?)
 }
 
 /// Revoke a key for good
@@ -362,7 +368,7 @@ async fn rotate_key(
 ) -> Result<Response, Problem> {
     let overlap = body.overlap.as_deref().unwrap_or("0s");
     let (row, token) = admin.service.rotate_key(&who, &id, expected.version(), overlap).await?;
-    Ok(with_token(row, token.reveal()))
+    with_token(&admin, row, token.reveal())
 }
 
 /// Erase a key's personal fields and tags

@@ -10,7 +10,7 @@ use crate::service::{ServiceError, moment};
 use crate::store::Expect;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
-use keyward_core::limits::{Account, Window, date};
+use keyward_core::limits::{Account, Window, date_text};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use utoipa_axum::router::OpenApiRouter;
@@ -41,8 +41,8 @@ pub struct WindowView {
 #[derive(Serialize, ToSchema)]
 pub struct Standing {
     /// Requests that are admitted and not settled.
-    in_flight: u64,
-    windows: Vec<WindowView>,
+    pub in_flight: u64,
+    pub windows: Vec<WindowView>,
 }
 
 impl Standing {
@@ -54,7 +54,7 @@ impl Standing {
             let sums = account.sums(window);
             WindowView {
                 window: window.name(),
-                start: (window != Window::Total).then(|| day_text(window.start(account.day))),
+                start: (window != Window::Total).then(|| date_text(window.start(account.day))),
                 spent_usd: sums.spent.to_usd(),
                 spent_nanodollars: sums.spent.0,
                 reserved_nanodollars: sums.reserved.0,
@@ -64,11 +64,6 @@ impl Standing {
         };
         Standing { in_flight: account.in_flight, windows: Window::ALL.map(window).into() }
     }
-}
-
-fn day_text(day: u64) -> String {
-    let (year, month, of_month) = date(day);
-    format!("{year:04}-{month:02}-{of_month:02}")
 }
 
 /// The organisation's own limits, and how it stands.

@@ -1,13 +1,15 @@
-//! The accounts of keys, teams and organisations, as the writer has them: read once, changed in memory, written once for each
-//! commit, however many requests of the group share them.
+//! The accounts of keys, teams and organisations and the ends of the keys' chains, as the writer has them: read once, changed
+//! in memory, written once for each commit, however many requests of the group share them.
 
 use super::StoreError;
-use super::ledger::{Ledger, signed, unsigned};
+use super::alarms::Facts;
+use super::ledger::{Chain, Ledger, signed, unsigned};
 use keyward_core::limits::{Account, Moment, Recent, Sums, Window};
 use keyward_core::money::Nanodollars;
 use rusqlite::{Connection, OptionalExtension, Row, params};
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
+use std::sync::Arc;
 
 /// Accounts that stay in memory between commits, at most.
 const MAX_CACHED: usize = 20_000;
@@ -56,6 +58,9 @@ pub struct Accounts {
     cached: RefCell<HashMap<String, Account>>,
     /// Changed since the last commit.
     dirty: RefCell<Vec<String>>,
+    chains: RefCell<HashMap<String, Chain>>,
+    dirty_chains: RefCell<Vec<String>>,
+    pub(super) facts: RefCell<HashMap<String, Arc<Facts>>>,
     /// The latest day that any window has begun on: a clock that is set back does not bring it back.
     day: Cell<u64>,
 }
@@ -106,6 +111,23 @@ impl Accounts {
         if cached.len() > MAX_CACHED {
             cached.clear();
         }
+        self.flush_chains(db)
+    }
+
+    fn flush_chains(&self, db: &Connection) -> Result<(), StoreError> {
+        let mut chains = self.chains.borrow_mut();
+        let mut update = db.prepare_cached("UPDATE keys SET chain_seq = ?2, chain_mac = ?3 WHERE id = ?1")?;
+        let mut dirty = std::mem::take(&mut *self.dirty_chains.borrow_mut());
+        dirty.sort_unstable();
+        dirty.dedup();
+        for id in dirty {
+            let Some(end) = chains.get(&id) else { continue };
+            update.execute(params![id, signed(end.seq), end.mac])?;
+        }
+        if chains.len() > MAX_CACHED {
+            chains.clear();
+            self.facts.borrow_mut().clear();
+        }
         Ok(())
     }
 
@@ -113,6 +135,9 @@ impl Accounts {
     pub fn forget(&self) {
         self.cached.borrow_mut().clear();
         self.dirty.borrow_mut().clear();
+        self.chains.borrow_mut().clear();
+        self.dirty_chains.borrow_mut().clear();
+        self.facts.borrow_mut().clear();
     }
 
     /// Runs `look` on what is in memory.
@@ -128,6 +153,21 @@ impl Accounts {
 }
 
 impl Ledger<'_> {
+    /// The end of a key's chain, where it is known in memory.
+    pub(super) fn known_chain(&self, key_id: &str) -> Option<Chain> {
+        self.accounts.chains.borrow().get(key_id).cloned()
+    }
+
+    pub(super) fn know_chain(&self, key_id: &str, end: &Chain) {
+        self.accounts.chains.borrow_mut().insert(key_id.to_owned(), end.clone());
+    }
+
+    /// Moves a key's chain to a new end; it is written with the commit.
+    pub(super) fn end_chain(&self, key_id: &str, end: &Chain) {
+        self.know_chain(key_id, end);
+        self.accounts.dirty_chains.borrow_mut().push(key_id.to_owned());
+    }
+
     /// Runs `with` on an account as of now.
     pub(super) fn account<T>(&self, id: &str, now: Moment, with: impl FnOnce(&mut Account) -> T) -> Result<T, StoreError> {
         let mut cached = self.accounts.cached.borrow_mut();

@@ -124,7 +124,7 @@ impl Ledger<'_> {
             credentials: target.credentials.clone(),
         });
         let end = self.append(&key.id, &chain, now.wall_ms, event)?;
-        self.end_chain(&key.id, &end)?;
+        self.end_chain(&key.id, &end);
         let levels = key.levels(organisation);
         let mut rated = 0;
         for (bit, id, is_rated) in levels.accounts(&key.id) {
@@ -311,7 +311,8 @@ impl Ledger<'_> {
                     state,
                     limits: json(row, 3)?,
                     enforce: enforce(row, 4)?,
-                    chain: chain_at(row, 5)?,
+                    // The row has the end of the last commit, and this group may have gone on.
+                    chain: self.known_chain(&id).map_or_else(|| chain_at(row, 5), Ok)?,
                     team: row.get(9)?,
                     policy: row.get(10)?,
                     token_expires_ms: token_expires_ms.map(unsigned),

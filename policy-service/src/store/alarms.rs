@@ -1,17 +1,26 @@
 //! Alarms: what a person should look at, as an entry of the chain it concerns, and as mail for the organisation's webhook.
 
 use super::accounts::{organisation_account, team_account};
-use super::ledger::{Ledger, enforce, json as json_column, signed};
+use super::ledger::{Ledger, json as json_column, signed};
 use super::settlement::Request;
 use super::{Alarm, Settled, StoreError};
 use crate::directory::Directory;
 use keyward_core::audit::Event;
-use keyward_core::limits::{Enforce, Limits, Moment, Window};
+use keyward_core::limits::{Limits, Moment, Window};
 use rusqlite::{OptionalExtension, params};
 use serde_json::{Value, json};
+use std::sync::Arc;
 
 /// Shares of a budget, in percent, that are told when they are spent.
 const SHARES: [u8; 3] = [50, 80, 100];
+
+/// What of a key its alarms depend on.
+#[derive(Debug)]
+pub struct Facts {
+    organisation: String,
+    limits: Limits,
+    policy: Option<String>,
+}
 
 /// What a budget alarm is about.
 struct Level<'a> {
@@ -30,33 +39,35 @@ impl Ledger<'_> {
         now: Moment,
         done: &mut Settled,
     ) -> Result<(), StoreError> {
-        let mut select = self.db.prepare_cached("SELECT organisation, limits, enforce, policy FROM keys WHERE id = ?1")?;
-        let key = select
-            .query_row([&request.key_id], |row| {
-                Ok((row.get::<_, String>(0)?, json_column::<Limits>(row, 1)?, enforce(row, 2)?, row.get::<_, Option<String>>(3)?))
-            })
-            .optional()?;
-        let Some((organisation, own, enforced, policy)) = key else { return Ok(()) };
-        let Some(configured) = directory.organisations.get(&organisation) else { return Ok(()) };
+        let Some(key) = self.facts(&request.key_id)? else { return Ok(()) };
+        let organisation = &key.organisation;
+        let Some(configured) = directory.organisations.get(organisation) else { return Ok(()) };
         let in_force = &configured.in_force;
-        let policy = policy.and_then(|policy| in_force.policies.get(&policy));
-        let mut levels = Vec::new();
-        if enforced == Enforce::Enforce || own.budgets.is_empty() {
-            let limits = std::iter::once(&own).chain(policy.map(|policy| &policy.limits)).collect();
-            levels.push(Level { of: ("key", &request.key_id), account: request.key_id.clone(), limits });
-        }
+        let policy = key.policy.as_ref().and_then(|policy| in_force.policies.get(policy));
+        let limits = std::iter::once(&key.limits).chain(policy.map(|policy| &policy.limits)).collect();
+        let mut levels = vec![Level { of: ("key", &request.key_id), account: request.key_id.clone(), limits }];
         if let Some((name, limits)) = request.team.as_ref().and_then(|name| Some((name, in_force.teams.get(name)?))) {
-            levels.push(Level { of: ("team", name), account: team_account(&organisation, name), limits: vec![limits] });
+            levels.push(Level { of: ("team", name), account: team_account(organisation, name), limits: vec![limits] });
         }
-        levels.push(Level {
-            of: ("organisation", &organisation),
-            account: organisation_account(&organisation),
-            limits: vec![&in_force.organisation],
-        });
+        let limits = vec![&in_force.organisation];
+        levels.push(Level { of: ("organisation", organisation), account: organisation_account(organisation), limits });
         for level in levels.iter().filter(|level| level.limits.iter().any(|limits| !limits.budgets.is_empty())) {
-            self.look_at(level, &organisation, now, done)?;
+            self.look_at(level, organisation, now, done)?;
         }
         Ok(())
+    }
+
+    /// What of a key its alarms depend on. In memory until the key is changed.
+    fn facts(&self, key_id: &str) -> Result<Option<Arc<Facts>>, StoreError> {
+        if let Some(known) = self.accounts.facts.borrow().get(key_id) {
+            return Ok(Some(known.clone()));
+        }
+        let mut select = self.db.prepare_cached("SELECT organisation, limits, policy FROM keys WHERE id = ?1")?;
+        let found =
+            select.query_row([key_id], |row| Ok(Facts { organisation: row.get(0)?, limits: json_column(row, 1)?, policy: row.get(2)? }));
+        let facts = found.optional()?.map(Arc::new);
+        self.accounts.facts.borrow_mut().extend(facts.clone().map(|facts| (key_id.to_owned(), facts)));
+        Ok(facts)
     }
 
     fn look_at(&self, level: &Level<'_>, organisation: &str, now: Moment, done: &mut Settled) -> Result<(), StoreError> {

@@ -125,6 +125,7 @@ impl Ledger<'_> {
                 text(&row.limits)?,
                 enforce_name(row.enforce),
             ])?;
+        self.accounts.facts.borrow_mut().remove(&row.id);
         let event = Event::KeyChanged { actor: update.actor.clone(), detail: detail(row, personal.as_ref()) };
         self.append_alone(&row.id, &self.chain(&row.id)?, update.now_ms, event)?;
         self.done(&row.organisation, &row.id)

@@ -25,8 +25,8 @@ pub struct Ledger<'a> {
 }
 
 /// The end of a chain.
-#[derive(Clone)]
-pub(super) struct Chain {
+#[derive(Debug, Clone)]
+pub struct Chain {
     pub organisation: String,
     pub epoch: u64,
     pub seq: u64,
@@ -57,18 +57,18 @@ impl Ledger<'_> {
 
     pub(super) fn append_alone(&self, key_id: &str, chain: &Chain, time_ms: u64, event: Event) -> Result<(), StoreError> {
         let end = self.append(key_id, chain, time_ms, event)?;
-        self.end_chain(key_id, &end)
-    }
-
-    pub(super) fn end_chain(&self, key_id: &str, end: &Chain) -> Result<(), StoreError> {
-        let mut update = self.db.prepare_cached("UPDATE keys SET chain_seq = ?2, chain_mac = ?3 WHERE id = ?1")?;
-        update.execute(params![key_id, signed(end.seq), end.mac])?;
+        self.end_chain(key_id, &end);
         Ok(())
     }
 
     pub(super) fn chain(&self, key_id: &str) -> Result<Chain, StoreError> {
+        if let Some(known) = self.known_chain(key_id) {
+            return Ok(known);
+        }
         let mut select = self.db.prepare_cached("SELECT organisation, chain_epoch, chain_seq, chain_mac FROM keys WHERE id = ?1")?;
-        Ok(select.query_row([key_id], |row| chain_at(row, 0))?)
+        let chain = select.query_row([key_id], |row| chain_at(row, 0))?;
+        self.know_chain(key_id, &chain);
+        Ok(chain)
     }
 }
 

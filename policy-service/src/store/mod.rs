@@ -312,16 +312,51 @@ pub struct UsageQuery {
     pub after: Vec<String>,
     /// Most sums to give.
     pub limit: u32,
+    /// Not what was used, but what keys in shadow mode would have been refused.
+    pub would_deny: bool,
 }
 
 /// What usage is summed by.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum UsageBy {
     Day,
     Team,
     Key,
     Provider,
     Model,
+    /// The value of one of the key's tags; letters, digits, - _ .
+    Tag(String),
+    /// Why it would have been refused.
+    Reason,
+}
+
+impl UsageBy {
+    pub fn by_name(name: &str) -> Option<Self> {
+        Some(match name {
+            "day" => UsageBy::Day,
+            "team" => UsageBy::Team,
+            "key" => UsageBy::Key,
+            "provider" => UsageBy::Provider,
+            "model" => UsageBy::Model,
+            "reason" => UsageBy::Reason,
+            _ => {
+                let tag = name.strip_prefix("tag:").filter(|tag| (1..=64).contains(&tag.len()))?;
+                UsageBy::Tag(tag.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b)).then(|| tag.to_owned())?)
+            }
+        })
+    }
+
+    pub fn name(&self) -> String {
+        match self {
+            UsageBy::Day => "day".to_owned(),
+            UsageBy::Team => "team".to_owned(),
+            UsageBy::Key => "key".to_owned(),
+            UsageBy::Provider => "provider".to_owned(),
+            UsageBy::Model => "model".to_owned(),
+            UsageBy::Reason => "reason".to_owned(),
+            UsageBy::Tag(tag) => format!("tag:{tag}"),
+        }
+    }
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq)]

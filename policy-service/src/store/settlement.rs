@@ -117,7 +117,7 @@ impl Ledger<'_> {
             (state::HELD | state::EXPIRED, false) => {
                 objects::settle(self.db, settle, &request.key_id, &request.provider, now.wall_ms)?;
                 self.charge(settlement, &request, now, done, tally)?;
-                self.look_at_budgets(&request, directory, now, done)
+                if request.bounded { self.look_at_budgets(&request, directory, now, done) } else { Ok(()) }
             }
             _ => {
                 done.repeated += 1;
@@ -166,7 +166,7 @@ impl Ledger<'_> {
     /// Moves a request to its end: the hold goes, the charge comes, at every level; the chain and the tally say so.
     fn finish(&self, req: RequestId, request: &Request, end: End, now: Moment, tally: &mut Tally) -> Result<(), StoreError> {
         let chain = self.append(&request.key_id, &self.chain(&request.key_id)?, now.wall_ms, end.event)?;
-        self.end_chain(&request.key_id, &chain)?;
+        self.end_chain(&request.key_id, &chain);
         let held = request.state == state::HELD;
         let change = end.charge.minus(request.charge);
         let moves = limits::End {

@@ -416,13 +416,16 @@ fn standing(db: &Connection, now_ms: u64) -> Result<Standing, StoreError> {
 /// Sums of usage, in the order of what they are summed by.
 fn usage(db: &Connection, query: &UsageQuery) -> Result<Vec<UsageRow>, StoreError> {
     let column = |by: &UsageBy| match by {
-        UsageBy::Day => "CAST(u.day AS TEXT)",
-        UsageBy::Team => "coalesce(k.team, '')",
-        UsageBy::Key => "u.key_id",
-        UsageBy::Provider => "u.provider",
-        UsageBy::Model => "u.model",
+        UsageBy::Day => "CAST(u.day AS TEXT)".to_owned(),
+        UsageBy::Team => "coalesce(k.team, '')".to_owned(),
+        UsageBy::Key => "u.key_id".to_owned(),
+        UsageBy::Provider => "u.provider".to_owned(),
+        UsageBy::Model => "u.model".to_owned(),
+        UsageBy::Reason => "u.code".to_owned(),
+        // Its characters were checked: nothing in it ends the quotes.
+        UsageBy::Tag(tag) => format!("coalesce(json_extract(k.tags, '$.\"{tag}\"'), '')"),
     };
-    let by: Vec<&str> = query.by.iter().map(column).collect();
+    let by: Vec<String> = query.by.iter().map(column).collect();
     let (columns, group) = match by.join(", ") {
         none if none.is_empty() => (String::new(), String::new()),
         all => (format!(", {all}"), format!("GROUP BY {all} ORDER BY {all}")),
@@ -441,9 +444,11 @@ fn usage(db: &Connection, query: &UsageQuery) -> Result<Vec<UsageRow>, StoreErro
         after = format!("AND ({}) > ({})", by.join(", "), places.join(", "));
         values.extend(query.after.iter().cloned().map(Value::from));
     }
+    let sums = "sum(requests), sum(input), sum(u.cache_read), sum(u.cache_write), sum(output), sum(nanodollars)";
+    let (sums, table) = if query.would_deny { ("sum(requests), 0, 0, 0, 0, 0", "would_refuse") } else { (sums, "usage") };
     let mut select = db.prepare_cached(&format!(
-        "SELECT sum(requests), sum(input), sum(u.cache_read), sum(u.cache_write), sum(output), sum(nanodollars){columns}
-         FROM usage u JOIN keys k ON k.id = u.key_id
+        "SELECT {sums}{columns}
+         FROM {table} u JOIN keys k ON k.id = u.key_id
          WHERE u.organisation = ?1 AND (?2 IS NULL OR k.team = ?2) AND (?3 IS NULL OR u.key_id = ?3) AND day BETWEEN ?4 AND ?5
              {after} {group} LIMIT ?6"
     ))?;
