@@ -22,8 +22,6 @@ FIELDS = {
     "KEY_CHANGED": [("actor", TEXT), ("detail", TEXT)],
     "KEY_FROZEN": [("reason", TEXT)],
     "KEY_REVOKED": [("actor", TEXT)],
-    "WOULD_REFUSE": [("req", BYTES), ("code", TEXT), ("provider", TEXT), ("endpoint", TEXT), ("model", TEXT)],
-    "ALARM": [("what", TEXT), ("detail", TEXT)],
     "ADMIN_CHANGED": [("actor", TEXT), ("action", TEXT), ("target", TEXT), ("detail", TEXT)],
     "WOULD_REFUSE": [("req", BYTES), ("code", TEXT), ("provider", TEXT), ("endpoint", TEXT), ("model", TEXT)],
     "ALARM": [("what", TEXT), ("detail", TEXT)],

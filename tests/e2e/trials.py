@@ -12,7 +12,9 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -479,7 +481,7 @@ def kills(times=5, keys=8, clients=50, hold_ttl=12, seed=None):
         world.team("tight", {"total": usd(times * 4_000_000)})
         world.team("wide", {"total": "5.00"})
         made = [world.key({"total": usd(times * (2_000_000 if n % 4 < 2 else 50_000_000))}, team="tight" if n % 2 else "wide") for n in range(keys)]
-        answers, over = [], asyncio.Event()
+        answers, over = [], threading.Event()
         killed = {"service": 0, "envoy": 0}
 
         async def client(n):
@@ -491,26 +493,31 @@ def kills(times=5, keys=8, clients=50, hold_ttl=12, seed=None):
                 if answer.status != 200 and not answer.left:
                     await asyncio.sleep(0.1)
 
-        async def killer():
+        def kill_some():
             for _ in range(times):
-                await asyncio.sleep(chance.uniform(0.2, 1.2))
+                time.sleep(chance.uniform(0.2, 1.2))
                 part = chance.choice(("service", "envoy"))
                 killed[part] += 1
                 if part == "service":
                     stack.service.kill()
-                    await asyncio.sleep(chance.uniform(0.0, 0.5))
-                    await asyncio.to_thread(stack.start_service)
+                    time.sleep(chance.uniform(0.0, 0.5))
+                    stack.start_service()
                 else:
                     stack.envoy.kill()
-                    await asyncio.to_thread(stack.spawn_envoy)
-            await asyncio.sleep(1.0)
-            over.set()
+                    stack.spawn_envoy()
+            time.sleep(1.0)
 
         async def lay():
-            await asyncio.gather(killer(), *(client(n) for n in range(clients)))
+            await asyncio.gather(*(client(n) for n in range(clients)))
 
-        with Sampler(world) as sampler:
-            asyncio.run(lay())
+        # The clients have a thread of their own, and the killing this one: restarts keep nobody from asking.
+        with Sampler(world) as sampler, ThreadPoolExecutor(1) as laying:
+            load = laying.submit(asyncio.run, lay())
+            try:
+                kill_some()
+            finally:
+                over.set()
+            load.result()
             trial.findings += broken_findings(answers)
             answered = [answer for answer in answers if answer.status is not None]
             # What an Envoy that is gone had in flight is charged when its hold expires.
