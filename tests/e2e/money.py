@@ -419,6 +419,19 @@ def least_within(events, span_ms, begin_ms, end_ms):
     return least
 
 
+def exact_limiter(asked_ms, limit, span_ms):
+    """When requests would be admitted by a limiter that forgets each one to the millisecond, given when they are asked."""
+    admitted = collections.deque()
+    taken = []
+    for at in sorted(asked_ms):
+        while admitted and admitted[0] <= at - span_ms:
+            admitted.popleft()
+        if len(admitted) < limit:
+            admitted.append(at)
+            taken.append(at)
+    return taken
+
+
 def most_in_flight(chain):
     """The most requests of one key that were admitted and not ended at once, by the order of its chain."""
     running, most = 0, 0
