@@ -165,10 +165,15 @@ impl From<limits::Enforce> for Enforce {
     }
 }
 
-/// The organisation's own limits: all its keys together.
+/// The organisation's own settings.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema, ToSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct OrganisationSettings {
+    /// Where alarms are sent: `https://HOST/PATH`, or `http` to this machine. Each is signed: `keyward organisation
+    /// webhook-secret`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(example = "https://alarms.example.com/keyward")]
+    pub webhook: Option<String>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub budgets: Vec<Budget>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -486,7 +491,11 @@ impl Object for Team {
 impl Object for OrganisationSettings {
     const KIND: Kind = Kind::Organisation;
     fn check(&self, at: &str, _: &Document, out: &mut Vec<Fault>) {
-        Faults { at, out }.limits(&self.budgets, &self.quotas, &self.rates);
+        let mut faults = Faults { at, out };
+        faults.limits(&self.budgets, &self.quotas, &self.rates);
+        if self.webhook.as_deref().is_some_and(|url| !is_webhook(url)) {
+            faults.add("webhook", "expected https://HOST/PATH; plain http only to 127.0.0.1 or localhost");
+        }
     }
 }
 
@@ -606,6 +615,20 @@ impl Object for Route {
             }
         }
     }
+}
+
+/// Alarms tell who spends how much: they leave this machine encrypted only.
+fn is_webhook(url: &str) -> bool {
+    let (rest, local) = match (url.strip_prefix("https://"), url.strip_prefix("http://")) {
+        (Some(rest), _) => (rest, false),
+        (None, Some(rest)) => (rest, true),
+        (None, None) => return false,
+    };
+    let authority = rest.split(['/', '?']).next().unwrap_or_default();
+    let (host, port) = authority.rsplit_once(':').map_or((authority, None), |(host, port)| (host, Some(port)));
+    let plain = host.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._".contains(&b)) && !host.is_empty();
+    let visible = url.len() <= 2_048 && url.bytes().all(|b| b.is_ascii_graphic());
+    plain && visible && port.is_none_or(|port| port.parse::<u16>().is_ok()) && (!local || matches!(host, "127.0.0.1" | "localhost"))
 }
 
 /// Dollars, at most a billion.

@@ -96,6 +96,11 @@ impl Organisation {
         Some(limits)
     }
 
+    /// Where alarms are sent.
+    pub fn webhook(&self) -> Option<String> {
+        self.document.organisation.as_ref()?.webhook.clone()
+    }
+
     /// Whether a key may keep state at providers: its own list or its policy's says so, and its team's does not forbid it.
     pub fn allows_state(&self, own: bool, team: Option<&str>, policy: Option<&str>) -> bool {
         let of_policy = policy.and_then(|name| self.document.policies.get(name)).is_some_and(|policy| policy.allow.state);
