@@ -23,6 +23,8 @@ pub fn usable<'a>(
     };
     let mut models: Vec<&str> = prices
         .models(provider.name)
+        // A fine-tuned model is called by a name of its own; what is listed is only what its kind costs.
+        .filter(|(model, _)| !model.starts_with("ft:"))
         .filter(|(model, price)| lists.iter().all(|allow| model_fits(allow, model)) && callable(price.mode))
         .map(|(model, _)| model)
         .collect();
