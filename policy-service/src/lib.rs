@@ -6,12 +6,14 @@ pub mod files;
 pub mod http;
 pub mod logging;
 pub mod metrics;
+pub mod prices;
 pub mod service;
 pub mod store;
 pub mod vault;
 
 use crate::http::api::Admin;
 use crate::http::edge::EdgeToken;
+use crate::prices::AdmittedPrices;
 use crate::service::access::{Principal, Role, TokenSpec};
 use crate::service::{Roots, Service};
 use crate::store::sqlite::SqliteStore;
