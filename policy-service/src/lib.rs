@@ -92,7 +92,7 @@ pub async fn start(config: Config) -> Result<Running, StartError> {
     let origin = fixed_origin(&config)?;
     let prices = PriceTable::built_in().map_err(StartError::Setup)?;
     let roots = Roots::load(&vault, &config.data.join("root"))?;
-    let keys = LedgerKeys { origin: origin.clone(), audit_seed: roots.audit_seed, prices };
+    let keys = LedgerKeys { origin: origin.clone(), audit_seed: roots.audit_seed, prices, admitted: AdmittedPrices::default() };
     let path = config.data.join("keyward.db");
     let store = Arc::new(
         tokio::task::spawn_blocking(move || SqliteStore::open(&path, keys))

@@ -13,6 +13,7 @@ use keyward_core::operation::Provider;
 use keyward_core::refusal::{Code, Refusal};
 use rusqlite::{OptionalExtension, params};
 use sha2::{Digest, Sha256};
+use std::borrow::Cow;
 
 /// A key found by one of its tokens.
 struct Found {
@@ -110,8 +111,12 @@ impl Ledger<'_> {
         let ask = &admit.request.ask;
         let decided = key.stand(organisation, admit).and_then(|()| {
             let upstream = ask.model.as_deref().and_then(|model| organisation.route(model)).map(|target| target.model.as_str());
-            let price = upstream.or(ask.model.as_deref()).and_then(|model| self.keys.prices.find(&ask.provider, model));
-            admission::decide(&key.state, ask, upstream, price, admit.now_ms)
+            let modes = admission::operation(ask).models;
+            let model = upstream.or(ask.model.as_deref());
+            let price = model.and_then(|model| organisation.price(&self.keys.prices, &ask.provider, model, modes));
+            let hold = admission::decide(&key.state, ask, upstream, price.as_deref(), admit.now_ms)?;
+            self.keys.admitted.remember(admit.request.req, price.map(Cow::into_owned));
+            Ok(hold)
         });
         match decided {
             Ok(hold) => Ok(self.target(organisation, key, admit)?.map(|target| (target, hold))),
@@ -154,7 +159,7 @@ impl Ledger<'_> {
         let provider = Provider::by_name(&ask.provider)
             .ok_or_else(|| Refusal::new(Code::UnknownProvider, format!("there is no provider {}", ask.provider)))?;
         let models = if reachable {
-            models::usable(&self.keys.prices, provider, &state.lists(), organisation.routes_to(provider.name))
+            models::usable(&self.keys.prices, provider, &state.lists(), organisation.own_models(provider.name))
         } else {
             Vec::new()
         };
