@@ -263,14 +263,15 @@ fn bound(ask: &Ask, operation: &'static Operation, price: &Price, clamp: Option<
 }
 
 fn tokens_bound(ask: &Ask, operation: &'static Operation, price: &Price, clamp: Option<u64>) -> Option<Hold> {
-    let seen = ask.bytes.saturating_add(ask.images.saturating_mul(TOKENS_PER_IMAGE));
+    let seen = ask.bytes.saturating_add(ask.images.saturating_mul(TOKENS_PER_IMAGE)).saturating_add(ask.added);
     let context = price.context.map(|context| context.saturating_mul(ask.texts.max(1)));
     // What the provider remembers is not in the body.
     let input_tokens = if ask.history { context? } else { seen.min(context.unwrap_or(u64::MAX)) };
     let limit = clamp.unwrap_or(u64::MAX).min(asked_output(ask, price)).min(price.max_output?.max(1));
     let limit = if operation.limits().is_empty() { price.max_output? } else { limit };
-    let input = (input_tokens, price.dearest_input());
-    let output = (limit.saturating_mul(ask.choices.max(1)), price.dearest_output());
+    let (each_input, each_output) = price.dearest_for(input_tokens);
+    let input = (input_tokens, each_input);
+    let output = (limit.saturating_mul(ask.choices.max(1)), each_output);
     let written = ask.max_tokens.is_none_or(|asked| asked > limit) && !operation.limits().is_empty();
     Some(Hold {
         total: Nanodollars::of_tokens(&[input, output]),

@@ -119,17 +119,22 @@ impl Price {
 
     /// The most one input token can cost.
     pub fn dearest_input(&self) -> Nanodollars {
-        let dearest = |r: Rates| [r.input, r.cache_read, r.cache_write, r.cache_write_1h, r.audio_input, r.image_input].into_iter().max();
-        self.all_rates().filter_map(dearest).max().unwrap_or_default()
+        self.dearest_for(u64::MAX).0
     }
 
     /// The most one output token can cost.
     pub fn dearest_output(&self) -> Nanodollars {
-        self.all_rates().map(|r| r.output.max(r.media_output)).max().unwrap_or_default()
+        self.dearest_for(u64::MAX).1
     }
 
-    fn all_rates(&self) -> impl Iterator<Item = Rates> {
-        std::iter::once(self.base).chain(self.tier.map(|(_, rates)| rates))
+    /// The most one token of input and one of output can cost in a request of at most so many tokens of input.
+    pub fn dearest_for(&self, input_tokens: u64) -> (Nanodollars, Nanodollars) {
+        let tier = self.tier.filter(|(above, _)| input_tokens > *above).map(|(_, rates)| rates);
+        let input = |r: Rates| r.input.max(r.cache_read).max(r.cache_write).max(r.cache_write_1h).max(r.audio_input).max(r.image_input);
+        let output = |r: Rates| r.output.max(r.media_output);
+        // A long prompt may still be dearer by the base, if somebody's own price says so.
+        let both = |of: fn(Rates) -> Nanodollars| tier.map_or(of(self.base), |tier| of(tier).max(of(self.base)));
+        (both(input), both(output))
     }
 }
 
