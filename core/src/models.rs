@@ -72,7 +72,9 @@ mod tests {
         let prices = PriceTable::built_in().unwrap();
         let openai = Provider::by_name("openai").unwrap();
         let all = usable(&prices, openai, &[&Allow::default()], std::iter::empty());
-        assert!(all.contains(&"gpt-4o") && all.contains(&"whisper-1") && !all.iter().any(|m| m.starts_with("claude")));
+        assert!(
+            all.contains(&"gpt-4o") && all.contains(&"whisper-1") && !all.iter().any(|m| m.starts_with("claude") || m.starts_with("ft:"))
+        );
         assert!(all.is_sorted());
         assert_eq!(
             usable(&prices, openai, &[&allow(&["gpt-4o", "gpt-4o-mini", "claude-*"], &[])], std::iter::empty()),
