@@ -227,7 +227,8 @@ fn reserve(key: &KeyState, ask: &Ask, operation: &'static Operation, price: Opti
     if full.total <= share || !clamps {
         return Ok(full);
     }
-    let per_token = Nanodollars(price.dearest_output().0.saturating_mul(i64::try_from(ask.choices.max(1)).unwrap_or(i64::MAX)));
+    let (_, each) = price.dearest_for(input_tokens(ask, price).ok_or_else(no_bound)?);
+    let per_token = Nanodollars(each.0.saturating_mul(i64::try_from(ask.choices.max(1)).unwrap_or(i64::MAX)));
     let clamp = share.minus(full.input).buys(per_token).unwrap_or(u64::MAX).max(least);
     bound(ask, operation, price, Some(clamp)).ok_or_else(no_bound)
 }
@@ -262,11 +263,16 @@ fn bound(ask: &Ask, operation: &'static Operation, price: &Price, clamp: Option<
     }
 }
 
-fn tokens_bound(ask: &Ask, operation: &'static Operation, price: &Price, clamp: Option<u64>) -> Option<Hold> {
+/// The most tokens of input that a request can have; `None` when nothing bounds them.
+fn input_tokens(ask: &Ask, price: &Price) -> Option<u64> {
     let seen = ask.bytes.saturating_add(ask.images.saturating_mul(TOKENS_PER_IMAGE)).saturating_add(ask.added);
     let context = price.context.map(|context| context.saturating_mul(ask.texts.max(1)));
     // What the provider remembers is not in the body.
-    let input_tokens = if ask.history { context? } else { seen.min(context.unwrap_or(u64::MAX)) };
+    if ask.history { context } else { Some(seen.min(context.unwrap_or(u64::MAX))) }
+}
+
+fn tokens_bound(ask: &Ask, operation: &'static Operation, price: &Price, clamp: Option<u64>) -> Option<Hold> {
+    let input_tokens = input_tokens(ask, price)?;
     let limit = clamp.unwrap_or(u64::MAX).min(asked_output(ask, price)).min(price.max_output?.max(1));
     let limit = if operation.limits().is_empty() { price.max_output? } else { limit };
     let (each_input, each_output) = price.dearest_for(input_tokens);
