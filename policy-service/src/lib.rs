@@ -6,12 +6,14 @@ pub mod files;
 pub mod http;
 pub mod logging;
 pub mod metrics;
+pub mod prices;
 pub mod service;
 pub mod store;
 pub mod vault;
 
 use crate::http::api::Admin;
 use crate::http::edge::EdgeToken;
+use crate::prices::AdmittedPrices;
 use crate::service::access::{Principal, Role, TokenSpec};
 use crate::service::{Roots, Service};
 use crate::store::sqlite::SqliteStore;
@@ -90,7 +92,7 @@ pub async fn start(config: Config) -> Result<Running, StartError> {
     let origin = fixed_origin(&config)?;
     let prices = PriceTable::built_in().map_err(StartError::Setup)?;
     let roots = Roots::load(&vault, &config.data.join("root"))?;
-    let keys = LedgerKeys { origin: origin.clone(), audit_seed: roots.audit_seed, prices };
+    let keys = LedgerKeys { origin: origin.clone(), audit_seed: roots.audit_seed, prices, admitted: AdmittedPrices::default() };
     let path = config.data.join("keyward.db");
     let store = Arc::new(
         tokio::task::spawn_blocking(move || SqliteStore::open(&path, keys))

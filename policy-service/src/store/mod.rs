@@ -13,6 +13,7 @@ pub mod sqlite;
 
 use crate::config::{Fault, Kind};
 use crate::directory::Directory;
+use crate::prices::AdmittedPrices;
 use async_trait::async_trait;
 use keyward_core::admission::{Allow, Hold, Status};
 use keyward_core::audit::ChainKey;
@@ -403,6 +404,8 @@ pub struct LedgerKeys {
     pub origin: String,
     pub audit_seed: [u8; 32],
     pub prices: PriceTable,
+    /// What requests in flight were admitted at.
+    pub admitted: AdmittedPrices,
 }
 
 impl LedgerKeys {
