@@ -97,7 +97,7 @@ pub fn decide(
 ) -> Result<Hold, Refusal> {
     check_standing(key, now.wall_ms)?;
     check_permitted(key, ask, upstream)?;
-    reserve(levels, ask, operation(ask), price, now).map_err(|refusal| Refusal { headroom: headroom(levels, now), ..refusal })
+    reserve(levels, ask, operation(ask), price, now).map_err(|refusal| Refusal { headroom: headroom(levels, now).map(Box::new), ..refusal })
 }
 
 /// Whether the key may make such a request at all, however much is left.
