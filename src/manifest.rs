@@ -373,7 +373,7 @@ mod tests {
     fn the_schema_knows_what_the_reader_knows() {
         let schema = schema();
         let sections: Vec<&String> = schema["properties"].as_object().unwrap().keys().collect();
-        assert_eq!(sections, ["credentials", "policies", "pools", "providers", "routes", "teams"]);
+        assert_eq!(sections, ["credentials", "organisation", "policies", "pools", "providers", "routes", "teams"]);
         assert!(!schema.to_string().contains("\"secret\""), "a secret has no place in the file");
     }
 

@@ -24,6 +24,12 @@ fn section(page: &mut String, name: &str, definition: &Value) {
     if !about.is_empty() {
         page.push_str(&format!("{}\n\n", one_line(about)));
     }
+    // A choice of words has no fields.
+    let words: Vec<String> = definition.get("oneOf").and_then(Value::as_array).into_iter().flatten().flat_map(words).collect();
+    if !words.is_empty() {
+        words.iter().for_each(|word| page.push_str(&format!("- {word}\n")));
+        return;
+    }
     page.push_str("| field | type | |\n|---|---|---|\n");
     let required: Vec<&str> =
         definition.get("required").and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_str).collect();
@@ -31,6 +37,14 @@ fn section(page: &mut String, name: &str, definition: &Value) {
         let must = if required.contains(&field.as_str()) { "**required** " } else { "" };
         page.push_str(&format!("| `{field}` | {} | {must}{} |\n", kind(about), one_line(text(about, "description"))));
     }
+}
+
+/// The words of one branch of a choice, with what it means.
+fn words(choice: &Value) -> Vec<String> {
+    let about = one_line(text(choice, "description"));
+    let about = if about.is_empty() { about } else { format!(": {about}") };
+    let several = choice.get("enum").and_then(Value::as_array).into_iter().flatten();
+    several.chain(choice.get("const")).filter_map(Value::as_str).map(|word| format!("`{word}`{about}")).collect()
 }
 
 fn kind(about: &Value) -> String {

@@ -16,6 +16,8 @@ const TOKENS_PER_IMAGE: u64 = 50_000;
 pub const MIN_OUTPUT_TOKENS: u64 = 16;
 /// Output that a provider may have made, unseen, by the time it notices that a stream was cut: per choice.
 pub const IN_FLIGHT_TOKENS: u64 = 256;
+/// Output tokens of an answer whose model has no known limit, for keys without a budget.
+const GUESSED_OUTPUT: u64 = 16_384;
 /// Output tokens of a picture that is shown before it is finished (API reference, `partial_images`).
 const TOKENS_PER_PARTIAL_IMAGE: u64 = 100;
 
@@ -95,7 +97,7 @@ pub fn decide(
 ) -> Result<Hold, Refusal> {
     check_standing(key, now.wall_ms)?;
     check_permitted(key, ask, upstream)?;
-    reserve(levels, ask, operation(ask), price, now).map_err(|refusal| Refusal { headroom: headroom(levels, now), ..refusal })
+    reserve(levels, ask, operation(ask), price, now).map_err(|refusal| Refusal { headroom: headroom(levels, now).map(Box::new), ..refusal })
 }
 
 /// Whether the key may make such a request at all, however much is left.
@@ -240,15 +242,21 @@ pub(crate) fn bound(ask: &Ask, operation: &'static Operation, price: &Price, cla
     }
 }
 
-fn tokens_bound(ask: &Ask, operation: &'static Operation, price: &Price, clamp: Option<u64>) -> Option<Hold> {
-    let seen = ask.bytes.saturating_add(ask.images.saturating_mul(TOKENS_PER_IMAGE));
+/// The most tokens of input that a request can have; `None` when nothing bounds them.
+pub(crate) fn input_tokens(ask: &Ask, price: &Price) -> Option<u64> {
+    let seen = ask.bytes.saturating_add(ask.images.saturating_mul(TOKENS_PER_IMAGE)).saturating_add(ask.added);
     let context = price.context.map(|context| context.saturating_mul(ask.texts.max(1)));
     // What the provider remembers is not in the body.
-    let input_tokens = if ask.history { context? } else { seen.min(context.unwrap_or(u64::MAX)) };
+    if ask.history { context } else { Some(seen.min(context.unwrap_or(u64::MAX))) }
+}
+
+fn tokens_bound(ask: &Ask, operation: &'static Operation, price: &Price, clamp: Option<u64>) -> Option<Hold> {
+    let input_tokens = input_tokens(ask, price)?;
     let limit = clamp.unwrap_or(u64::MAX).min(asked_output(ask, price)).min(price.max_output?.max(1));
     let limit = if operation.limits().is_empty() { price.max_output? } else { limit };
-    let input = (input_tokens, price.dearest_input());
-    let output = (limit.saturating_mul(ask.choices.max(1)), price.dearest_output());
+    let (each_input, each_output) = price.dearest_for(input_tokens);
+    let input = (input_tokens, each_input);
+    let output = (limit.saturating_mul(ask.choices.max(1)), each_output);
     let written = ask.max_tokens.is_none_or(|asked| asked > limit) && !operation.limits().is_empty();
     Some(Hold {
         total: Nanodollars::of_tokens(&[input, output]),
@@ -266,6 +274,12 @@ pub(crate) fn guess(ask: &Ask, operation: &'static Operation, price: &Price) -> 
         (Costs::Recording, Unit::Seconds(each)) => Nanodollars::of_tokens(&[(ask.bytes.div_ceil(1_000), *each)]),
         (Costs::Speech, Unit::Tokens) => {
             Nanodollars::of_tokens(&[(ask.bytes, price.dearest_input()), (ask.characters.saturating_mul(4), price.dearest_output())])
+        }
+        // A model of which nobody says how much it gives, or what it remembers.
+        (Costs::Tokens | Costs::Images, Unit::Tokens) => {
+            let output = ask.max_tokens.or(price.max_output).unwrap_or(GUESSED_OUTPUT).saturating_mul(ask.choices.max(1));
+            let input = ask.bytes.saturating_add(ask.images.saturating_mul(TOKENS_PER_IMAGE));
+            Nanodollars::of_tokens(&[(input, price.dearest_input()), (output, price.dearest_output())])
         }
         _ => return None,
     };
@@ -299,6 +313,12 @@ pub struct Charge {
 
 /// What a request that was held for is charged.
 pub fn charge(hold: &Hold, price: Option<&Price>, ended: &Ended<'_>) -> Charge {
+    let charge = charge_by(hold, price, ended);
+    let guessed = price.is_some_and(|price| price.stand_in) && charge.amount > Nanodollars::ZERO;
+    Charge { estimated: charge.estimated || guessed, ..charge }
+}
+
+fn charge_by(hold: &Hold, price: Option<&Price>, ended: &Ended<'_>) -> Charge {
     let told = ended.usage.map(Usage::tokens);
     let nothing = Charge { amount: Nanodollars::ZERO, tokens: 0, estimated: false };
     let whole = Charge { amount: hold.total, tokens: told.unwrap_or(hold.tokens), estimated: true };
@@ -511,7 +531,7 @@ mod tests {
         assert_eq!(of("POST /v1/moderations", "omni-moderation-latest", |_| ()), held("0.00"));
         assert_eq!(of("POST /v1/moderations", "no-such-model", |_| ()), held("0.00"), "free whatever it names");
         assert_eq!(of("POST /v1/embeddings", "text-embedding-3-small", |_| ()), held("0.00002"));
-        assert_eq!(of("POST /v1/embeddings", "text-embedding-3-small", |a| a.bytes = 20_000), held("0.00016382"));
+        assert_eq!(of("POST /v1/embeddings", "text-embedding-3-small", |a| a.bytes = 20_000), held("0.00016384"));
         assert_eq!(of("POST /v1/embeddings", "text-embedding-3-small", |a| (a.bytes, a.texts) = (20_000, 3)), held("0.0004"));
         assert_eq!(of("POST /v1/audio/speech", "tts-1", |a| a.characters = 1_000), held("0.015"));
         assert_eq!(of("POST /v1/audio/speech", "gpt-4o-mini-tts", |a| a.characters = 10), Err(Code::UnboundedInput));

@@ -101,6 +101,9 @@ pub struct Ask {
     pub quality: Option<String>,
     #[serde(default, skip_serializing_if = "is_default")]
     pub partial_images: u64,
+    /// Input tokens that the provider adds for what the body asks for.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub added: u64,
 }
 
 fn is_default<T: Default + PartialEq>(value: &T) -> bool {

@@ -274,6 +274,7 @@ impl Asking {
                 size: facts.size.clone(),
                 quality: facts.quality.clone(),
                 partial_images: facts.partial_images,
+                added: facts.added,
             },
         }
     }
@@ -308,6 +309,7 @@ impl Asking {
             limits: operation.limits(),
             include_usage: add_usage,
             no_store: may_store && !plan.state,
+            list_price: operation.has_tiers() && self.target.provider.defaults_tier(),
         };
         let splices = if self.facts.bytes > 0 { self.facts.splices(&edits) } else { Vec::new() };
         let creates = if operation == &OTHER {
@@ -723,7 +725,8 @@ mod tests {
             (&[], r#"{"model":"gpt-4o"}"#),
         ] {
             let kept = admitted_at(extra, body, Plan { state: true, ..plan(None) });
-            assert!(kept.splices.is_empty() && kept.creates, "{body}");
+            assert_eq!(forwarded(&kept, body).get("store"), serde_json::from_str::<serde_json::Value>(body).unwrap().get("store"));
+            assert!(kept.creates, "{body}");
             let admitted = admitted_at(extra, body, plan(None));
             assert_eq!(forwarded(&admitted, body)["store"], false, "{body}");
             assert!(!admitted.creates);
@@ -732,6 +735,24 @@ mod tests {
         assert!(!own_wish.creates);
         let body = r#"{"model":"gpt-4o"}"#;
         assert!(forwarded(&messages(body), body).get("store").is_none(), "Anthropic knows no such field");
+    }
+
+    /// A project's settings must not choose the price; a request may, where the key has no budget.
+    #[test]
+    fn the_service_tier_is_the_one_that_was_priced() {
+        let tier = |body: &str| forwarded(&admitted(body), body)["service_tier"].clone();
+        for (body, expected) in [
+            (r#"{"model":"gpt-4o"}"#, "default"),
+            (r#"{"model":"gpt-4o","service_tier":"auto"}"#, "default"),
+            (r#"{"model":"gpt-4o","service_tier":"priority"}"#, "priority"),
+        ] {
+            assert_eq!(tier(body), expected, "{body}");
+        }
+        let body = r#"{"model":"claude-opus-4-6","max_tokens":5}"#;
+        assert!(forwarded(&messages(body), body).get("service_tier").is_none(), "Anthropic's auto costs no more than the list");
+        let body = r#"{"model":"text-embedding-3-small","input":"x"}"#;
+        let embedding = admitted_at(&[(":path", "/v1/embeddings")], body, plan(None));
+        assert!(forwarded(&embedding, body).get("service_tier").is_none());
     }
 
     /// A hold rests on a limit that stands in the body: of legacy completions, the provider's own default.

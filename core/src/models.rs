@@ -23,6 +23,8 @@ pub fn usable<'a>(
     };
     let mut models: Vec<&str> = prices
         .models(provider.name)
+        // A fine-tuned model is called by a name of its own; what is listed is only what its kind costs.
+        .filter(|(model, _)| !model.starts_with("ft:"))
         .filter(|(model, price)| lists.iter().all(|allow| model_fits(allow, model)) && callable(price.mode))
         .map(|(model, _)| model)
         .collect();
@@ -70,7 +72,9 @@ mod tests {
         let prices = PriceTable::built_in().unwrap();
         let openai = Provider::by_name("openai").unwrap();
         let all = usable(&prices, openai, &[&Allow::default()], std::iter::empty());
-        assert!(all.contains(&"gpt-4o") && all.contains(&"whisper-1") && !all.iter().any(|m| m.starts_with("claude")));
+        assert!(
+            all.contains(&"gpt-4o") && all.contains(&"whisper-1") && !all.iter().any(|m| m.starts_with("claude") || m.starts_with("ft:"))
+        );
         assert!(all.is_sorted());
         assert_eq!(
             usable(&prices, openai, &[&allow(&["gpt-4o", "gpt-4o-mini", "claude-*"], &[])], std::iter::empty()),

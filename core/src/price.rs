@@ -1,5 +1,7 @@
 //! Prices in nanodollars, the cost of what was used, and the dearest it could have been.
 
+mod stand_in;
+
 use crate::money::Nanodollars;
 use crate::usage::Usage;
 use serde::{Deserialize, Serialize};
@@ -24,8 +26,18 @@ pub enum Mode {
     Transcription,
 }
 
+impl Mode {
+    pub const ALL: [Mode; 8] =
+        [Mode::Chat, Mode::Responses, Mode::Completion, Mode::Embedding, Mode::Moderation, Mode::Image, Mode::Speech, Mode::Transcription];
+
+    /// The mode of this name, as in the price table and in an operator's own prices.
+    pub fn by_name(name: &str) -> Option<Self> {
+        serde_json::from_value(name.into()).ok()
+    }
+}
+
 /// What one token of each class costs, per million.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Rates {
     pub input: Nanodollars,
     pub cache_read: Nanodollars,
@@ -71,6 +83,8 @@ pub struct Price {
     pub max_output: Option<u64>,
     /// The model thinks in tokens that nobody sees but somebody pays.
     pub reasoning: bool,
+    /// Nobody lists it: it was put together from what is listed. Its charges are estimates, and no budget is held by it.
+    pub stand_in: bool,
 }
 
 impl Price {
@@ -78,7 +92,9 @@ impl Price {
     pub fn cost(&self, usage: &Usage) -> Option<Nanodollars> {
         match &self.unit {
             Unit::Tokens => (usage.seconds == 0).then(|| self.tokens(usage)),
-            Unit::Seconds(each) => (usage.seconds > 0).then(|| Nanodollars::of_tokens(&[(usage.seconds, *each)])),
+            Unit::Seconds(each) if usage.seconds > 0 => Some(Nanodollars::of_tokens(&[(usage.seconds, *each)])),
+            // What stands in for a model that may be paid by either has both prices.
+            Unit::Seconds(_) => (self.base != Rates::default()).then(|| self.tokens(usage)),
             Unit::Characters(_) | Unit::Images(_) => None,
         }
     }
@@ -103,17 +119,22 @@ impl Price {
 
     /// The most one input token can cost.
     pub fn dearest_input(&self) -> Nanodollars {
-        let dearest = |r: Rates| [r.input, r.cache_read, r.cache_write, r.cache_write_1h, r.audio_input, r.image_input].into_iter().max();
-        self.all_rates().filter_map(dearest).max().unwrap_or_default()
+        self.dearest_for(u64::MAX).0
     }
 
     /// The most one output token can cost.
     pub fn dearest_output(&self) -> Nanodollars {
-        self.all_rates().map(|r| r.output.max(r.media_output)).max().unwrap_or_default()
+        self.dearest_for(u64::MAX).1
     }
 
-    fn all_rates(&self) -> impl Iterator<Item = Rates> {
-        std::iter::once(self.base).chain(self.tier.map(|(_, rates)| rates))
+    /// The most one token of input and one of output can cost in a request of at most so many tokens of input.
+    pub fn dearest_for(&self, input_tokens: u64) -> (Nanodollars, Nanodollars) {
+        let tier = self.tier.filter(|(above, _)| input_tokens > *above).map(|(_, rates)| rates);
+        let input = |r: Rates| r.input.max(r.cache_read).max(r.cache_write).max(r.cache_write_1h).max(r.audio_input).max(r.image_input);
+        let output = |r: Rates| r.output.max(r.media_output);
+        // A long prompt may still be dearer by the base, if somebody's own price says so.
+        let both = |of: fn(Rates) -> Nanodollars| tier.map_or(of(self.base), |tier| of(tier).max(of(self.base)));
+        (both(input), both(output))
     }
 }
 
@@ -198,19 +219,20 @@ fn row(line: &str) -> Option<(String, String, Price)> {
         None => None,
         Some(above) => {
             let input = money(10)??;
-            // A tier that lists no 1 h cache price keeps the base's ratio to the 5 min price, at least.
-            let write_1h = money(12)?.map(|w| w.plus(w));
+            // A tier that lists no 1 h cache price costs no more than twice the 5 min price.
+            let write_1h = money(23)?.or(money(12)?.map(|w| w.plus(w)));
             Some((above.parse().ok()?, rates(input, money(11)?, money(12)?, write_1h, money(13)??)))
         }
     };
     let price = Price {
-        mode: cell(15).map_or(Some(Mode::Chat), |mode| serde_json::from_value(mode.into()).ok())?,
+        mode: cell(15).map_or(Some(Mode::Chat), Mode::by_name)?,
         unit,
         base,
         tier,
         context: cell(7).map(str::parse).transpose().ok()?,
         max_output: cell(8).map(str::parse).transpose().ok()?,
         reasoning: cell(14) == Some("1"),
+        stand_in: false,
     };
     Some((cell(0)?.to_owned(), cell(1)?.to_owned(), price))
 }
@@ -230,9 +252,16 @@ mod tests {
         assert_eq!(gpt_4o.cost(&usage).unwrap().to_usd(), "13.75");
         assert_eq!((gpt_4o.max_output, gpt_4o.reasoning), (Some(16_384), false));
         let sonnet = table.find("anthropic", "claude-sonnet-4-5").unwrap();
-        let usage = Usage { cache_write: 1_000_000, ..Usage::default() };
-        assert_eq!(sonnet.cost(&usage).unwrap().to_usd(), "3.75");
-        assert_eq!(sonnet.dearest_input().to_usd(), "6.00");
+        let usage = Usage { cache_write: 100_000, ..Usage::default() };
+        assert_eq!(sonnet.cost(&usage).unwrap().to_usd(), "0.375");
+        // Above 200,000 tokens, a cache for an hour: twice $6.
+        assert_eq!(sonnet.dearest_input().to_usd(), "12.00");
+        // The two sources differ, and the dearer is taken.
+        assert_eq!(table.find("anthropic", "claude-sonnet-5").unwrap().base.input.to_usd(), "3.00");
+        // Above 100,000 tokens $0.50 and $2.50, not $0.10 and $0.50.
+        let haiku = table.find("anthropic", "claude-haiku-5-5").unwrap();
+        let usage = Usage { input: 1_000_000, output: 1_000_000, ..Usage::default() };
+        assert_eq!(haiku.cost(&usage).unwrap().to_usd(), "3.00");
         assert!(table.find("openai", "o3").unwrap().reasoning);
         assert_eq!(table.find("openai", "no-such-model"), None);
     }

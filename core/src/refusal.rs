@@ -128,7 +128,7 @@ pub struct Refusal {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub retry_after_ms: Option<u64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub headroom: Option<Headroom>,
+    pub headroom: Option<Box<Headroom>>,
 }
 
 /// What the tightest limits per minute have left.
@@ -211,7 +211,7 @@ impl Refusal {
             headers.push(("retry-after", ms.div_ceil(1_000).max(1).to_string()));
             headers.push(("retry-after-ms", ms.max(1).to_string()));
         }
-        headers.extend(self.headroom.iter().flat_map(Headroom::headers));
+        headers.extend(self.headroom.iter().flat_map(|headroom| headroom.headers()));
         if !self.retry_can_help() {
             headers.push(("x-should-retry", "false".to_owned()));
         }

@@ -1,7 +1,7 @@
 //! What is set aside for a request out of the limits of its key, its team and its organisation: all it may come to, or a
 //! fair share of what is left.
 
-use crate::admission::{Hold, MIN_OUTPUT_TOKENS, asked_output, bound, guess};
+use crate::admission::{Hold, MIN_OUTPUT_TOKENS, asked_output, bound, guess, input_tokens};
 use crate::edge::Ask;
 use crate::limits::{Account, Limits, Moment, Window};
 use crate::money::Nanodollars;
@@ -208,6 +208,8 @@ pub fn reserve(
         return Err(unbounded(format!("a key with a budget can't use {what}: its cost has no bound")));
     }
     let model = ask.model.as_deref().unwrap_or_default();
+    // What stands in for a price is good enough to be charged, not to keep a promise.
+    let price = price.filter(|price| !price.stand_in);
     let price = price.ok_or_else(|| unbounded(format!("no price is known for the model {model} here, and this key has a budget")))?;
     let no_bound = || unbounded(format!("the cost of this request to {model} has no bound, and this key has a budget"));
     let full = bound(ask, operation, price, None).ok_or_else(no_bound)?;
@@ -226,7 +228,8 @@ pub fn reserve(
         return Ok(full);
     }
     let choices = ask.choices.max(1);
-    let per_token = Nanodollars(price.dearest_output().0.saturating_mul(i64::try_from(choices).unwrap_or(i64::MAX)));
+    let (_, each) = price.dearest_for(input_tokens(ask, price).ok_or_else(no_bound)?);
+    let per_token = Nanodollars(each.0.saturating_mul(i64::try_from(choices).unwrap_or(i64::MAX)));
     let affordable = money.minus(full.input).buys(per_token).unwrap_or(u64::MAX);
     let allowed = tokens.saturating_sub(full.input_tokens()) / choices;
     at_most(affordable.min(allowed).max(least))

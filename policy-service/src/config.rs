@@ -1,6 +1,7 @@
 //! An organisation's configuration: what `keyward.yaml` says, what `PUT /v1/config` takes, what the store keeps.
 //! Types, the check that everything named exists, and the difference between two configurations. No I/O.
 
+use crate::prices;
 use keyward_core::admission;
 use keyward_core::limits::{self, Limits, Window};
 use keyward_core::money::Nanodollars;
@@ -165,10 +166,15 @@ impl From<limits::Enforce> for Enforce {
     }
 }
 
-/// The organisation's own limits: all its keys together.
+/// The organisation's own settings.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema, ToSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct OrganisationSettings {
+    /// Where alarms are sent: `https://HOST/PATH`, or `http` to this machine. Each is signed: `keyward organisation
+    /// webhook-secret`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(example = "https://alarms.example.com/keyward")]
+    pub webhook: Option<String>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub budgets: Vec<Budget>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -242,12 +248,89 @@ pub struct ProviderSettings {
     /// `keyward envoy render`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub url: Option<String>,
+    /// What models cost here instead of the price table: by name or glob, such as `gpt-4o` or `acme-*`. An exact name wins over a
+    /// glob, a longer glob over a shorter.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub prices: BTreeMap<String, OwnPrice>,
 }
 
 impl Default for ProviderSettings {
     fn default() -> Self {
-        ProviderSettings { enabled: true, url: None }
+        ProviderSettings { enabled: true, url: None, prices: BTreeMap::new() }
     }
+}
+
+/// What a model costs: dollars as text, exact, for a million tokens unless it says otherwise. Needs `input` and `output`, or one of
+/// `characters`, `seconds`, `picture`. Prices are all from here; of `context`, `max_output`, `mode` and `reasoning`, what is not said is
+/// the price table's.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema, ToSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct OwnPrice {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(example = "2.50")]
+    pub input: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(example = "10.00")]
+    pub output: Option<String>,
+    /// Input read from a cache; default: `input`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cache_read: Option<String>,
+    /// Input written to a cache; default: `input`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cache_write: Option<String>,
+    /// Input written to a cache that is kept for an hour; default: `cache_write`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cache_write_1h: Option<String>,
+    /// Input that is sound; default: `input`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub audio_input: Option<String>,
+    /// Input that is pictures; default: `input`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub image_input: Option<String>,
+    /// Output that is sound; default: `output`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub audio_output: Option<String>,
+    /// Prices of a request whose input is longer than this.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub long_prompt: Option<LongPrompt>,
+    /// For a million characters of text to speak.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub characters: Option<String>,
+    /// For a million seconds of a recording.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub seconds: Option<String>,
+    /// For one picture, whatever its size.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub picture: Option<String>,
+    /// Most input tokens that the model takes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub context: Option<u64>,
+    /// Most output tokens of an answer. A model without one can't be used on a budget.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_output: Option<u64>,
+    /// What it is made for: `chat`, `responses`, `completion`, `embedding`, `moderation`, `image`, `speech` or `transcription`;
+    /// default: the price table's, else `chat`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mode: Option<String>,
+    /// It thinks in tokens that nobody sees: a stream that is cut is charged in full. Default: the price table's, else `true`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reasoning: Option<bool>,
+}
+
+/// Prices of long prompts, for all tokens of such a request.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct LongPrompt {
+    /// Input tokens above which they hold.
+    pub above: u64,
+    pub input: String,
+    pub output: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cache_read: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cache_write: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cache_write_1h: Option<String>,
 }
 
 /// A real credential.
@@ -486,7 +569,11 @@ impl Object for Team {
 impl Object for OrganisationSettings {
     const KIND: Kind = Kind::Organisation;
     fn check(&self, at: &str, _: &Document, out: &mut Vec<Fault>) {
-        Faults { at, out }.limits(&self.budgets, &self.quotas, &self.rates);
+        let mut faults = Faults { at, out };
+        faults.limits(&self.budgets, &self.quotas, &self.rates);
+        if self.webhook.as_deref().is_some_and(|url| !is_webhook(url)) {
+            faults.add("webhook", "expected https://HOST/PATH; plain http only to 127.0.0.1 or localhost");
+        }
     }
 }
 
@@ -520,8 +607,22 @@ impl Object for ProviderSettings {
                 port.parse::<u16>().is_ok() && !host.is_empty() && host.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._".contains(&b))
             })
         };
+        let mut faults = Faults { at, out };
         if self.url.as_ref().is_some_and(|url| !fits(url)) {
-            Faults { at, out }.add("url", "expected http://HOST:PORT or https://HOST:PORT");
+            faults.add("url", "expected http://HOST:PORT or https://HOST:PORT");
+        }
+        if self.prices.len() > 1_000 {
+            faults.add("prices", "must be at most 1000 entries");
+        }
+        for (model, price) in &self.prices {
+            let field = format!("prices.{model}");
+            if model.is_empty() || model.len() > 256 {
+                faults.add(&field, "a model is named by 1 to 256 bytes");
+            }
+            if let Err(fault) = prices::check(price) {
+                let dot = if fault.field.is_empty() { "" } else { "." };
+                faults.add(&format!("{field}{dot}{}", fault.field), fault.message);
+            }
         }
     }
 }
@@ -606,6 +707,20 @@ impl Object for Route {
             }
         }
     }
+}
+
+/// Alarms tell who spends how much: they leave this machine encrypted only.
+fn is_webhook(url: &str) -> bool {
+    let (rest, local) = match (url.strip_prefix("https://"), url.strip_prefix("http://")) {
+        (Some(rest), _) => (rest, false),
+        (None, Some(rest)) => (rest, true),
+        (None, None) => return false,
+    };
+    let authority = rest.split(['/', '?']).next().unwrap_or_default();
+    let (host, port) = authority.rsplit_once(':').map_or((authority, None), |(host, port)| (host, Some(port)));
+    let plain = host.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._".contains(&b)) && !host.is_empty();
+    let visible = url.len() <= 2_048 && url.bytes().all(|b| b.is_ascii_graphic());
+    plain && visible && port.is_none_or(|port| port.parse::<u16>().is_ok()) && (!local || matches!(host, "127.0.0.1" | "localhost"))
 }
 
 /// Dollars, at most a billion.
@@ -781,7 +896,7 @@ mod tests {
             "pools": {"prod": {"provider": "openai", "credentials": ["main"]}},
             "policies": {"p": {"pools": {"openai": "prod"}, "budgets": [{"usd": "5.00", "window": "total"}], "expires_in": "10m"}},
             "routes": {"fast": {"targets": [{"provider": "openai", "model": "gpt-4o-mini", "pool": "prod"}]}},
-            "providers": {"openai": {"url": "http://127.0.0.1:9000"}},
+            "providers": {"openai": {"url": "http://127.0.0.1:9000", "prices": {"gpt-4o": {"input": "2.50", "output": "10.00"}}}},
         });
         assert_eq!(fields(good), [""; 0]);
         let bad = serde_json::json!({
@@ -790,7 +905,7 @@ mod tests {
             "pools": {"prod": {"provider": "openai", "credentials": ["main", "other"]}, "empty": {"provider": "openai", "credentials": []}},
             "policies": {"p": {"pools": {"openai": "none"}, "budgets": [{"usd": "5.00", "window": "week"}], "quotas": [{"window": "day"}]}},
             "routes": {"fast": {"targets": []}, "slow": {"targets": [{"provider": "x", "model": "", "pool": "none"}]}},
-            "providers": {"openai": {"url": "example.com"}, "mine": {}},
+            "providers": {"openai": {"url": "example.com", "prices": {"gpt-4o": {"input": "2,50", "output": "10"}}}, "mine": {}},
         });
         assert_eq!(
             fields(bad),
@@ -804,6 +919,7 @@ mod tests {
                 "policies.p.pools.openai",
                 "providers.mine",
                 "providers.openai.url",
+                "providers.openai.prices.gpt-4o.input",
                 "credentials.main.provider",
                 "credentials.main.from",
                 "credentials.main.secret",

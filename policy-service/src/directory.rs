@@ -1,8 +1,11 @@
 //! Every organisation's configuration as it stands, held in memory: admissions read it, edits replace it.
 
 use crate::config::{self, Document, Kind, Pool, RouteTarget};
+use crate::prices::OwnPrices;
 use keyward_core::admission::Allow;
 use keyward_core::limits::{Enforce, Limits};
+use keyward_core::price::{Mode, Price, PriceTable};
+use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
@@ -28,6 +31,8 @@ pub struct Organisation {
     pub lent: Vec<(String, String)>,
     /// What the document's limits mean.
     pub in_force: InForce,
+    /// The document's prices, read.
+    pub prices: OwnPrices,
 }
 
 /// The limits that a document sets, read once.
@@ -96,6 +101,11 @@ impl Organisation {
         Some(limits)
     }
 
+    /// Where alarms are sent.
+    pub fn webhook(&self) -> Option<String> {
+        self.document.organisation.as_ref()?.webhook.clone()
+    }
+
     /// Whether a key may keep state at providers: its own list or its policy's says so, and its team's does not forbid it.
     pub fn allows_state(&self, own: bool, team: Option<&str>, policy: Option<&str>) -> bool {
         let of_policy = policy.and_then(|name| self.document.policies.get(name)).is_some_and(|policy| policy.allow.state);
@@ -111,6 +121,18 @@ impl Organisation {
             .filter_map(|(name, route)| route.targets.first().map(|target| (name.as_str(), target)))
             .filter(move |(_, target)| target.provider == provider)
             .map(|(name, target)| (name, target.model.as_str()))
+    }
+
+    /// What a model costs in an operation that is made for models of these `modes`: what the organisation says, else the table's, else
+    /// what stands in for a model that nobody lists.
+    pub fn price<'a>(&self, table: &'a PriceTable, provider: &str, model: &str, modes: &[Mode]) -> Option<Cow<'a, Price>> {
+        let own = self.prices.find(table, provider, model, modes).map(Cow::Owned);
+        own.or_else(|| table.price(provider, model, modes))
+    }
+
+    /// Model names of a provider that are the organisation's own, each with the provider's model: routes, and models with a price.
+    pub fn own_models(&self, provider: &str) -> impl Iterator<Item = (&str, &str)> {
+        self.routes_to(provider).chain(self.prices.models(provider).map(|model| (model, model)))
     }
 
     pub fn is_enabled(&self, provider: &str) -> bool {

@@ -6,12 +6,14 @@ pub mod files;
 pub mod http;
 pub mod logging;
 pub mod metrics;
+pub mod prices;
 pub mod service;
 pub mod store;
 pub mod vault;
 
 use crate::http::api::Admin;
 use crate::http::edge::EdgeToken;
+use crate::prices::AdmittedPrices;
 use crate::service::access::{Principal, Role, TokenSpec};
 use crate::service::{Roots, Service};
 use crate::store::sqlite::SqliteStore;
@@ -90,7 +92,7 @@ pub async fn start(config: Config) -> Result<Running, StartError> {
     let origin = fixed_origin(&config)?;
     let prices = PriceTable::built_in().map_err(StartError::Setup)?;
     let roots = Roots::load(&vault, &config.data.join("root"))?;
-    let keys = LedgerKeys { origin: origin.clone(), audit_seed: roots.audit_seed, prices };
+    let keys = LedgerKeys { origin: origin.clone(), audit_seed: roots.audit_seed, prices, admitted: AdmittedPrices::default() };
     let path = config.data.join("keyward.db");
     let store = Arc::new(
         tokio::task::spawn_blocking(move || SqliteStore::open(&path, keys))
@@ -119,7 +121,8 @@ pub async fn start(config: Config) -> Result<Running, StartError> {
     tracing::info!(version = env!("CARGO_PKG_VERSION"), edge = %running.edge, admin = %running.admin, "the policy service listens");
     running.tasks.push(tokio::spawn(serve(edge, edge_router, stopped.clone())));
     running.tasks.push(tokio::spawn(serve(admin, admin_router, stopped.clone())));
-    running.tasks.push(tokio::spawn(sweep(service, stopped)));
+    running.tasks.push(tokio::spawn(sweep(service.clone(), stopped.clone())));
+    running.tasks.push(tokio::spawn(send_alarms(service, stopped)));
     Ok(running)
 }
 
@@ -175,6 +178,22 @@ async fn serve(listener: TcpListener, router: axum::Router, mut stopped: watch::
 async fn stop_asked(stopped: &mut watch::Receiver<bool>) {
     // An error means that the sender is gone: then it is over as well.
     drop(stopped.wait_for(|stop| *stop).await);
+}
+
+/// Sends alarms to their webhooks.
+async fn send_alarms(service: Arc<Service>, mut stopped: watch::Receiver<bool>) {
+    let mut every = tokio::time::interval(Duration::from_secs(1));
+    every.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            () = stop_asked(&mut stopped) => return,
+            _ = every.tick() => {
+                if let Err(error) = service.send_alarms().await {
+                    tracing::error!(%error, "alarms could not be sent");
+                }
+            }
+        }
+    }
 }
 
 /// Charges expired holds, every second.

@@ -95,6 +95,14 @@ pub enum Organisation {
         access: Access,
         #[command(flatten)]
         limits: Limits,
+        /// Where alarms are sent; "" for nowhere
+        #[arg(long)]
+        webhook: Option<String>,
+    },
+    /// Print what alarms are signed with
+    WebhookSecret {
+        #[command(flatten)]
+        access: Access,
     },
 }
 
@@ -103,9 +111,13 @@ const PATH: &str = "/v1/organisation";
 pub fn run(command: Organisation) -> Result<(), Failure> {
     match command {
         Organisation::Show { access } => show(&access, access.client()?.get(PATH)?),
-        Organisation::Set { access, limits } => {
+        Organisation::WebhookSecret { access } => access.print(&access.client()?.get(&format!("{PATH}/webhook-secret"))?, &["secret"]),
+        Organisation::Set { access, limits, webhook } => {
             let mut body = Map::new();
             limits.add_to(&mut body)?;
+            if let Some(url) = webhook {
+                body.insert("webhook".to_owned(), Some(url).filter(|url| !url.is_empty()).into());
+            }
             show(&access, access.client()?.patch(PATH, &body.into())?)
         }
     }

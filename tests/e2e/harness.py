@@ -86,12 +86,12 @@ def call(base, method, path, body=None, headers=None, timeout=30):
         connection.close()
 
 
-# What the gate writes into every chat of a key that may not keep state at the provider.
-NOT_STORED = b'"store":false,'
+# What the gate writes into every chat of a key that may not keep state at the provider, and that names no service tier.
+NOT_STORED = b'"store":false,"service_tier":"default",'
 
 
 def as_asked(body):
-    """A chat's body as the provider got it, less what keeps the provider from storing it."""
+    """A chat's body as the provider got it, less what keeps the provider from storing it and from choosing its price."""
     assert body.startswith(b"{" + NOT_STORED) and body.count(b'"store"') == 1, body[:200]
     return body.replace(NOT_STORED, b"", 1)
 

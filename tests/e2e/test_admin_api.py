@@ -40,7 +40,8 @@ PUT_KINDS = {
     "policy": ("/v1/policies/etag", {"label": "a"}, {"label": "b"}),
     "pool": ("/v1/pools/etag", {**OPENAI, "credentials": ["main"]}, {**OPENAI, "credentials": ["main"]}),
     "route": ("/v1/routes/etag/with:slash", ROUTE, {"targets": [{"provider": "openai", "model": "gpt-4o-mini"}]}),
-    "provider": ("/v1/providers/anthropic", {"enabled": True}, {"enabled": False}),
+    "provider": ("/v1/providers/anthropic", {"enabled": True},
+                 {"enabled": False, "prices": {"claude-*": {"input": "1.000000001", "output": "2", "long_prompt": {"above": 9, "input": "3", "output": "4"}}}}),
 }
 
 
@@ -381,6 +382,9 @@ BAD = [
     ("PUT", "/v1/routes/r", {"targets": [{"provider": "openai", "model": "m", "pool": "none"}]}, 422, "targets[0].pool"),
     ("PUT", "/v1/providers/openai", {"url": "ftp://x:1"}, 422, "url"),
     ("PUT", "/v1/providers/openai", {"enabled": "yes"}, 422, "enabled"),
+    ("PUT", "/v1/providers/openai", {"prices": {"gpt-4o": {"input": 2.5, "output": "10"}}}, 422, "prices.gpt-4o.input"),
+    ("PUT", "/v1/providers/openai", {"prices": {"gpt-4o": {"input": "2.50"}}}, 422, "prices.gpt-4o.output"),
+    ("PUT", "/v1/providers/openai", {"prices": {"gpt-4o": {"input": "2.50", "output": "10", "per": "token"}}}, 422, "prices.gpt-4o.per"),
     ("PUT", "/v1/providers/nobody", {}, 404, None),
     ("POST", "/v1/credentials", {**OPENAI}, 422, "secret"),
     ("POST", "/v1/credentials", {**OPENAI, "secret": ""}, 422, "secret"),

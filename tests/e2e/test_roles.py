@@ -103,6 +103,7 @@ OPERATIONS = {
     "GET /v1/usage/would-deny": (EVERYBODY, lambda w: ("/v1/usage/would-deny?by=reason", None)),
     "GET /v1/organisation": (READERS, lambda w: ("/v1/organisation", None)),
     "PATCH /v1/organisation": (KEEPERS, lambda w: ("/v1/organisation", {"rates": {"rpm": 1_000_000}})),
+    "GET /v1/organisation/webhook-secret": (ADMINS, lambda w: ("/v1/organisation/webhook-secret", None)),
     "GET /v1/organisations": (READERS, lambda w: ("/v1/organisations", None)),
     "POST /v1/organisations": (ADMINS, lambda w: ("/v1/organisations", {"id": f"org_{next(w.numbers)}"})),
     "POST /v1/settlements/import": (KEEPERS, lambda w: ("/v1/settlements/import", b"")),

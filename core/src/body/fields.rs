@@ -94,7 +94,10 @@ const FIELDS: &[(&str, Field, u16)] = &[
     ("size", Field::Size, IMAGES),
     ("quality", Field::Quality, IMAGES),
     ("partial_images", Field::PartialImages, IMAGES),
-    ("context_management", Field::Unbounded("context_management"), RESPONSES),
+    // Compaction is an answer of its own, paid besides.
+    ("context_management", Field::Unbounded("context_management"), RESPONSES | MESSAGES),
+    // What of it the model does not take over is paid as output, besides the limit.
+    ("prediction", Field::Unbounded("prediction"), CHAT),
     ("web_search_options", Field::Unbounded("web_search_options"), TALK),
     ("mcp_servers", Field::Unbounded("mcp_servers"), TALK),
     ("audio", Field::Unbounded("audio"), TALK),

@@ -81,6 +81,9 @@ pub struct BodyFacts {
     pub partial_images: u64,
     /// Longest that a recording can last.
     pub seconds: Option<u64>,
+    /// Input tokens that the provider adds for what the body asks for.
+    pub added: u64,
+    tier: Tier,
     /// The body is a form: values stand in it as they are.
     plain: bool,
     /// `store`, and where it stands; `None` inside: null.
@@ -97,6 +100,18 @@ pub struct BodyFacts {
 struct Object {
     open: u64,
     filled: bool,
+}
+
+/// Who chooses the service tier, which is part of the price.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+enum Tier {
+    /// The account's settings: nothing is said.
+    #[default]
+    Unsaid,
+    /// The account's settings: it stands there, as `auto` or null.
+    Open(Span),
+    /// The request.
+    Named,
 }
 
 impl BodyFacts {
@@ -140,6 +155,9 @@ pub struct Edits<'a> {
     pub include_usage: bool,
     /// `"store": false` must stand there.
     pub no_store: bool,
+    /// Where the request leaves the service tier to the account's settings, `"service_tier": "default"` must stand there: a
+    /// project's own default may cost twice the list price.
+    pub list_price: bool,
 }
 
 impl BodyFacts {
@@ -162,6 +180,11 @@ impl BodyFacts {
             Some((span, _)) => out.push(replace(span, "false".to_owned())),
             None if edits.no_store => members.push("\"store\":false".to_owned()),
             None => {}
+        }
+        match self.tier {
+            Tier::Unsaid if edits.list_price => members.push("\"service_tier\":\"default\"".to_owned()),
+            Tier::Open(span) if edits.list_price => out.push(replace(span, "\"default\"".to_owned())),
+            _ => {}
         }
         if let Some(max) = edits.max_tokens {
             for limit in &self.limits {
@@ -363,6 +386,21 @@ mod tests {
             r#"{"max_completion_tokens":7,"max_output_tokens":5}"#,
             "a foreign name limits nothing"
         );
+    }
+
+    #[test]
+    fn the_service_tier_is_not_left_to_the_account() {
+        let list_price = Edits { list_price: true, ..Edits::default() };
+        for (from, to) in [
+            (r#"{"a":1}"#, r#"{"service_tier":"default","a":1}"#),
+            (r#"{"service_tier":"auto"}"#, r#"{"service_tier":"default"}"#),
+            (r#"{"service_tier": null}"#, r#"{"service_tier": "default"}"#),
+            (r#"{"service_tier":"flex"}"#, r#"{"service_tier":"flex"}"#),
+            (r#"{"service_tier":"default"}"#, r#"{"service_tier":"default"}"#),
+        ] {
+            assert_eq!(rewrite(from, &list_price, 3), to);
+            assert_eq!(rewrite(from, &Edits::default(), 3), from);
+        }
     }
 
     #[test]

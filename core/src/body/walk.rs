@@ -1,7 +1,7 @@
 //! The reading: which of a body's values govern, by where they stand.
 
 use super::fields::{Field, find, folds_to, name_of};
-use super::{BodyError, BodyFacts, Limit, Object};
+use super::{BodyError, BodyFacts, Limit, Object, Tier};
 use crate::json::{Scalar, Scanner, Span, Visitor};
 use crate::operation::{Form, MAX_REFS, is_id, looks_like_object};
 
@@ -14,6 +14,10 @@ const MAX_ID: usize = 129;
 /// Text to speak of which the characters are counted; of longer text, the bytes. Four bytes for each of the 4,096
 /// characters that OpenAI takes.
 const MAX_SPOKEN: usize = 16 * 1024;
+/// Tokens that Anthropic puts before a request that has tools (documented: up to 804), and for each tool whose description is its own
+/// (documented: up to 1,234 for the computer). Both with room for what a later model needs.
+const TOKENS_FOR_TOOLS: u64 = 2_000;
+const TOKENS_OF_A_TOOL: u64 = 3_000;
 
 /// Reads a body in pieces.
 #[derive(Debug, Default)]
@@ -145,6 +149,10 @@ impl Walk {
         }
     }
 
+    fn is_anthropic(&self) -> bool {
+        matches!(self.form, Form::Messages | Form::Count)
+    }
+
     fn set_slot(&mut self, slot: Slot) {
         if let Some(top) = self.nodes.last_mut() {
             top.1 = slot;
@@ -218,9 +226,12 @@ impl Walk {
             (Field::PartialImages, _) => {
                 self.facts.partial_images = choices(value).ok_or(BodyError::Field("partial_images", "a whole number of at most 1024"))?;
             }
-            (Field::ServiceTier, Scalar::Null) => {}
-            (Field::ServiceTier, Scalar::Str { text: b"auto" | b"default" | b"standard" | b"standard_only", .. }) => {}
-            (Field::ServiceTier, _) => self.unbounded("service_tier"),
+            (Field::ServiceTier, Scalar::Null | Scalar::Str { text: b"auto", .. }) => self.facts.tier = Tier::Open(span),
+            (Field::ServiceTier, Scalar::Str { text: b"default" | b"standard" | b"standard_only", .. }) => self.facts.tier = Tier::Named,
+            (Field::ServiceTier, _) => {
+                self.facts.tier = Tier::Named;
+                self.unbounded("service_tier");
+            }
             (Field::Store, Scalar::Bool(store)) => self.facts.store = Some((span, Some(store))),
             (Field::Store, Scalar::Null) => self.facts.store = Some((span, None)),
             (Field::Store, _) => return Err(BodyError::Field("store", "true or false")),
@@ -296,7 +307,12 @@ impl Walk {
                 self.facts.stream_options = Some(Some(Object { open: at, filled: false }));
                 Node::StreamOptions
             }
-            Field::Tools => if_array(object, Node::Tools),
+            Field::Tools => {
+                if self.is_anthropic() {
+                    self.facts.added += TOKENS_FOR_TOOLS;
+                }
+                if_array(object, Node::Tools)
+            }
             Field::Messages => if_array(object, Node::Messages),
             Field::System => if_array(object, Node::Content),
             Field::Thinking => if_object(object, Node::Thinking),
@@ -386,7 +402,7 @@ impl Walk {
                 self.item.types += 1;
                 self.item.carried &= brings_content(text);
                 match text {
-                    b"input_image" => self.facts.images += 1,
+                    b"input_image" | b"image_generation_call" => self.facts.images += 1,
                     b"input_file" | b"input_audio" => self.unbounded("a file or audio part"),
                     _ => {}
                 }
@@ -481,6 +497,7 @@ impl Visitor for Walk {
             (Slot::ToolType, Scalar::Str { text, .. }) if !runs_at_the_client(self.form, text) => {
                 self.unbounded("a tool that runs at the provider");
             }
+            (Slot::ToolType, Scalar::Str { text, .. }) if self.is_anthropic() && text != b"custom" => self.facts.added += TOKENS_OF_A_TOOL,
             (Slot::PartType, Scalar::Str { text, .. }) => match text {
                 b"image_url" | b"image" | b"input_image" | b"computer_screenshot" => self.facts.images += 1,
                 b"input_audio" | b"file" | b"input_file" | b"document" | b"container_upload" | b"video_url" => {

@@ -46,6 +46,11 @@ impl Provider {
     pub fn stores_answers(&self) -> bool {
         self.name == "openai"
     }
+
+    /// A request that names no service tier, or `auto`, gets what the project's settings say (API reference, `service_tier`).
+    pub fn defaults_tier(&self) -> bool {
+        self.name == "openai"
+    }
 }
 
 /// A JSON body by what governs in it; [`crate::body`] knows the fields of each.
@@ -159,6 +164,11 @@ impl Operation {
     /// The provider may keep what it answers, unless told otherwise.
     pub fn may_store(&self) -> bool {
         self.costs == Costs::Tokens && matches!(self.form(), Some(Form::Chat | Form::Responses))
+    }
+
+    /// What it costs depends on a service tier.
+    pub fn has_tiers(&self) -> bool {
+        self.may_store()
     }
 
     /// The model that the provider takes when none is named.

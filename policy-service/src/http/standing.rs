@@ -9,6 +9,7 @@ use crate::service::access::{Permission, Principal};
 use crate::service::{ServiceError, moment};
 use crate::store::Expect;
 use axum::extract::State;
+use axum::http::header;
 use axum::response::{IntoResponse, Response};
 use keyward_core::limits::{Account, Window, date_text};
 use serde::{Deserialize, Serialize};
@@ -17,7 +18,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 pub fn router() -> OpenApiRouter<Admin> {
-    OpenApiRouter::new().routes(routes!(show_organisation, change_organisation))
+    OpenApiRouter::new().routes(routes!(show_organisation, change_organisation)).routes(routes!(show_webhook_secret))
 }
 
 /// What was used in one window, and what is held.
@@ -91,6 +92,25 @@ pub struct ChangeOrganisation {
     #[serde(deserialize_with = "present")]
     #[schema(value_type = Option<ChangeRates>)]
     rates: Option<Option<ChangeRates>>,
+    #[serde(deserialize_with = "present")]
+    #[schema(value_type = Option<String>)]
+    webhook: Option<Option<String>>,
+}
+
+/// What the alarms are signed with.
+#[derive(Serialize, ToSchema)]
+pub struct WebhookSecret {
+    #[schema(example = "whsec_...")]
+    secret: String,
+}
+
+/// Show what alarms are signed with
+///
+/// Their receiver needs it, to know that they are genuine (Standard Webhooks).
+#[utoipa::path(get, path = "/v1/organisation/webhook-secret", tag = "organisations", responses((status = 200, body = WebhookSecret)))]
+async fn show_webhook_secret(State(admin): State<Admin>, who: Principal) -> Result<Response, Problem> {
+    let secret = admin.service.webhook_secret(&who)?.to_string();
+    Ok(([(header::CACHE_CONTROL, "no-store")], axum::Json(WebhookSecret { secret })).into_response())
 }
 
 async fn shown(admin: &Admin, who: &Principal) -> Result<Response, Problem> {
@@ -137,6 +157,7 @@ async fn change_organisation(
     let mut settings = organisation.document.organisation.clone().unwrap_or_default();
     settings.budgets = body.budgets.map_or(settings.budgets, Option::unwrap_or_default);
     settings.quotas = body.quotas.map_or(settings.quotas, Option::unwrap_or_default);
+    settings.webhook = body.webhook.unwrap_or(settings.webhook);
     if let Some(change) = body.rates {
         settings.rates = merge_rates(change.as_ref(), settings.rates);
     }

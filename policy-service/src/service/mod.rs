@@ -5,6 +5,7 @@ mod configuration;
 pub mod keys;
 mod lent;
 pub(crate) mod watched;
+mod webhook;
 
 pub use self::lent::{Lent, Loan};
 
@@ -65,6 +66,7 @@ pub struct Roots {
     pub pepper: [u8; 32],
     pub audit_seed: [u8; 32],
     pub edge_master: [u8; 32],
+    pub webhook_master: [u8; 32],
 }
 
 impl Roots {
@@ -85,7 +87,12 @@ impl Roots {
             let _ = Hkdf::<Sha256>::new(Some(AAD), &root).expand(purpose.as_bytes(), &mut key);
             key
         };
-        Ok(Roots { pepper: derive("token pepper"), audit_seed: derive("audit seed"), edge_master: derive("edge master") })
+        Ok(Roots {
+            pepper: derive("token pepper"),
+            audit_seed: derive("audit seed"),
+            edge_master: derive("edge master"),
+            webhook_master: derive("webhook master"),
+        })
     }
 }
 

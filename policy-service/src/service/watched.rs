@@ -56,6 +56,10 @@ impl Service {
         metrics.records_repeated.increment(settled.repeated);
         metrics.records_unknown.increment(settled.unknown);
         self.count_used(&settled.used);
+        for alarm in &settled.alarms {
+            metrics::counter!("keyward_alarms_total", "what" => alarm.what.clone()).increment(1);
+            tracing::warn!(organisation = alarm.organisation, what = alarm.what, detail = %alarm.detail, "alarm");
+        }
         if settled.gaps > 0 || settled.unknown > 0 || !settled.frozen.is_empty() {
             tracing::error!(
                 missing = settled.gaps,

@@ -15,6 +15,7 @@ use keyward_core::refusal::{Code, Headroom, Refusal};
 use keyward_core::reserve::{self, Level, Of};
 use rusqlite::{OptionalExtension, params};
 use sha2::{Digest, Sha256};
+use std::borrow::Cow;
 
 /// A key found by one of its tokens.
 struct Found {
@@ -176,7 +177,10 @@ impl Ledger<'_> {
             return Ok(Err(refusal));
         }
         let upstream = ask.model.as_deref().and_then(|model| organisation.route(model)).map(|target| target.model.as_str());
-        let price = upstream.or(ask.model.as_deref()).and_then(|model| self.keys.prices.find(&ask.provider, model));
+        let modes = admission::operation(ask).models;
+        let model = upstream.or(ask.model.as_deref());
+        let found = model.and_then(|model| organisation.price(&self.keys.prices, &ask.provider, model, modes));
+        let price = found.as_deref();
         let levels = key.levels(organisation);
         let decided = self.with_levels(&key.id, &levels, now, |levels| {
             let hold = admission::decide(&key.state, levels, ask, upstream, price, now);
@@ -192,6 +196,7 @@ impl Ledger<'_> {
             }
             (Err(refusal), _) => return Ok(Err(refusal)),
         };
+        self.keys.admitted.remember(admit.request.req, found.map(Cow::into_owned));
         Ok(self.target(organisation, key, admit)?.map(|target| Decision { target, hold, forgiven, bounded }))
     }
 
@@ -274,7 +279,7 @@ impl Ledger<'_> {
         let provider = Provider::by_name(&ask.provider)
             .ok_or_else(|| Refusal::new(Code::UnknownProvider, format!("there is no provider {}", ask.provider)))?;
         let models = if reachable {
-            models::usable(&self.keys.prices, provider, &state.lists(), organisation.routes_to(provider.name))
+            models::usable(&self.keys.prices, provider, &state.lists(), organisation.own_models(provider.name))
         } else {
             Vec::new()
         };

@@ -5,6 +5,7 @@ use super::ledger::{Chain, Ledger, signed, unsigned};
 use super::{CredentialRow, Edit, Edited, Edits, Expect, Idempotent, NewOrganisation, StoreError, TokenRow, admin_chain};
 use crate::config::{self, Credential, Document, Kind};
 use crate::directory::{Directory, InForce, Meta, Organisation};
+use crate::prices::OwnPrices;
 use keyward_core::audit::{self, Event};
 use rusqlite::{Connection, OptionalExtension, Row, params};
 use std::sync::Arc;
@@ -55,6 +56,7 @@ pub fn directory(db: &Connection) -> Result<Directory, StoreError> {
         read_objects(db, &id, &mut organisation)?;
         read_credentials(db, &id, &mut organisation)?;
         organisation.in_force = InForce::of(&organisation.document).ok_or(StoreError::Damaged("limits that can't be read"))?;
+        organisation.prices = OwnPrices::of(&organisation.document);
         directory.organisations.insert(id, Arc::new(organisation));
     }
     Ok(directory)
@@ -79,6 +81,16 @@ fn read_objects(db: &Connection, id: &str, into: &mut Organisation) -> Result<()
         into.meta.insert((kind, name), meta);
     }
     Ok(())
+}
+
+/// The prices that an organisation gives for a provider.
+pub(super) fn own_prices(db: &Connection, organisation: &str, provider: &str) -> Result<OwnPrices, StoreError> {
+    let select = "SELECT body FROM objects_of_configuration WHERE organisation = ?1 AND kind = ?2 AND name = ?3";
+    let mut select = db.prepare_cached(select)?;
+    let body: Option<String> = select.query_row(params![organisation, Kind::Provider.name(), provider], |row| row.get(0)).optional()?;
+    let mut document = Document::default();
+    body.map_or(Ok(()), |body| put(&mut document, Kind::Provider, provider, &body))?;
+    Ok(OwnPrices::of(&document))
 }
 
 fn read_credentials(db: &Connection, id: &str, into: &mut Organisation) -> Result<(), StoreError> {

@@ -7,11 +7,13 @@ mod configuration;
 mod keys;
 pub mod ledger;
 pub mod objects;
+mod outbox;
 mod settlement;
 pub mod sqlite;
 
 use crate::config::{Fault, Kind};
 use crate::directory::Directory;
+use crate::prices::AdmittedPrices;
 use async_trait::async_trait;
 use keyward_core::admission::{Allow, Hold, Status};
 use keyward_core::audit::ChainKey;
@@ -298,6 +300,19 @@ pub struct AuditRow {
     pub mac: [u8; 32],
 }
 
+/// An alarm that waits to be sent.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Mail {
+    pub id: u64,
+    pub organisation: String,
+    pub what: String,
+    /// JSON.
+    pub detail: String,
+    pub time_ms: u64,
+    /// How often it was tried in vain.
+    pub tries: u32,
+}
+
 /// What usage is asked for.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct UsageQuery {
@@ -389,6 +404,8 @@ pub struct LedgerKeys {
     pub origin: String,
     pub audit_seed: [u8; 32],
     pub prices: PriceTable,
+    /// What requests in flight were admitted at.
+    pub admitted: AdmittedPrices,
 }
 
 impl LedgerKeys {
@@ -459,6 +476,11 @@ pub trait Store: Send + Sync + 'static {
     async fn begin_idempotent(&self, token_id: &str, key: &str, fingerprint: [u8; 32], now_ms: u64) -> Result<Idempotent, StoreError>;
     /// Keeps the sealed answer, which tells of the object `about`; no answer forgets the write, which did not happen.
     async fn end_idempotent(&self, token_id: &str, key: &str, answer: Option<Vec<u8>>, about: Option<String>) -> Result<(), StoreError>;
+
+    /// Alarms that are to be sent now, the oldest first.
+    async fn due_mail(&self, now_ms: u64, limit: u32) -> Result<Vec<Mail>, StoreError>;
+    /// One alarm was sent, or is to be tried again at `next_ms`.
+    async fn sent_mail(&self, id: u64, next_ms: Option<u64>) -> Result<(), StoreError>;
 
     async fn standing(&self, now_ms: u64) -> Result<Standing, StoreError>;
     /// Whether a write would be durable now.

@@ -2,16 +2,18 @@
 
 use super::accounts::{organisation_account, team_account};
 use super::ledger::{Ledger, hold_at, signed, state, unsigned};
-use super::{Expired, Settle, Settled, StoreError, Used, objects};
+use super::{Expired, Settle, Settled, StoreError, Used, configuration, objects};
 use crate::directory::Directory;
 use keyward_core::admission::{self, Charge, Ended, Hold};
 use keyward_core::audit::{self, Event, TryEntry};
 use keyward_core::edge::{Outcome, RequestId, Settlement};
 use keyward_core::limits::{self, DAY_MS, Moment};
 use keyward_core::money::Nanodollars;
+use keyward_core::price::{Mode, Price};
 use keyward_core::usage::Usage;
 use rusqlite::{OptionalExtension, params};
 use serde_json::json;
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 /// Ended requests are remembered this long, so that a replay is told from a new request.
@@ -134,7 +136,7 @@ impl Ledger<'_> {
         done: &mut Settled,
         tally: &mut Tally,
     ) -> Result<(), StoreError> {
-        let price = self.keys.prices.find(&request.provider, &request.model);
+        let (price, as_admitted) = self.price(settlement.req, request)?;
         let ended = Ended {
             sent: settlement.sent,
             status: settlement.status,
@@ -144,7 +146,11 @@ impl Ledger<'_> {
             visible_bytes: settlement.visible,
             choices: request.choices,
         };
-        let charge = admission::charge(&request.hold, price, &ended);
+        let mut charge = admission::charge(&request.hold, price.as_ref(), &ended);
+        // What an operator has changed since is no reason to charge more than was promised, or to freeze.
+        if !as_admitted && charge.amount > request.hold.total {
+            charge = Charge { amount: request.hold.total, estimated: true, ..charge };
+        }
         let usage = settlement.usage.or(settlement.input).unwrap_or_default();
         let event = settled_event(settlement, charge);
         let end = End { state: state::SETTLED, charge: charge.amount, tokens: charge.tokens, usage, event };
@@ -161,6 +167,20 @@ impl Ledger<'_> {
             }
         }
         Ok(())
+    }
+
+    /// The price of a request, and whether it is the one that it was admitted at. After a restart nobody remembers that, and the
+    /// price is what it is now: when the organisation gives prices of its own, it may have been edited in between.
+    fn price(&self, req: RequestId, request: &Request) -> Result<(Option<Price>, bool), StoreError> {
+        if let Some(price) = self.keys.admitted.of(req) {
+            return Ok((price.map(|price| (*price).clone()), true));
+        }
+        let organisation = self.chain(&request.key_id)?.organisation;
+        let own = configuration::own_prices(self.db, &organisation, &request.provider)?;
+        let (table, provider, model) = (&self.keys.prices, &request.provider, &request.model);
+        let stated = own.find(table, provider, model, &Mode::ALL);
+        let price = stated.or_else(|| table.price(provider, model, &Mode::ALL).map(Cow::into_owned));
+        Ok((price.filter(|_| !model.is_empty()), !own.gives(provider)))
     }
 
     /// Moves a request to its end: the hold goes, the charge comes, at every level; the chain and the tally say so.

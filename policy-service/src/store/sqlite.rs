@@ -4,8 +4,9 @@ use super::accounts::{self, Accounts, organisation_account, team_account};
 use super::configuration::{CREDENTIAL_COLUMNS, TOKEN_COLUMNS, credential_row, directory, token_row};
 use super::keys::{KEY_COLUMNS, KEYS, key_row};
 use super::ledger::{Ledger, signed, unsigned};
+use super::outbox;
 use super::{
-    Admission, Admit, AuditRow, CredentialRow, Edited, Edits, Expired, Idempotent, KeyOutcome, KeyRow, KeyUpdate, LedgerKeys, NewKey,
+    Admission, Admit, AuditRow, CredentialRow, Edited, Edits, Expired, Idempotent, KeyOutcome, KeyRow, KeyUpdate, LedgerKeys, Mail, NewKey,
     NewOrganisation, Rotation, Settle, Settled, Standing, Store, StoreError, TokenRow, UsageBy, UsageQuery, UsageRow,
 };
 use crate::directory::Directory;
@@ -370,6 +371,14 @@ impl Store for SqliteStore {
     async fn end_idempotent(&self, token_id: &str, key: &str, answer: Option<Vec<u8>>, about: Option<String>) -> Result<(), StoreError> {
         let (token_id, key) = (token_id.to_owned(), key.to_owned());
         self.write(move |ledger| ledger.end_idempotent(&token_id, &key, answer.as_deref(), about.as_deref())).await
+    }
+
+    async fn due_mail(&self, now_ms: u64, limit: u32) -> Result<Vec<Mail>, StoreError> {
+        self.read(move |db| outbox::due(db, now_ms, limit)).await
+    }
+
+    async fn sent_mail(&self, id: u64, next_ms: Option<u64>) -> Result<(), StoreError> {
+        self.write(move |ledger| ledger.sent_mail(id, next_ms)).await
     }
 
     async fn standing(&self, now_ms: u64) -> Result<Standing, StoreError> {

@@ -113,8 +113,6 @@ async fn usage_adds_up_by_day_key_and_model() {
     assert_eq!(all[0].nanodollars, spent, "the days' sums are what the keys spent");
 }
 
-/// A settlement that names what the provider made.
-
 /// A version that comes again would let a writer overwrite what it never read.
 #[tokio::test]
 async fn an_object_made_anew_has_a_version_of_its_own() {

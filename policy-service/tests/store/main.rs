@@ -12,6 +12,7 @@ use keyward_core::refusal::{Code, Refusal};
 use keyward_core::usage::Usage;
 use keyward_policy_service::config::Kind;
 use keyward_policy_service::directory::Directory;
+use keyward_policy_service::prices::AdmittedPrices;
 use keyward_policy_service::store::sqlite::SqliteStore;
 use keyward_policy_service::store::{
     Admission, Admit, CredentialRow, Edit, Edited, Edits, Expect, KeyOutcome, KeyRow, KeyUpdate, LedgerKeys, NewKey, Rotation, Settle,
@@ -25,6 +26,7 @@ mod keys;
 mod limits;
 mod model;
 mod objects;
+mod prices;
 
 const TTL: u64 = 1_000;
 const VM: VmId = VmId([7; 16]);
@@ -38,7 +40,12 @@ struct Bed {
 }
 
 fn ledger_keys() -> LedgerKeys {
-    LedgerKeys { origin: "test".to_owned(), audit_seed: [5; 32], prices: PriceTable::built_in().unwrap() }
+    LedgerKeys {
+        origin: "test".to_owned(),
+        audit_seed: [5; 32],
+        prices: PriceTable::built_in().unwrap(),
+        admitted: AdmittedPrices::default(),
+    }
 }
 
 impl Bed {

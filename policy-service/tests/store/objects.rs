@@ -2,6 +2,7 @@
 
 use super::*;
 
+/// A settlement that names what the provider made.
 fn created(req: u8, ids: &[&str], credential: &str) -> Settlement {
     Settlement {
         created: ids.iter().map(|id| (*id).to_owned()).collect(),

@@ -73,7 +73,7 @@ pub fn parse(body: &[u8], version: &str) -> Result<Asked, ApiError> {
     sampling(&fields, version)?;
     check_messages(messages, version)?;
     let tools = tools(&fields)?;
-    let prompt_tokens = prompt_tokens(&fields, messages).min(body.len() as u64);
+    let prompt_tokens = prompt_tokens(&fields, messages).min(body.len() as u64) + added_tokens(&fields);
     if prompt_tokens > model.context {
         let message = format!("prompt is too long: {prompt_tokens} tokens > {} maximum", model.context);
         return Err(ApiError::invalid(message));
@@ -115,7 +115,7 @@ pub fn count(body: &[u8], version: &str) -> Result<(&'static Model, u64, String)
     let model = Model::find(Provider::Anthropic, name).ok_or_else(|| error::model_not_found(name))?;
     check_messages(messages, version)?;
     tools(&fields)?;
-    Ok((model, prompt_tokens(&fields, messages).min(body.len() as u64), last_user(messages)))
+    Ok((model, prompt_tokens(&fields, messages).min(body.len() as u64) + added_tokens(&fields), last_user(messages)))
 }
 
 fn object(body: &[u8]) -> Result<Fields, ApiError> {
@@ -340,6 +340,18 @@ fn prompt_tokens(fields: &Fields, messages: &[Value]) -> u64 {
     };
     let said: u64 = messages.iter().map(|message| MESSAGE_OVERHEAD + content(message.get("content"))).sum();
     said + content(fields.get("system")) + fields.get("tools").map_or(0, tokens::count_json) + MESSAGE_OVERHEAD
+}
+
+/// Tokens that stand in no body: the provider's own words about tools, and its descriptions of those that it has trained (tool use
+/// guide, Claude 4.5: 346 with any tool; bash 245, text editor 700, computer 735 and 499 more).
+fn added_tokens(fields: &Fields) -> u64 {
+    let tools = fields.get("tools").and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
+    let own = |tool: &Value| {
+        let kind = tool.get("type").and_then(Value::as_str).unwrap_or_default();
+        let known = [("bash_", 245), ("text_editor_", 700), ("computer_", 1_234)];
+        known.iter().find(|(name, _)| kind.starts_with(name)).map_or(0, |(_, tokens)| *tokens)
+    };
+    if tools.is_empty() { 0 } else { 346 + tools.iter().map(own).sum::<u64>() }
 }
 
 fn part_tokens(part: &Value) -> u64 {
