@@ -1,10 +1,13 @@
 """Money and limits hold: the trials of soak_money.py at a size for every day, and that their oracle finds what it is for."""
 
+import asyncio
 import copy
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import trials
-from demand import Answer, Ask
+from demand import Answer, Ask, all_at_once
 from harness import Stack
 from money import (Books, Party, all_findings, exact_limiter, least_within, mean_in_flight, most_in_flight, most_within, nanodollars, sample_findings, usd,
                    window_start)
@@ -48,6 +51,49 @@ def test_parallel_requests_share_what_is_left(own):
 
 def test_the_retry_after_of_reserved_money_is_right(own):
     passes(trials.honest_retry_after(own, rounds=2, answer_s=2.0))
+
+
+def kill_envoy(world, request):
+    """Leaves holds behind, which expire after a long time."""
+    def kill(stack):
+        time.sleep(0.5)
+        stack.envoy.kill()
+        stack.spawn_envoy()
+
+    with ThreadPoolExecutor(1) as laying:
+        load = laying.submit(lambda: asyncio.run(all_at_once(world.stack.listen_port, [request] * 6, 6)))
+        kill(world.stack)
+        load.result()
+
+
+def restart(world, _):
+    world.rest()
+    world.stack.service.terminate()
+    world.stack.start_service()
+
+
+@pytest.mark.parametrize("meanwhile", [
+    pytest.param(kill_envoy, marks=pytest.mark.xfail(strict=True, reason="an expired hold counts as a request that took as long as holds live")),
+    pytest.param(restart, marks=pytest.mark.xfail(strict=True, reason="how long requests take is forgotten at a restart")),
+])
+def test_the_retry_after_stays_right(meanwhile):
+    with Stack(concurrency=2, hold_ttl=12) as stack:
+        passes(trials.honest_retry_after(stack, rounds=1, answer_s=3.0, meanwhile=meanwhile))
+
+
+@pytest.mark.xfail(strict=True, reason="how long a request took is told by the wall clock")
+def test_the_retry_after_stays_right_when_the_clock_is_stepped(tmp_path):
+    clock = trials.Clock(tmp_path)
+
+    def step(world, request):
+        with ThreadPoolExecutor(1) as laying:
+            load = laying.submit(lambda: asyncio.run(all_at_once(world.stack.listen_port, [request], 1)))
+            time.sleep(0.5)
+            clock.step(3600)
+            load.result()
+
+    with Stack(concurrency=2, service_env=clock.env()) as stack:
+        passes(trials.honest_retry_after(stack, rounds=1, answer_s=1.5, meanwhile=step))
 
 
 def test_rates_are_never_exceeded(own):
