@@ -119,6 +119,7 @@ pub async fn start(config: Config) -> Result<Running, StartError> {
     tracing::info!(version = env!("CARGO_PKG_VERSION"), edge = %running.edge, admin = %running.admin, "the policy service listens");
     running.tasks.push(tokio::spawn(serve(edge, edge_router, stopped.clone())));
     running.tasks.push(tokio::spawn(serve(admin, admin_router, stopped.clone())));
+    running.tasks.push(tokio::spawn(watch_changes(service.clone(), stopped.clone())));
     running.tasks.push(tokio::spawn(sweep(service, stopped)));
     Ok(running)
 }
@@ -127,6 +128,8 @@ impl Running {
     /// Stops in order: no new requests, those in hand end, everything queued is committed, the database is closed.
     pub async fn stop(self) {
         let _ = self.stop.send(true);
+        // A question for news would be held for seconds.
+        self.service.end_watches();
         for task in self.tasks {
             let _ = tokio::time::timeout(Duration::from_secs(10), task).await;
         }
@@ -175,6 +178,14 @@ async fn serve(listener: TcpListener, router: axum::Router, mut stopped: watch::
 async fn stop_asked(stopped: &mut watch::Receiver<bool>) {
     // An error means that the sender is gone: then it is over as well.
     drop(stopped.wait_for(|stop| *stop).await);
+}
+
+/// Judges what is running after each change of the rules.
+async fn watch_changes(service: Arc<Service>, mut stopped: watch::Receiver<bool>) {
+    tokio::select! {
+        () = stop_asked(&mut stopped) => {}
+        () = service.watch_changes() => {}
+    }
 }
 
 /// Charges expired holds, every second.

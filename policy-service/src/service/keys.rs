@@ -199,7 +199,8 @@ impl Service {
             }
             let row = patched(before, patch, now)?;
             let max_keys = self.within_limits(who, &row)?;
-            match self.store.update_key(KeyUpdate { row, salt: random()?, actor: who.actor(), now_ms: now, max_keys }).await? {
+            let update = KeyUpdate { row, salt: random()?, actor: who.actor(), now_ms: now, max_keys };
+            match self.changing_key(id, self.store.update_key(update)).await? {
                 KeyOutcome::Stale(_) if expect.is_none() => {}
                 other => return outcome(other),
             }
@@ -244,7 +245,7 @@ impl Service {
                 actor: who.actor(),
                 now_ms: now,
             };
-            match self.store.rotate_key(rotation).await? {
+            match self.changing_key(id, self.store.rotate_key(rotation)).await? {
                 KeyOutcome::Stale(_) if expect.is_none() => {}
                 other => return Ok((outcome(other)?, token)),
             }
@@ -257,7 +258,8 @@ impl Service {
         for _ in 0..TRIES {
             let before = self.key(who, id).await?;
             let at = expect.or(Some(before.version));
-            match self.store.revoke_key(&who.organisation, id, at, &who.actor(), now_ms()).await? {
+            let actor = who.actor();
+            match self.changing_key(id, self.store.revoke_key(&who.organisation, id, at, &actor, now_ms())).await? {
                 KeyOutcome::Stale(_) if expect.is_none() => {}
                 other => return outcome(other),
             }

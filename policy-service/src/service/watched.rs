@@ -1,5 +1,6 @@
 //! What operators see of the service: gauges that are read when somebody looks, and what a log line may say.
 
+use super::watch::Changed;
 use super::{InMemory, Service, millis, now_ms};
 use crate::directory::Directory;
 use crate::metrics::{handles, unix_seconds};
@@ -56,6 +57,9 @@ impl Service {
         metrics.records_repeated.increment(settled.repeated);
         metrics.records_unknown.increment(settled.unknown);
         self.count_used(&settled.used);
+        if settled.frozen > 0 {
+            self.changed(Changed::all());
+        }
         if settled.gaps > 0 || settled.unknown > 0 || settled.frozen > 0 {
             tracing::error!(
                 missing = settled.gaps,

@@ -6,7 +6,7 @@ use super::{Admission, Admit, Admitted, StoreError};
 use crate::directory::{NoCredential, Organisation};
 use keyward_core::admission::{self, Hold, KeyState};
 use keyward_core::audit::{self, Event};
-use keyward_core::edge::RequestId;
+use keyward_core::edge::{Ask, RequestId};
 use keyward_core::models;
 use keyward_core::money::Nanodollars;
 use keyward_core::operation::Provider;
@@ -53,7 +53,7 @@ impl Ledger<'_> {
                     return Ok(Admission::Conflict);
                 }
                 let target = self.target(organisation, &key, admit)?;
-                return Ok(target.map_or(Admission::Conflict, |target| admitted(&key, target, hold, organisation.rev)));
+                return Ok(target.map_or(Admission::Conflict, |target| admitted(&key, target, hold, organisation.rev, ask)));
             }
             Some(_) => return Ok(Admission::Conflict),
             None => {}
@@ -86,8 +86,9 @@ impl Ledger<'_> {
             .execute(params![key.id, hold.total.0, signed(seq), mac])?;
         self.db
             .prepare_cached(
-                "INSERT INTO requests (req, key_id, state, fingerprint, provider, model, stream, choices, hold, hold_input, clamp, expires_ms)
-                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12)",
+                "INSERT INTO requests (req, key_id, state, fingerprint, provider, model, stream, choices, hold, hold_input, clamp, expires_ms,
+                     endpoint, asked, token)
+                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15)",
             )?
             .execute(params![
                 admit.request.req.0,
@@ -102,8 +103,11 @@ impl Ledger<'_> {
                 hold.input.0,
                 hold.clamp.map(signed),
                 signed(admit.expires_ms),
+                ask.endpoint,
+                ask.model,
+                admit.token_hash,
             ])?;
-        Ok(admitted(&key, target, hold, organisation.rev))
+        Ok(admitted(&key, target, hold, organisation.rev, ask))
     }
 
     fn decide(&self, organisation: &Organisation, key: &mut Found, admit: &Admit) -> Result<Result<(Target, Hold), Refusal>, StoreError> {
@@ -230,9 +234,24 @@ impl Found {
     }
 }
 
-fn admitted(key: &Found, target: Target, hold: Hold, rev: u64) -> Admission {
+fn admitted(key: &Found, target: Target, hold: Hold, rev: u64, ask: &Ask) -> Admission {
     let Target { model, credentials, state, answer } = target;
-    Admission::Admitted(Box::new(Admitted { key_id: key.id.clone(), hold, model, credentials, state, answer, rev }))
+    let expires_ms = key.state.expires_ms.into_iter().chain(key.token_expires_ms).min();
+    // Where output has a limit, that is what was held for; without a budget the hold binds nobody.
+    let limited = key.state.cap.is_some() && !admission::operation(ask).limits().is_empty();
+    let per_choice = hold.clamp.or(ask.max_tokens).filter(|_| limited);
+    let output_limit = per_choice.map(|limit| limit.saturating_mul(ask.choices.max(1)));
+    Admission::Admitted(Box::new(Admitted {
+        key_id: key.id.clone(),
+        hold,
+        model,
+        credentials,
+        state,
+        answer,
+        expires_ms,
+        output_limit,
+        rev,
+    }))
 }
 
 fn no_credential(none: &NoCredential, provider: &str) -> Refusal {

@@ -5,7 +5,7 @@ use super::keys::{KEY_COLUMNS, key_row};
 use super::ledger::{Ledger, signed, unsigned};
 use super::{
     Admission, Admit, AuditRow, CredentialRow, Edited, Edits, Expired, Idempotent, KeyOutcome, KeyRow, KeyUpdate, LedgerKeys, NewKey,
-    NewOrganisation, Rotation, Settle, Settled, Standing, Store, StoreError, TokenRow, UsageBy, UsageQuery, UsageRow,
+    NewOrganisation, Rotation, Running, Settle, Settled, Standing, Store, StoreError, TokenRow, UsageBy, UsageQuery, UsageRow, watched,
 };
 use crate::directory::Directory;
 use crate::metrics::handles;
@@ -13,6 +13,7 @@ use async_trait::async_trait;
 use keyward_core::money::Nanodollars;
 use rusqlite::types::Value;
 use rusqlite::{Connection, OpenFlags, OptionalExtension, TransactionBehavior, params};
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
@@ -23,7 +24,13 @@ const MAX_GROUP: usize = 256;
 /// Operations that may wait for the writer; more is answered as unavailable, at once.
 const MAX_QUEUE: usize = 16_384;
 const BUSY: Duration = Duration::from_secs(5);
-const MIGRATIONS: &[&str] = &[include_str!("schema.sql"), include_str!("admin.sql"), include_str!("objects.sql"), include_str!("kept.sql")];
+const MIGRATIONS: &[&str] = &[
+    include_str!("schema.sql"),
+    include_str!("admin.sql"),
+    include_str!("objects.sql"),
+    include_str!("kept.sql"),
+    include_str!("watched.sql"),
+];
 
 type Apply = Box<dyn Fn(&Ledger<'_>) -> Result<(), StoreError> + Send>;
 
@@ -209,6 +216,10 @@ impl Store for SqliteStore {
 
     async fn settle(&self, batch: Vec<Settle>, now_ms: u64) -> Result<Settled, StoreError> {
         self.write(move |ledger| ledger.settle(&batch, now_ms)).await
+    }
+
+    async fn running(&self, keys: Option<BTreeSet<String>>) -> Result<Running, StoreError> {
+        self.read(move |db| watched::running(db, keys.as_ref())).await
     }
 
     async fn expire(&self, now_ms: u64) -> Result<Expired, StoreError> {
