@@ -354,3 +354,291 @@ fn over_cap<'a>(key: &KeyRow, mut requests: Vec<&'a Held>) -> Vec<&'a Held> {
     };
     newest.take_while(must_go).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{self, Budget, Credential};
+    use crate::service::Admitted;
+    use crate::service::access::Principal;
+    use crate::service::keys::{AllowPatch, KeyPatch, KeySpec};
+    use crate::store::Expect;
+    use crate::{Config, start};
+    use keyward_core::edge::{AdmitRequest, Plan, VmId};
+    use keyward_core::token::VirtualKey;
+    use std::future::poll_fn;
+    use std::path::Path;
+    use std::pin::pin;
+    use std::sync::Arc;
+    use std::task::Poll;
+    use tokio::time::timeout;
+
+    /// Far longer than anything here takes, and shorter than a question is held.
+    const SOON: Duration = Duration::from_millis(HOLD_MS - 1_000);
+
+    async fn running(data: &Path) -> crate::Running {
+        let config = Config {
+            data: data.to_owned(),
+            edge: "127.0.0.1:0".parse().unwrap(),
+            admin: "127.0.0.1:0".parse().unwrap(),
+            origin: "test".to_owned(),
+            hold_ttl: Duration::from_secs(60),
+            kek: None,
+        };
+        start(config).await.unwrap()
+    }
+
+    struct Bed {
+        data: tempfile::TempDir,
+        running: crate::Running,
+        reqs: u8,
+    }
+
+    impl Bed {
+        async fn new() -> Self {
+            let data = tempfile::tempdir().unwrap();
+            let running = running(data.path()).await;
+            let credential = Credential {
+                provider: "openai".to_owned(),
+                label: String::new(),
+                account: None,
+                from: None,
+                secret: Some("sk-proj-Watched7Qw8Zx2Vb6Nm1Kj9Hg5Fd3Sa".to_owned()),
+            };
+            running.service.put_credential(&who(), Some("main"), &credential, Expect::Absent).await.unwrap();
+            Bed { data, running, reqs: 0 }
+        }
+
+        fn service(&self) -> &Arc<Service> {
+            &self.running.service
+        }
+
+        async fn key(&self, spec: KeySpec) -> (String, VirtualKey) {
+            let (row, token) = self.service().create_key(&who(), spec).await.unwrap();
+            (row.id, token)
+        }
+
+        /// Has a request running: its id, and the plan that it got.
+        async fn admit(&mut self, token: &VirtualKey) -> (RequestId, Plan) {
+            self.reqs += 1;
+            let req = RequestId([self.reqs; 16]);
+            let ask = Ask {
+                provider: "openai".to_owned(),
+                endpoint: "POST /v1/chat/completions".to_owned(),
+                model: Some("gpt-4o-mini".to_owned()),
+                bytes: 100,
+                max_tokens: Some(1_000),
+                choices: 2,
+                ..Ask::default()
+            };
+            let request = AdmitRequest { req, vm: VmId([1; 16]), node: String::new(), token: token.hash().0, need_key: false, ask };
+            match self.service().admit(request, None).await {
+                Admitted::Answer(answer) => (req, answer.plan.unwrap()),
+                Admitted::Conflict => panic!("a conflict"),
+            }
+        }
+
+        async fn now(&self) -> String {
+            self.service().news(None).await.unwrap().since
+        }
+
+        /// What comes after a place, and where to go on.
+        async fn next(&self, since: &str) -> (Vec<End>, String) {
+            let answer = timeout(SOON, self.service().news(Some(since))).await.expect("no news").unwrap();
+            (answer.end, answer.since)
+        }
+
+        async fn put<T: config::Object>(&self, name: &str, object: serde_json::Value)
+        where
+            T: serde::de::DeserializeOwned,
+        {
+            let object: T = serde_json::from_value(object).unwrap();
+            self.service().put_object(&who(), name, &object, Expect::Anything).await.unwrap();
+        }
+    }
+
+    fn who() -> Principal {
+        Principal::local("test")
+    }
+
+    fn ends(req: RequestId, code: Code) -> Vec<End> {
+        vec![End { req, code }]
+    }
+
+    #[tokio::test]
+    async fn a_revocation_is_news_to_whoever_waits() {
+        let mut bed = Bed::new().await;
+        let (key, token) = bed.key(KeySpec::default()).await;
+        let (_, other) = bed.key(KeySpec::default()).await;
+        let (req, _) = bed.admit(&token).await;
+        let _ = bed.admit(&other).await;
+        let since = bed.now().await;
+        let waiting = {
+            let (service, since) = (bed.service().clone(), since.clone());
+            tokio::spawn(async move { service.news(Some(&since)).await.unwrap() })
+        };
+        bed.service().revoke_key(&who(), &key, None).await.unwrap();
+        let heard = timeout(SOON, waiting).await.unwrap().unwrap();
+        assert_eq!(heard.end, ends(req, Code::Revoked), "the other key's request goes on");
+        // Who asks later hears it as well, once; who asks from nowhere as long as it runs.
+        assert_eq!(bed.next(&since).await, (heard.end.clone(), heard.since));
+        bed.service().revoke_key(&who(), &key, None).await.unwrap();
+        let everything = bed.service().news(None).await.unwrap();
+        assert_eq!((everything.end, everything.since), (heard.end, bed.now().await));
+        bed.running.stop().await;
+    }
+
+    #[tokio::test]
+    async fn after_a_restart_everything_is_told() {
+        let mut bed = Bed::new().await;
+        let (key, token) = bed.key(KeySpec::default()).await;
+        let (req, _) = bed.admit(&token).await;
+        let since = bed.now().await;
+        bed.service().revoke_key(&who(), &key, None).await.unwrap();
+        bed.running.stop().await;
+        bed.running = running(bed.data.path()).await;
+        for place in [Some(since.as_str()), None, Some("nonsense"), Some("")] {
+            assert_eq!(bed.service().news(place).await.unwrap().end, ends(req, Code::Revoked), "{place:?}");
+        }
+        let (epoch, _) = bed.now().await.split_once(':').map(|(epoch, n)| (epoch.to_owned(), n.to_owned())).unwrap();
+        let ahead = format!("{epoch}:99");
+        assert_eq!(bed.service().news(Some(&ahead)).await.unwrap().end, ends(req, Code::Revoked), "a place that is not there yet");
+        bed.running.stop().await;
+    }
+
+    #[tokio::test]
+    async fn each_rule_ends_what_it_no_longer_allows() {
+        let mut bed = Bed::new().await;
+        bed.put::<config::Team>("crew", serde_json::json!({})).await;
+        bed.put::<config::Policy>("usual", serde_json::json!({})).await;
+        let spec = KeySpec { team: Some("crew".to_owned()), policy: Some("usual".to_owned()), ..KeySpec::default() };
+        let (key, token) = bed.key(spec).await;
+        let allow = |models: &[&str], endpoints: &[&str]| KeyPatch {
+            allow: Some(AllowPatch {
+                models: Some(models.iter().map(|s| (*s).to_owned()).collect()),
+                endpoints: Some(endpoints.iter().map(|s| (*s).to_owned()).collect()),
+            }),
+            ..KeyPatch::default()
+        };
+        let mut since = bed.now().await;
+        for (n, code) in [
+            Code::ModelNotAllowed,
+            Code::EndpointNotAllowed,
+            Code::ModelNotAllowed,
+            Code::ModelNotAllowed,
+            Code::UnknownProvider,
+            Code::Revoked,
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            let (_, fresh) = bed.service().rotate_key(&who(), &key, None, "1h").await.unwrap();
+            let (req, _) = bed.admit(&fresh).await;
+            // What stays within the rules changes nothing: the next news is of the change after it.
+            bed.service().update_key(&who(), &key, None, &allow(&["gpt-4o*"], &["POST /v1/chat/*"])).await.unwrap();
+            match n {
+                0 => drop(bed.service().update_key(&who(), &key, None, &allow(&["o3"], &[])).await.unwrap()),
+                1 => drop(bed.service().update_key(&who(), &key, None, &allow(&[], &["POST /v1/embeddings"])).await.unwrap()),
+                2 => bed.put::<config::Policy>("usual", serde_json::json!({ "allow": { "models": ["o3"] } })).await,
+                3 => bed.put::<config::Team>("crew", serde_json::json!({ "allow": { "models": ["o3"] } })).await,
+                4 => bed.put::<config::ProviderSettings>("openai", serde_json::json!({ "enabled": false })).await,
+                _ => drop(bed.service().rotate_key(&who(), &key, None, "0s").await.unwrap()),
+            }
+            let (end, next) = bed.next(&since).await;
+            assert_eq!(end, ends(req, code), "change {n}");
+            since = next;
+            bed.service().update_key(&who(), &key, None, &allow(&[], &[])).await.unwrap();
+            bed.put::<config::Policy>("usual", serde_json::json!({})).await;
+            bed.put::<config::Team>("crew", serde_json::json!({})).await;
+            bed.put::<config::ProviderSettings>("openai", serde_json::json!({ "enabled": true })).await;
+        }
+        drop(token);
+        bed.running.stop().await;
+    }
+
+    #[tokio::test]
+    async fn a_shortened_life_ends_when_it_ends() {
+        let mut bed = Bed::new().await;
+        let (key, token) = bed.key(KeySpec { expires_in: Some("1h".to_owned()), ..KeySpec::default() }).await;
+        let (req, plan) = bed.admit(&token).await;
+        assert_eq!(plan.expires_ms, bed.service().key(&who(), &key).await.unwrap().expires_ms, "the gate sees to the life that it had");
+        let since = bed.now().await;
+        let patch = KeyPatch { expires_in: Some(Some("1s".to_owned())), ..KeyPatch::default() };
+        bed.service().update_key(&who(), &key, None, &patch).await.unwrap();
+        assert_eq!(bed.next(&since).await.0, ends(req, Code::Expired));
+        bed.running.stop().await;
+    }
+
+    #[tokio::test]
+    async fn a_lowered_cap_ends_the_newest() {
+        let mut bed = Bed::new().await;
+        let budget = |usd: &str| vec![Budget { usd: usd.to_owned(), window: "total".to_owned() }];
+        let (key, token) = bed.key(KeySpec { budgets: budget("1.00"), ..KeySpec::default() }).await;
+        let (first, plan) = bed.admit(&token).await;
+        assert_eq!(plan.output_limit, Some(2_000), "over both choices");
+        // Holds are told apart by when they expire.
+        tokio::time::sleep(Duration::from_millis(3)).await;
+        let (second, _) = bed.admit(&token).await;
+        let since = bed.now().await;
+        let reserved = bed.service().key(&who(), &key).await.unwrap().reserved;
+        let lower = |cap: i64| KeyPatch { budgets: Some(budget(&Nanodollars(cap).to_usd())), ..KeyPatch::default() };
+        bed.service().update_key(&who(), &key, None, &lower(reserved.0)).await.unwrap();
+        bed.service().update_key(&who(), &key, None, &lower(reserved.0 - 1)).await.unwrap();
+        let (end, since) = bed.next(&since).await;
+        assert_eq!(end, ends(second, Code::CapExhausted), "there is room for one");
+        bed.service().update_key(&who(), &key, None, &lower(0)).await.unwrap();
+        assert_eq!(bed.next(&since).await.0, ends(first, Code::CapExhausted));
+        bed.running.stop().await;
+    }
+
+    /// Whoever asks for a revocation may hang up before its answer: what was written is pushed all the same.
+    #[tokio::test]
+    async fn a_change_whose_caller_has_gone_is_news_too() {
+        let mut bed = Bed::new().await;
+        let (key, token) = bed.key(KeySpec::default()).await;
+        let (req, _) = bed.admit(&token).await;
+        let since = bed.now().await;
+        {
+            let service = bed.service().clone();
+            let mut write = pin!(service.changing_key(&key, service.store.revoke_key(crate::service::ORGANISATION, &key, None, "test", 1)));
+            poll_fn(|context| {
+                assert!(write.as_mut().poll(context).is_pending(), "it was to be dropped half way");
+                Poll::Ready(())
+            })
+            .await;
+        }
+        assert_eq!(bed.next(&since).await.0, ends(req, Code::Revoked));
+        bed.running.stop().await;
+    }
+
+    #[tokio::test]
+    async fn nobody_waits_while_the_service_stops() {
+        let bed = Bed::new().await;
+        let since = bed.now().await;
+        let waiting = {
+            let (service, since) = (bed.service().clone(), since.clone());
+            tokio::spawn(async move { service.news(Some(&since)).await.unwrap() })
+        };
+        tokio::task::yield_now().await;
+        bed.service().end_watches();
+        let answer = timeout(SOON, waiting).await.expect("it waits on").unwrap();
+        assert_eq!(answer, WatchAnswer { since, end: Vec::new() });
+        bed.running.stop().await;
+    }
+
+    #[test]
+    fn a_log_tells_what_it_has_and_owns_up_to_what_it_has_not() {
+        let watch = Watch::new().unwrap();
+        let end = |n: usize| End { req: RequestId((n as u128).to_be_bytes()), code: Code::Revoked };
+        watch.tell(vec![end(1), end(2), end(1)]);
+        let told = |place: u64| watch.after(place).map(|answer| answer.end);
+        assert_eq!((told(0), told(1)), (Some(vec![end(1), end(2)]), Some(vec![end(2)])));
+        assert_eq!((told(2), told(3)), (Some(vec![]), None));
+        watch.tell((10..10 + MAX_LOG).map(end).collect());
+        assert_eq!(told(1), None, "it does not go back so far");
+        let all = watch.after(2).unwrap();
+        assert_eq!((all.end.len(), all.since), (MAX_ANSWER, watch.at(2 + MAX_ANSWER as u64)), "the rest at the next question");
+        watch.tell(vec![end(1)]);
+        assert_eq!(told(2 + MAX_LOG as u64), Some(vec![end(1)]), "what has left the log can be told again");
+    }
+}
