@@ -239,8 +239,10 @@ impl HttpContext for GateStream {
         let headers = map.pairs();
         self.announced = gate::header(&headers, "content-length").is_some_and(|length| !length.is_empty());
         #[cfg(feature = "test-trap")]
-        if gate::header(&headers, "x-test-trap").is_some() {
-            std::process::abort();
+        match gate::header(&headers, "x-test-trap") {
+            Some(b"lease") => crate::watching::trap_holder(),
+            Some(_) => std::process::abort(),
+            None => {}
         }
         // Without randomness there is no id that nobody can guess: the request ends here.
         let Some(id) = self.vm.request_id() else {

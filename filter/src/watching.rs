@@ -183,6 +183,8 @@ impl Watching {
 pub fn tick(vm: &Vm, id: VmId, root: u32) {
     let (mono_ms, now_ms) = (host::monotonic_ms(), host::now_ms());
     let config = vm.config();
+    #[cfg(feature = "test-trap")]
+    trap_if_asked(vm.watching.borrow().watch.holds_lease());
     let due = {
         let mut watching = vm.watching.borrow_mut();
         let Ticked { news, ask, took_over } = watching.watch.tick(&ProcessData, id, mono_ms);
@@ -218,6 +220,23 @@ pub fn tick(vm: &Vm, id: VmId, root: u32) {
         finish(&running, ending.code);
     }
     host::act_for(root);
+}
+
+#[cfg(feature = "test-trap")]
+const TRAP: &[u8] = b"keyward/test/trap-holder";
+
+/// Traps the VM that asks for all, whichever it is.
+#[cfg(feature = "test-trap")]
+pub fn trap_holder() {
+    host::set_shared(TRAP, b"1", 0);
+}
+
+#[cfg(feature = "test-trap")]
+fn trap_if_asked(holds_lease: bool) {
+    if holds_lease && host::shared(TRAP).is_some_and(|(value, _)| !value.is_empty()) {
+        host::set_shared(TRAP, b"", 0);
+        std::process::abort();
+    }
 }
 
 /// Answers a request whose caller has seen nothing yet; cuts one that is being answered.

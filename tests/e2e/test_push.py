@@ -5,6 +5,7 @@ import contextlib
 import os
 import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import anthropic
 import openai
@@ -212,8 +213,66 @@ def test_the_error_stands_between_two_events_however_the_stream_is_cut_up(fleet,
     assert [code_of(stream, dialect) for stream in streams] == ["revoked"] * 4
 
 
-def test_a_request_that_waits_for_its_admission_is_refused_and_void(one, reader):
-    """The admission is in the ledger, its answer on the way: the gate hears of the end first, or finds it in the answer's place."""
+class Between(Stack):
+    """The policy service behind a stretch of line on which the answers to admissions can be held up, and nothing else."""
+
+    def start_envoy(self):
+        self.free = threading.Event()
+        self.free.set()
+        outer, service = self, f"http://127.0.0.1:{self.edge_port}"
+
+        class Line(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self):
+                body = self.rfile.read(int(self.headers.get("content-length") or 0))
+                status, _, answer = call(service, self.command, self.path, body, {"authorization": self.headers["authorization"]})
+                if self.path.endswith("/admit"):
+                    outer.free.wait(20)
+                # Envoy may have given the request up.
+                with contextlib.suppress(OSError):
+                    self.send_response(status)
+                    self.send_header("content-length", str(len(answer)))
+                    self.end_headers()
+                    self.wfile.write(answer)
+
+            do_GET = do_POST
+
+            def log_message(self, *_):
+                pass
+
+        self.line = ThreadingHTTPServer(("127.0.0.1", 0), Line)
+        threading.Thread(target=self.line.serve_forever, daemon=True).start()
+        edge_port, self.edge_port = self.edge_port, self.line.server_port
+        super().start_envoy()
+        self.edge_port = edge_port
+
+    def __exit__(self, *error):
+        self.line.shutdown()
+        super().__exit__(*error)
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_a_permit_that_comes_after_the_revocation_is_void(reader, dialect):
+    """Admitted and written down, but the answer is still on its way when the key is revoked: the caller is refused, nothing leaves,
+    and when the answer comes it changes nothing."""
+    with Between(concurrency=2) as stack:
+        key = stack.new_key("50.00")
+        assert stack.chat(key[1])[0] == 200
+        seq = stack.last_seq()
+        stack.free.clear()
+        asked = [reader.open(stack.listen_port, key, "tokens=5", dialect, stream) for stream in (False, True)]
+        wait_for("the admissions", lambda: stack.key(key[0])["in_flight"] == 2)
+        revoke(stack, key[0])
+        wait_for("the refusals", lambda: all(stream.body.endswith(b"}") for stream in asked))
+        for stream in asked:
+            assert stream.status == 401 and "x-keyward-reason: revoked" in stream.head
+        stack.free.set()
+        assert [end["event"] for end in stack.books(key[0])[2]] == ["SETTLED", "VOIDED", "VOIDED"]
+        assert stack.last_seq() == seq
+
+
+def test_revoked_in_the_middle_of_a_run_of_short_requests(one):
     key = one.new_key("50.00")
     stopped = threading.Event()
     results = []
@@ -330,25 +389,31 @@ def test_streams_end_when_the_service_is_lost_for_too_long(tmp_path):
 
 
 @pytest.mark.skipif("TRAP_FILTER" not in os.environ, reason="needs the filter that can be made to trap")
-def test_a_trap_of_the_worker_that_asks_for_all_is_made_good():
-    """Whichever worker traps, another goes on asking, and what the others have running still ends."""
+@pytest.mark.parametrize("trap", ["lease", "any"])
+def test_a_trap_is_made_good(trap):
+    """`lease`: the VM that asks for all traps, and another goes on. `any`: a worker traps. What the others have running still ends."""
     with Stack(concurrency=4, filter_module=os.environ["TRAP_FILTER"]) as stack, Reader() as reader:
-        for _ in range(6):
-            keys = [stack.new_key("50.00") for _ in range(8)]
+        def counted(name):
+            return stack.stats(name)[f"wasmcustom.{name}"]
+
+        for _ in range(4):
+            keys = [stack.new_key("50.00") for _ in range(12)]
+            wait_for("a VM that serves", lambda: stack.chat(keys[0][1])[0] == 200)
             streams = [reader.open(stack.listen_port, key) for key in keys]
             reader.wait_flowing(streams)
+            before = counted("keyward_watch_takeovers_total")
             with contextlib.suppress(OSError):
-                call(stack.base, "POST", "/v1/chat/completions", {}, {"authorization": f"Bearer {keys[0][1]}", "x-test-trap": "1"})
+                stack.chat(keys[0][1], headers={"x-test-trap": trap})
+            if trap == "lease":
+                wait_for("another VM to ask", lambda: counted("keyward_watch_takeovers_total") > before)
             for key in keys:
                 revoke(stack, key[0])
             reader.wait_closed(streams)
             # Those of the worker that trapped were cut with it.
-            assert {stream.ended_by() for stream in streams} <= {"revoked", None}
-            assert any(stream.ended_by() == "revoked" for stream in streams)
-        vms = stack.stats("keyward_vm_starts_total")["wasmcustom.keyward_vm_starts_total"]
-        assert vms > 5, "nothing trapped"
-        key = stack.new_key("50.00")
-        wait_for("a VM that serves", lambda: stack.chat(key[1])[0] == 200)
+            told = [stream.ended_by() for stream in streams]
+            assert set(told) <= {"revoked", None} and told.count("revoked") >= 2, told
+        wait_for("a VM that serves", lambda: stack.chat(stack.new_key()[1])[0] == 200)
+        assert counted("keyward_vm_starts_total") > 5, "nothing trapped"
 
 
 # --- the figure --------------------------------------------------------------------------------------------------------
