@@ -104,6 +104,10 @@ soak: build envoy venv ## Run under load for long, looking for leaks and drift
 	@$(WITH_BINARIES) $(PYTHON) tests/e2e/soak_revocation.py
 	@$(WITH_BINARIES) $(PYTHON) tests/e2e/soak.py
 
+.PHONY: soak-money
+soak-money: build envoy venv ## Lay every kind of demand on budgets and limits for twenty minutes; TRIALS=names for some
+	@$(WITH_BINARIES) $(PYTHON) tests/e2e/soak_money.py $(TRIALS)
+
 .PHONY: lint
 lint: rust-targets ## Check format, lints, licenses and sources; ADVISORIES=1 adds known vulnerabilities
 	cargo fmt --all --check

@@ -111,8 +111,10 @@ const CALL_OVERHEAD: u64 = 4;
 pub fn compose(asked: &Asked, directive: &Directive, said: &str, bench: bool) -> Answer {
     let hidden = directive.reasoning.unwrap_or(if asked.model.reasons { DEFAULT_REASONING } else { 0 });
     let can_hide = asked.model.reasons || asked.model.provider == crate::provider::Provider::Anthropic;
-    let hidden = if can_hide { hidden.min(asked.limit) } else { 0 };
-    let budget = asked.limit - hidden;
+    // A model that runs away is a provider that broke its word: what it makes is charged all the same.
+    let limit = if directive.runaway { u64::MAX } else { asked.limit };
+    let hidden = if can_hide { hidden.min(limit) } else { 0 };
+    let budget = limit - hidden;
     let choices: Vec<Choice> = (0..asked.choices).map(|index| choice(asked, directive, said, budget, index, bench)).collect();
     let reasoning = hidden * asked.choices as u64;
     let visible: u64 = choices.iter().map(|choice| choice.visible).sum();
@@ -229,6 +231,16 @@ pub mod tests {
             assert_eq!(answer.choices.first().map(|choice| choice.visible), Some(visible));
             assert_eq!(answer.choices.first().map(|choice| choice.finish.clone()), Some(finish));
         }
+        Ok(())
+    }
+
+    #[test]
+    fn a_runaway_answer_ends_where_the_script_says() -> Result<(), &'static str> {
+        let script = Directive { tokens: Some(50), reasoning: Some(70), runaway: true, ..Directive::default() };
+        let asked = Asked { limit: 10, choices: 2, ..asked(Provider::Openai, "o3").ok_or("model")? };
+        let answer = compose(&asked, &script, "", false);
+        assert_eq!((answer.usage.reasoning, answer.usage.completion), (140, 240));
+        assert!(answer.choices.iter().all(|choice| choice.finish == Finish::Done));
         Ok(())
     }
 

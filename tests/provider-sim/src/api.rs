@@ -9,6 +9,7 @@ use http_body_util::{BodyExt, Limited};
 use hyper::body::Incoming;
 use hyper::http::request::Parts;
 use hyper::{Request, Response, Version};
+use serde::Deserialize;
 
 use crate::answer::{self, Asked};
 use crate::anthropic;
@@ -28,6 +29,7 @@ use crate::ticket::{Bill, Ticket};
 use crate::violations;
 
 const LARGEST_REQUEST: usize = 64 * 1024 * 1024;
+const LONGEST_TAG: usize = 256;
 
 /// Answers one request. Never fails: what goes wrong is the provider's answer.
 pub async fn answer(shared: Arc<Shared>, connection: Arc<Connection>, request: Request<Incoming>) -> Result<Response<SimBody>, Infallible> {
@@ -46,7 +48,7 @@ pub async fn answer(shared: Arc<Shared>, connection: Arc<Connection>, request: R
             return Ok(reply.refuse(ticket, &error));
         }
     };
-    inspect(&parts, provider, lines, &body, &ticket);
+    inspect(&parts, provider, lines, &body, &mut ticket);
     let served = serve(&parts, &body, endpoint, &mut reply, &mut ticket);
     if let Some(wait) = reply.wait_ms {
         tokio::time::sleep(Duration::from_millis(wait)).await;
@@ -120,8 +122,8 @@ async fn receive(parts: &Parts, body: Incoming, ticket: &Ticket) -> Result<Bytes
 }
 
 /// Looks for what should not be there, and keeps what tests may want to see.
-fn inspect(parts: &Parts, provider: Provider, lines: Vec<(String, String)>, body: &Bytes, ticket: &Ticket) {
-    let shared = ticket.shared();
+fn inspect(parts: &Parts, provider: Provider, lines: Vec<(String, String)>, body: &Bytes, ticket: &mut Ticket) {
+    let shared = Arc::clone(ticket.shared());
     let digest = (!shared.bench).then(|| digest(body));
     shared.ledger.update(ticket.seq, |entry| {
         entry.body_bytes = body.len() as u64;
@@ -129,6 +131,9 @@ fn inspect(parts: &Parts, provider: Provider, lines: Vec<(String, String)>, body
     });
     if shared.bench {
         return;
+    }
+    if let Some(tag) = tag(body) {
+        ticket.tag(tag);
     }
     let credentials = shared.credentials();
     let target = parts.uri.path_and_query().map_or("", |target| target.as_str());
@@ -138,6 +143,22 @@ fn inspect(parts: &Parts, provider: Provider, lines: Vec<(String, String)>, body
     }
     let redacted = lines.into_iter().map(|(name, value)| (name, credentials.redact(&value))).collect();
     shared.ledger.capture(ticket.seq, redacted, body);
+}
+
+/// Whom the body says it is for.
+fn tag(body: &[u8]) -> Option<Arc<str>> {
+    #[derive(Deserialize)]
+    struct Body {
+        user: Option<String>,
+        metadata: Option<Metadata>,
+    }
+    #[derive(Deserialize)]
+    struct Metadata {
+        user_id: Option<String>,
+    }
+    let body: Body = serde_json::from_slice(body).ok()?;
+    let tag = body.user.or_else(|| body.metadata?.user_id).filter(|tag| tag.len() <= LONGEST_TAG);
+    tag.map(Arc::from)
 }
 
 fn digest(body: &[u8]) -> String {

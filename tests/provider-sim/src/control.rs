@@ -21,6 +21,7 @@ pub fn router(shared: Arc<Shared>) -> Router {
         .route("/control/faults", post(add_faults).get(list_faults).delete(clear_faults))
         .route("/control/ledger", get(ledger))
         .route("/control/totals", get(totals))
+        .route("/control/tags", get(tags))
         .route("/control/objects", get(objects))
         .route("/control/bodies", get(body))
         .route("/control/headers", get(headers))
@@ -95,6 +96,10 @@ async fn ledger(State(shared): State<Arc<Shared>>, Query(query): Query<Since>) -
 
 async fn totals(State(shared): State<Arc<Shared>>) -> impl IntoResponse {
     Json(shared.ledger.summary())
+}
+
+async fn tags(State(shared): State<Arc<Shared>>) -> impl IntoResponse {
+    Json(json!({ "tags": shared.ledger.tags() }))
 }
 
 async fn objects(State(shared): State<Arc<Shared>>) -> impl IntoResponse {

@@ -48,6 +48,8 @@ pub struct Directive {
     pub failed: bool,
     pub echo: bool,
     pub unicode: bool,
+    /// Goes on beyond the output limit of the request.
+    pub runaway: bool,
 }
 
 const DEFAULT_PER_DELTA: u64 = 3;
@@ -107,6 +109,7 @@ impl Directive {
             failed: self.failed || other.failed,
             echo: self.echo || other.echo,
             unicode: self.unicode || other.unicode,
+            runaway: self.runaway || other.runaway,
         }
     }
 
@@ -166,6 +169,7 @@ impl Directive {
             "failed" => self.failed = flag()?,
             "echo" => self.echo = flag()?,
             "unicode" => self.unicode = flag()?,
+            "runaway" => self.runaway = flag()?,
             _ => return Err(format!("unknown word `{}`", head(key))),
         }
         Ok(())
@@ -201,7 +205,7 @@ mod tests {
         let words = "tokens=200 pace_ms=10 per_delta=3 reasoning=50 tool=get_weather args={\"city\":\"Paris\"} status=429 \
                      error=insufficient_quota retry_after=2 first_ms=500 silent_ms=60000 cut_after_bytes=100 \
                      reset_after_bytes=101 split=1 gzip=1 trailers=1 crlf=1 no_usage=1 error_midstream=1 failed=1 cache_read=10 \
-                     cache_write=11 echo=1 pad_bytes=100000 unicode=1";
+                     cache_write=11 echo=1 pad_bytes=100000 unicode=1 runaway=1";
         let expected = Directive {
             tokens: Some(200),
             reasoning: Some(50),
@@ -227,6 +231,7 @@ mod tests {
             failed: true,
             echo: true,
             unicode: true,
+            runaway: true,
         };
         assert_eq!(Directive::parse(words)?, expected);
         assert_eq!(expected.clone().or(Directive::default()), expected);

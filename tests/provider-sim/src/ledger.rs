@@ -63,6 +63,8 @@ pub struct Entry {
     pub provider: Provider,
     pub credential: Option<Arc<str>>,
     pub account: Option<Arc<str>>,
+    /// Whom the caller says it asks for: OpenAI's `user`, Anthropic's `metadata.user_id`.
+    pub tag: Option<Arc<str>>,
     pub method: String,
     pub path: String,
     pub query: Option<String>,
@@ -110,6 +112,7 @@ impl Entry {
             provider,
             credential: None,
             account: None,
+            tag: None,
             method: method.to_owned(),
             path: path.to_owned(),
             query: None,
@@ -185,6 +188,18 @@ pub struct Capture {
     pub body: Option<Bytes>,
 }
 
+/// What was asked for under one tag.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Tagged {
+    /// Requests that have ended.
+    pub calls: u64,
+    /// Requests begun and not ended.
+    pub running: u64,
+    pub prompt_tokens: u64,
+    pub completion_tokens: u64,
+    pub cost_nanodollars: u64,
+}
+
 /// How a request ended.
 #[derive(Clone, Debug)]
 pub struct End {
@@ -192,11 +207,14 @@ pub struct End {
     pub usage: Usage,
     pub cost_nanodollars: u64,
     pub endpoint: Option<&'static str>,
+    pub tag: Option<Arc<str>>,
 }
 
 const CAPTURES: usize = 1000;
 const LARGEST_BODY: usize = 64 * 1024;
 const VIOLATIONS: usize = 10_000;
+/// Tags told apart; any further ones have no sum of their own.
+const TAGS: usize = 10_000;
 
 #[derive(Debug)]
 pub struct Ledger {
@@ -213,6 +231,7 @@ struct Inner {
     running: u64,
     totals: Totals,
     by_credential: BTreeMap<Arc<str>, Totals>,
+    by_tag: BTreeMap<Arc<str>, Tagged>,
     violations: Vec<Violation>,
     violation_count: u64,
     captures: VecDeque<(u64, Capture)>,
@@ -253,6 +272,20 @@ impl Ledger {
         }
     }
 
+    /// The body of a request told its tag.
+    pub fn tag(&self, seq: u64, tag: &Arc<str>) {
+        let mut inner = self.inner();
+        if seq <= inner.floor {
+            return;
+        }
+        if let Some(entry) = inner.entry(seq) {
+            entry.tag = Some(Arc::clone(tag));
+        }
+        if inner.by_tag.len() < TAGS || inner.by_tag.contains_key(tag) {
+            inner.by_tag.entry(Arc::clone(tag)).or_default().running += 1;
+        }
+    }
+
     pub fn end(&self, seq: u64, end: &End, credential: Option<&Arc<str>>, status: Option<u16>) {
         let now = unix_us();
         let mut inner = self.inner();
@@ -277,6 +310,13 @@ impl Ledger {
             entry.cost_nanodollars = end.cost_nanodollars;
         }
         inner.totals.add(end, status);
+        if let Some(sum) = end.tag.as_ref().and_then(|tag| inner.by_tag.get_mut(tag)) {
+            sum.calls += 1;
+            sum.running = sum.running.saturating_sub(1);
+            sum.prompt_tokens += end.usage.prompt;
+            sum.completion_tokens += end.usage.completion;
+            sum.cost_nanodollars += end.cost_nanodollars;
+        }
         if let Some(credential) = credential {
             match inner.by_credential.get_mut(credential) {
                 Some(totals) => totals.add(end, status),
@@ -326,6 +366,11 @@ impl Ledger {
             violations: inner.violations.clone(),
             violation_count: inner.violation_count,
         }
+    }
+
+    /// The sums of each tag, all of the same moment.
+    pub fn tags(&self) -> BTreeMap<Arc<str>, Tagged> {
+        self.inner().by_tag.clone()
     }
 
     pub fn reset(&self) {
@@ -381,7 +426,7 @@ mod tests {
 
     fn end(cost_nanodollars: u64) -> End {
         let usage = Usage { prompt: 2, completion: 3, ..Usage::default() };
-        End { ended: Ended::Complete, usage, cost_nanodollars, endpoint: Some("POST /v1/files") }
+        End { ended: Ended::Complete, usage, cost_nanodollars, endpoint: Some("POST /v1/files"), tag: Some("k".into()) }
     }
 
     #[test]
@@ -397,6 +442,24 @@ mod tests {
         assert_eq!((summary.overall.calls, summary.overall.cost_nanodollars, summary.running), (3, 30, 0));
         assert_eq!(summary.overall.by_endpoint.get("POST /v1/files"), Some(&Share { calls: 3, cost_nanodollars: 30 }));
         assert_eq!(summary.credentials.get("a").map(|totals| totals.completion_tokens), Some(9));
+    }
+
+    #[test]
+    fn a_tag_sums_what_ended_and_counts_what_runs() {
+        let ledger = Ledger::new(1);
+        let seqs: Vec<u64> = (0..3).map(|_| ledger.begin(entry())).collect();
+        for seq in &seqs {
+            ledger.tag(*seq, &"k".into());
+        }
+        for seq in seqs.iter().skip(1) {
+            ledger.end(*seq, &end(10), None, Some(200));
+        }
+        ledger.end(ledger.begin(entry()), &End { tag: Some("never told".into()), ..end(10) }, None, None);
+        let expected = Tagged { calls: 2, running: 1, prompt_tokens: 4, completion_tokens: 6, cost_nanodollars: 20 };
+        assert_eq!(ledger.tags(), BTreeMap::from([("k".into(), expected)]));
+        ledger.reset();
+        ledger.tag(1, &"k".into());
+        assert!(ledger.tags().is_empty());
     }
 
     #[test]

@@ -28,13 +28,14 @@ pub struct Ticket {
     endpoint: Option<&'static str>,
     pub credential: Option<Arc<Credential>>,
     pub status: Option<u16>,
+    tag: Option<Arc<str>>,
     pub bill: Option<Bill>,
     closed: bool,
 }
 
 impl Ticket {
     pub fn new(shared: Arc<Shared>, connection: Arc<Connection>, seq: u64, endpoint: Option<&'static str>) -> Self {
-        Ticket { shared, connection, seq, endpoint, credential: None, status: None, bill: None, closed: false }
+        Ticket { shared, connection, seq, endpoint, credential: None, status: None, tag: None, bill: None, closed: false }
     }
 
     pub fn shared(&self) -> &Arc<Shared> {
@@ -43,6 +44,14 @@ impl Ticket {
 
     pub fn connection(&self) -> &Arc<Connection> {
         &self.connection
+    }
+
+    /// Says whom the request is for; only the first time counts.
+    pub fn tag(&mut self, tag: Arc<str>) {
+        if self.tag.is_none() {
+            self.shared.ledger.tag(self.seq, &tag);
+            self.tag = Some(tag);
+        }
     }
 
     pub fn violation(&self, what: String) {
@@ -56,7 +65,7 @@ impl Ticket {
         }
         let (usage, cost_nanodollars) = self.bill.as_ref().map_or_else(Default::default, |bill| bill.due(ended, self.shared.abort_overrun));
         let credential = self.credential.as_ref().map(|credential| &credential.id);
-        let end = End { ended, usage, cost_nanodollars, endpoint: self.endpoint };
+        let end = End { ended, usage, cost_nanodollars, endpoint: self.endpoint, tag: self.tag.take() };
         self.shared.ledger.end(self.seq, &end, credential, self.status);
         self.connection.expect_head();
     }

@@ -41,6 +41,31 @@ fn a_buffered_completion_is_billed_as_it_says() -> Outcome {
 }
 
 #[test]
+fn what_is_asked_for_one_user_is_summed_however_it_ends() -> Outcome {
+    let sim = Sim::start()?;
+    let mut costs = 0;
+    for (n, directive) in ["tokens=12", "tokens=30 cut_after_bytes=40", "status=500"].iter().enumerate() {
+        let mut body = if n == 1 { streamed("") } else { chat("") };
+        body["messages"][0]["content"] = format!("[[sim {directive}]]").into();
+        body["user"] = "key_a".into();
+        sim.chat(OPENAI, &body)?;
+        let entry = sim.last_entry()?;
+        assert_eq!(entry["tag"], "key_a");
+        costs += entry["cost_nanodollars"].as_u64().ok_or("no cost")?;
+    }
+    let mut body = claude("[[sim tokens=60 runaway=1]]", false);
+    body["metadata"] = json!({"user_id": "key_b"});
+    sim.send("POST", "/v1/messages", ANTHROPIC, &body.to_string())?;
+    sim.chat(OPENAI, &chat("nobody's"))?;
+    let tags = sim.control("GET", "/control/tags", None)?;
+    assert_eq!(tags["tags"]["key_a"]["cost_nanodollars"], costs);
+    assert_eq!((&tags["tags"]["key_a"]["calls"], &tags["tags"]["key_a"]["running"]), (&json!(3), &json!(0)));
+    assert_eq!(tags["tags"]["key_b"]["completion_tokens"], 60, "max_tokens is 50");
+    assert_eq!(tags["tags"].as_object().map(serde_json::Map::len), Some(2));
+    Ok(())
+}
+
+#[test]
 fn the_exact_request_is_kept_without_its_secret() -> Outcome {
     let sim = Sim::start()?;
     let body = r#"{ "messages":[{"content":"hi","role":"user"}], "model":"gpt-4o" }"#;
