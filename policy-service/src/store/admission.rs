@@ -37,6 +37,14 @@ struct Levels<'a> {
     organisation: (String, &'a Limits),
 }
 
+/// A request whose id has been used before.
+struct Seen {
+    state: i64,
+    fingerprint: Vec<u8>,
+    hold: Hold,
+    bounded: bool,
+}
+
 /// What was decided of a request.
 struct Decision {
     target: Target,
@@ -64,11 +72,11 @@ impl Ledger<'_> {
         let organisation =
             admit.directory.organisations.get(&key.chain.organisation).ok_or(StoreError::Damaged("a key without organisation"))?;
         match self.seen(admit.request.req)? {
-            Some((state::TOMBSTONE, ..)) => {
+            Some(Seen { state: state::TOMBSTONE, .. }) => {
                 let refusal = Refusal::new(Code::PolicyUnavailable, "this request was given up before it was admitted");
                 return self.refuse(&key, admit, refusal);
             }
-            Some((state::HELD, seen, hold, bounded)) if seen == fingerprint => {
+            Some(Seen { state: state::HELD, fingerprint: seen, hold, bounded }) if seen == fingerprint => {
                 if key.stand(organisation, admit).is_err() {
                     return Ok(Admission::Conflict);
                 }
@@ -329,11 +337,15 @@ impl Ledger<'_> {
         Ok(found)
     }
 
-    fn seen(&self, req: RequestId) -> Result<Option<(i64, Vec<u8>, Hold, bool)>, StoreError> {
+    fn seen(&self, req: RequestId) -> Result<Option<Seen>, StoreError> {
         let mut select = self.db.prepare_cached(
             "SELECT state, fingerprint, hold, hold_input, clamp, hold_tokens, hold_output, bounded FROM requests WHERE req = ?1",
         )?;
-        Ok(select.query_row([req.0], |row| Ok((row.get(0)?, row.get(1)?, hold_at(row, 2)?, row.get(7)?))).optional()?)
+        Ok(select
+            .query_row([req.0], |row| {
+                Ok(Seen { state: row.get(0)?, fingerprint: row.get(1)?, hold: hold_at(row, 2)?, bounded: row.get(7)? })
+            })
+            .optional()?)
     }
 }
 
