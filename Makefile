@@ -101,6 +101,7 @@ bench: build envoy venv ## Measure Keyward beside plain Envoy on this machine
 
 .PHONY: soak
 soak: build envoy venv ## Run under load for long, looking for leaks and drift
+	@$(WITH_BINARIES) $(PYTHON) tests/e2e/soak_revocation.py
 	@$(WITH_BINARIES) $(PYTHON) tests/e2e/soak.py
 
 .PHONY: soak-money

@@ -96,15 +96,10 @@ pub fn decide(
     now: Moment,
 ) -> Result<Hold, Refusal> {
     check_standing(key, now.wall_ms)?;
-    check_permitted(key, ask, upstream)?;
-    reserve(levels, ask, operation(ask), price, now).map_err(|refusal| Refusal { headroom: headroom(levels, now).map(Box::new), ..refusal })
-}
-
-/// Whether the key may make such a request at all, however much is left.
-pub fn check_permitted(key: &KeyState, ask: &Ask, upstream: Option<&str>) -> Result<(), Refusal> {
     let operation = operation(ask);
     check_allowed(&key.lists(), ask, upstream, operation)?;
-    check_state(&key.allow, ask, operation)
+    check_state(&key.allow, ask, operation)?;
+    reserve(levels, ask, operation, price, now).map_err(|refusal| Refusal { headroom: headroom(levels, now).map(Box::new), ..refusal })
 }
 
 impl KeyState {
@@ -122,17 +117,28 @@ pub fn operation(ask: &Ask) -> &'static Operation {
 
 /// Whether the key may be used at all.
 pub fn check_standing(key: &KeyState, now_ms: u64) -> Result<(), Refusal> {
-    match key.status {
+    standing(key.status, key.expires_ms, now_ms)
+}
+
+/// Whether a key of this status and expiry may be used.
+pub fn standing(status: Status, expires_ms: Option<u64>, now_ms: u64) -> Result<(), Refusal> {
+    match status {
         Status::Revoked => return Err(Refusal::new(Code::Revoked, "this virtual key has been revoked")),
         Status::Frozen => {
             return Err(Refusal::new(Code::CapExhausted, "this virtual key is frozen: a charge exceeded what was reserved for it"));
         }
         Status::Active => {}
     }
-    match key.expires_ms {
+    match expires_ms {
         Some(at) if at <= now_ms => Err(Refusal::new(Code::Expired, "this virtual key has expired")),
         _ => Ok(()),
     }
+}
+
+/// Whether what was admitted for this provider, endpoint and model may go on, now that the lists may be others. `upstream`: the
+/// provider's name of the model.
+pub fn may_go_on(lists: &[&Allow], ask: &Ask, upstream: Option<&str>) -> Result<(), Refusal> {
+    check_allowed(lists, ask, upstream, operation(ask))
 }
 
 /// Every list that names endpoints must name this one, and so with models. What is not in the table of operations must be

@@ -1,7 +1,7 @@
 //! What the filter and the policy service say to each other (`/edge/v1/*`), and the MAC that chains the filter's records.
 
 use crate::hex;
-use crate::refusal::{Headroom, Refusal};
+use crate::refusal::{Code, Headroom, Refusal};
 use crate::usage::Usage;
 use hkdf::Hkdf;
 use hmac::{Hmac, KeyInit, Mac};
@@ -12,7 +12,7 @@ pub const ADMIT_PATH: &str = "/edge/v1/admit";
 pub const SETTLE_PATH: &str = "/edge/v1/settle";
 
 /// 128 random bits that name one request for good. Shown as `req_` + hex.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct RequestId(#[serde(with = "hex::serde_hex")] pub [u8; 16]);
 
@@ -147,6 +147,12 @@ pub struct Plan {
     /// Output tokens to write into the body; `None`: as the caller asked.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub clamp: Option<u64>,
+    /// Unix milliseconds at which the key or its token expires: the gate ends the answer then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub expires_ms: Option<u64>,
+    /// Output tokens that money is held for, over all choices; `None`: nothing bounds them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub output_limit: Option<u64>,
     /// The provider may keep what it answers: the key is allowed state.
     #[serde(default, skip_serializing_if = "is_default")]
     pub state: bool,
@@ -204,6 +210,9 @@ pub enum Outcome {
 pub struct Settlement {
     pub req: RequestId,
     pub outcome: Outcome,
+    /// Why the gate ended it before its end.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ended: Option<Code>,
     /// Some try may have reached the provider.
     pub sent: bool,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -373,6 +382,7 @@ mod tests {
         Settlement {
             req: RequestId([1; 16]),
             outcome: Outcome::Complete,
+            ended: None,
             sent: true,
             status: Some(200),
             usage: Some(Usage { input: 5, output: 7, ..Usage::default() }),

@@ -12,6 +12,7 @@ use crate::refusal::{Answer, Code, Headroom, Refusal};
 use crate::token::TokenHash;
 use crate::trace::TraceContext;
 use crate::usage::Looks;
+use crate::watch;
 use std::borrow::Cow;
 
 /// Raw header names and values, pseudo-headers included, as the wire had them.
@@ -334,9 +335,18 @@ impl Asking {
         self.refused(Refusal::new(Code::PolicyUnavailable, "the policy service did not answer; nothing was forwarded").retry_after(1))
     }
 
-    fn refused(&self, refusal: Refusal) -> Refused {
-        Refused { refusal, dialect: self.target.provider.dialect, request_id: self.id, asked: true }
+    pub fn dialect(&self) -> Dialect {
+        self.target.provider.dialect
     }
+
+    fn refused(&self, refusal: Refusal) -> Refused {
+        Refused { refusal, dialect: self.dialect(), request_id: self.id, asked: true }
+    }
+}
+
+/// What the caller of a running request is told that must end, as long as it has seen nothing of an answer.
+pub fn ended(code: Code, dialect: Dialect, request_id: RequestId) -> Refused {
+    Refused { refusal: watch::refusal(code), dialect, request_id, asked: true }
 }
 
 /// The right to forward one request. Only [`Asking::answered`] makes one.
@@ -413,6 +423,7 @@ impl Admitted {
         let answering = Answering {
             looks: Looks { tells, ids: self.creates },
             is_text: !operation.limits().is_empty(),
+            is_response: operation.name == "responses",
             deletes: target.refs.first().filter(|_| deletes).cloned(),
             dialect: self.permit.target.provider.dialect,
             id: self.permit.id,
@@ -420,8 +431,10 @@ impl Admitted {
             headroom: self.permit.plan.headroom,
             withhold_usage: self.withhold_usage,
             stream: self.stream,
+            output_limit: self.permit.plan.output_limit,
             meter: None,
             complete: false,
+            breaking: None,
         };
         (answering, Flight::new(self.permit))
     }
@@ -439,10 +452,23 @@ pub struct Answering {
     looks: Looks,
     /// What passes as text is what is paid.
     is_text: bool,
+    /// The events are those of the Responses API.
+    is_response: bool,
     /// The object that is gone if the provider says yes.
     deletes: Option<String>,
+    /// Output tokens that money is held for.
+    output_limit: Option<u64>,
     meter: Option<Meter>,
     complete: bool,
+    breaking: Option<Breaking>,
+}
+
+/// An answer that must end before its end.
+#[derive(Debug)]
+struct Breaking {
+    code: Code,
+    /// The event that tells the caller, until it has been put into the stream.
+    words: Option<Vec<u8>>,
 }
 
 /// What to do with an answer's headers.
@@ -479,7 +505,39 @@ impl Answering {
     /// A piece of the answer's body. At most `room` bytes may be held back after it.
     pub fn piece(&mut self, piece: &[u8], end: bool, room: usize) -> Passed {
         self.complete |= end;
-        self.meter.as_mut().map_or(Passed::AsIs, |meter| meter.piece(piece, end, room))
+        let Some(meter) = &mut self.meter else { return Passed::AsIs };
+        if let Some(breaking) = &mut self.breaking {
+            return meter.last_piece(piece, &mut breaking.words);
+        }
+        let passed = meter.piece(piece, end, room);
+        if !end && self.output_limit.is_some_and(|limit| meter.exceeds(limit)) {
+            self.break_off(Code::CapExhausted);
+        }
+        passed
+    }
+
+    /// The answer is to end here: what passes next of a stream is an error event in the caller's dialect, between two events,
+    /// and nothing after it. The first reason stays.
+    pub fn break_off(&mut self, code: Code) {
+        if self.breaking.is_none() {
+            let words = error_event(code, self.dialect, self.is_response, self.id);
+            self.breaking = Some(Breaking { code, words: Some(words) });
+        }
+    }
+
+    /// Why the answer is to end here.
+    pub fn breaks_off(&self) -> Option<Code> {
+        self.breaking.as_ref().map(|breaking| breaking.code)
+    }
+
+    /// The caller has been told; the stream has only to be cut.
+    pub fn has_said_so(&self) -> bool {
+        self.breaking.as_ref().is_some_and(|breaking| breaking.words.is_none())
+    }
+
+    /// The answer is a stream of events, into which words of ours can be put.
+    pub fn has_events(&self) -> bool {
+        self.meter.as_ref().is_some_and(Meter::has_events)
     }
 
     /// Bytes of the answer that are held back now.
@@ -506,7 +564,10 @@ impl Answering {
         let usage = measured.usage.filter(|_| measured.is_final && (self.complete || self.stream));
         let status = flight.status();
         let done = status.is_some_and(|status| (200..300).contains(&status));
+        // One that came whole before it could be broken off was not.
+        let broken = self.breaking.filter(|breaking| !self.complete || breaking.words.is_none());
         Settlement {
+            ended: broken.map(|breaking| breaking.code),
             req: self.id,
             outcome: if self.complete { Outcome::Complete } else { Outcome::Cut },
             sent: flight.may_have_been_sent(),
@@ -528,6 +589,7 @@ pub fn void(id: RequestId, ms: u64, at: u64) -> Settlement {
     Settlement {
         req: id,
         outcome: Outcome::Void,
+        ended: None,
         sent: false,
         status: None,
         usage: None,
@@ -539,6 +601,25 @@ pub fn void(id: RequestId, ms: u64, at: u64) -> Settlement {
         ms,
         at,
     }
+}
+
+/// The error event that ends a stream, as the SDKs of its dialect understand it (OpenAI: any event whose data has `error`; its
+/// Responses API names it `error` besides; Anthropic: the event `error`).
+fn error_event(code: Code, dialect: Dialect, is_response: bool, id: RequestId) -> Vec<u8> {
+    let data = ended(code, dialect, id).answer().body;
+    match (dialect, is_response) {
+        (Dialect::OpenAi, false) => format!("data: {data}\n\n"),
+        (Dialect::OpenAi, true) => {
+            let inner = data.strip_prefix('{').unwrap_or(&data);
+            let message = serde_json::Value::from(watch::refusal(code).message);
+            format!(
+                "event: error\ndata: {{\"type\":\"error\",\"code\":\"{}\",\"message\":{message},\"param\":null,{inner}\n\n",
+                code.name()
+            )
+        }
+        (Dialect::Anthropic, _) => format!("event: error\ndata: {data}\n\n"),
+    }
+    .into_bytes()
 }
 
 /// The name under which the router finds the provider's cluster.
@@ -585,7 +666,17 @@ mod tests {
     fn plan(clamp: Option<u64>) -> Plan {
         let credential = PlanCredential { id: "cred_a".into(), secret: Secret("sk-real".into()) };
         let target = PlanTarget { provider: "openai".into(), model: Some("gpt-4o".into()), credentials: vec![credential] };
-        Plan { key: "key_1".into(), rev: 1, clamp, state: false, headroom: None, answer: None, targets: vec![target] }
+        Plan {
+            key: "key_1".into(),
+            rev: 1,
+            clamp,
+            expires_ms: None,
+            output_limit: None,
+            state: false,
+            headroom: None,
+            answer: None,
+            targets: vec![target],
+        }
     }
 
     fn admitted(body: &str) -> Admitted {
@@ -704,6 +795,69 @@ mod tests {
         answering.piece(b"data: {\"message\":{\"usage\":{\"input_tokens\":25,\"output_tokens\":1}}}\n\n", false, 1_000);
         answering.piece(b"event: error\ndata: {\"type\":\"error\",\"error\":{}}\n\n", true, 1_000);
         assert_eq!(answering.over(&flight, 30, 1_000).usage, None);
+    }
+
+    const CHUNK: &[u8] = b"data: {\"choices\":[{\"delta\":{\"content\":\"hi\"}}]}\n\n";
+
+    fn streaming(admitted: Admitted) -> (Answering, Flight) {
+        let (mut answering, mut flight) = admitted.forward();
+        flight.begin(&[], 0);
+        flight.answered(STREAM, 1);
+        answering.headers(flight.hand_over()).unwrap();
+        (answering, flight)
+    }
+
+    #[test]
+    fn a_broken_off_stream_says_why_and_settles_as_cut() {
+        let chat = || streaming(admitted("{\"model\":\"gpt-4o\",\"stream\":true}"));
+        let (mut answering, flight) = chat();
+        answering.piece(CHUNK, false, 1_000);
+        answering.break_off(Code::Revoked);
+        answering.break_off(Code::Expired);
+        let Passed::Instead(out) = answering.piece(CHUNK, false, 1_000) else { panic!("it passed") };
+        let text = String::from_utf8(out).unwrap();
+        let data: serde_json::Value = serde_json::from_str(text.strip_prefix("data: ").unwrap()).unwrap();
+        assert_eq!((data["error"]["code"].as_str(), answering.has_said_so()), (Some("revoked"), true));
+        assert_eq!(answering.piece(CHUNK, false, 1_000), Passed::Instead(Vec::new()));
+        let settled = answering.over(&flight, 30, 1_000);
+        assert_eq!((settled.outcome, settled.ended, settled.visible), (Outcome::Cut, Some(Code::Revoked), Some(6)));
+
+        let (mut answering, flight) = chat();
+        answering.break_off(Code::Revoked);
+        answering.ended();
+        assert_eq!(answering.over(&flight, 30, 1_000).ended, None, "it came whole before that");
+    }
+
+    #[test]
+    fn each_dialect_has_its_own_error_event() {
+        let said = |(mut answering, _): (Answering, Flight)| {
+            answering.break_off(Code::Expired);
+            let Passed::Instead(out) = answering.piece(b"", false, 1_000) else { panic!("nothing") };
+            let text = String::from_utf8(out).unwrap();
+            let (event, data) = text.strip_prefix("event: error\n").unwrap().split_once("data: ").unwrap();
+            assert_eq!(event, "");
+            serde_json::from_str::<serde_json::Value>(data).unwrap()
+        };
+        let claude = said(streaming(messages("{\"model\":\"gpt-4o\",\"stream\":true}")));
+        assert_eq!((claude["type"].as_str(), claude["error"]["type"].as_str()), (Some("error"), Some("authentication_error")));
+        let response = admitted_at(&[(":path", "/v1/responses")], r#"{"model":"gpt-4o","stream":true,"input":"hi"}"#, plan(None));
+        let response = said(streaming(response));
+        assert_eq!((response["type"].as_str(), response["code"].as_str()), (Some("error"), Some("expired")));
+        assert_eq!(response["error"]["code"], "expired");
+    }
+
+    #[test]
+    fn a_stream_that_runs_away_is_broken_off() {
+        let limited = |limit| {
+            let plan = Plan { output_limit: limit, ..plan(None) };
+            streaming(admitted_at(&[], "{\"model\":\"gpt-4o\",\"stream\":true}", plan)).0
+        };
+        let long = format!("data: {{\"choices\":[{{\"delta\":{{\"content\":\"{}\"}}}}]}}\n\n", "x".repeat(4_200));
+        for (limit, code) in [(Some(6), Some(Code::CapExhausted)), (Some(7), None), (None, None)] {
+            let mut answering = limited(limit);
+            assert_eq!(answering.piece(long.as_bytes(), false, 1_000), Passed::AsIs, "what has come has come");
+            assert_eq!(answering.breaks_off(), code, "{limit:?}");
+        }
     }
 
     #[test]

@@ -24,3 +24,4 @@ pub mod ring;
 pub mod token;
 pub mod trace;
 pub mod usage;
+pub mod watch;

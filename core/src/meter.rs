@@ -5,6 +5,10 @@ use crate::usage::{AnswerReader, Document, Looks, MAX_IDS, Usage, UsageReader};
 /// Largest event that is held back to be looked at whole; the chunk that may be withheld is far smaller.
 const MAX_HELD: usize = 64 * 1024;
 
+/// Bytes of text that a token stands for at most, over more than a few of them, and how much text that may not be true of.
+const MAX_TOKEN_BYTES: u64 = 16;
+const TEXT_SLACK: u64 = 4_096;
+
 /// What became of a piece of the answer.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Passed {
@@ -81,6 +85,27 @@ impl Meter {
         }
     }
 
+    /// Whether words of ours can be put between two events.
+    pub fn has_events(&self) -> bool {
+        matches!(self, Meter::Sse(_))
+    }
+
+    /// Takes a piece of an answer that is broken off. At the first place between two events `words` take the place of what
+    /// follows, and are gone from here; from then on nothing passes. What is not shown is read all the same: it was made.
+    pub fn last_piece(&mut self, piece: &[u8], words: &mut Option<Vec<u8>>) -> Passed {
+        match self {
+            Meter::Sse(sse) => sse.last_piece(piece, words),
+            other => other.piece(piece, false, 0),
+        }
+    }
+
+    /// Whether more came than `limit` output tokens can be: by what the stream itself says as it goes, or by its text.
+    pub fn exceeds(&self, limit: u64) -> bool {
+        let Meter::Sse(sse) = self else { return false };
+        let text = if sse.so_far.more_than_text { 0 } else { sse.so_far.visible_bytes };
+        sse.running_output > limit || text > limit.saturating_mul(MAX_TOKEN_BYTES).saturating_add(TEXT_SLACK)
+    }
+
     pub fn finish(self) -> Measured {
         let (reader, error, ids) = match self {
             Meter::Opaque { bytes } => return Measured { visible_bytes: bytes, ..Measured::default() },
@@ -116,6 +141,12 @@ pub struct SseMeter {
     held: Vec<u8>,
     /// The event in hand is too large to be the one that is withheld: it passes.
     passing: bool,
+    /// A byte of the event in hand has been read.
+    begun: bool,
+    /// What passed last ended in CR: a LF would still be part of that line's end.
+    passed_cr: bool,
+    /// Output tokens that the stream told before its last word.
+    running_output: u64,
     error: bool,
     ids: Vec<String>,
 }
@@ -141,12 +172,53 @@ impl SseMeter {
             withhold,
             held: Vec::new(),
             passing: false,
+            begun: false,
+            passed_cr: false,
+            running_output: 0,
             error: false,
             ids: Vec::new(),
         }
     }
 
     fn piece(&mut self, piece: &[u8], end: bool, room: usize) -> Passed {
+        let passed = self.pass(piece, end, room);
+        let last = match &passed {
+            Passed::AsIs => piece.last(),
+            Passed::Instead(other) => other.last(),
+        };
+        self.passed_cr = last.map_or(self.passed_cr, |last| *last == b'\r');
+        passed
+    }
+
+    fn last_piece(&mut self, piece: &[u8], words: &mut Option<Vec<u8>>) -> Passed {
+        // Some of the event in hand has been shown: it has to be finished first.
+        let shown = self.begun && (!self.withhold || self.passing);
+        let mut finished = 0;
+        if words.is_some() && shown {
+            let (taken, document) = self.event(piece);
+            if document.is_none() {
+                self.passed_cr = piece.last().map_or(self.passed_cr, |last| *last == b'\r');
+                return Passed::AsIs;
+            }
+            finished = taken;
+        }
+        let (finished, dropped) = piece.split_at_checked(finished).unwrap_or((piece, &[]));
+        let mut rest = dropped;
+        while let (taken, Some(_)) = self.event(rest) {
+            rest = rest.get(taken..).unwrap_or_default();
+        }
+        self.held = Vec::new();
+        let Some(words) = words.take() else { return Passed::Instead(Vec::new()) };
+        let mut out = finished.to_vec();
+        if out.last().map_or(self.passed_cr, |last| *last == b'\r') {
+            out.push(b'\n');
+        }
+        out.extend_from_slice(&words);
+        Passed::Instead(out)
+    }
+
+    /// What of a piece goes on.
+    fn pass(&mut self, piece: &[u8], end: bool, room: usize) -> Passed {
         let slice = |from: usize, to: usize| piece.get(from..to).unwrap_or_default();
         let room = room.min(MAX_HELD);
         // What goes on: `out`, then the piece from `copied` on; the event in hand, from `begun` on, may stay behind.
@@ -189,12 +261,17 @@ impl SseMeter {
                 b'\n' if after_cr => tail,
                 b'\n' | b'\r' => {
                     self.after_cr = byte == b'\r';
+                    self.begun = true;
                     if let Some(document) = self.end_of_line() {
+                        self.begun = false;
                         return (piece.len() - tail.len(), Some(document));
                     }
                     tail
                 }
-                _ => rest.get(self.in_line(byte, rest)..).unwrap_or_default(),
+                _ => {
+                    self.begun = true;
+                    rest.get(self.in_line(byte, rest)..).unwrap_or_default()
+                }
             };
         }
         (piece.len(), None)
@@ -243,6 +320,10 @@ impl SseMeter {
         }
         let mut document = self.data.end_document();
         self.so_far = self.data.so_far();
+        // Usage alone is the last that is said: then everything has come already.
+        if document.usage && !document.no_choices {
+            self.running_output = self.so_far.output_so_far();
+        }
         self.error |= document.error;
         for id in std::mem::take(&mut document.ids) {
             // The events of one answer name it again and again.
@@ -351,6 +432,92 @@ mod tests {
         assert_eq!(meter.finish(), Measured { visible_bytes: 5, ..Measured::default() });
     }
 
+    /// What a reader makes of a stream, as the standard says: the data of each event that has some, and what came of one that did
+    /// not end.
+    fn read_events(stream: &str) -> Vec<String> {
+        let (mut events, mut data) = (Vec::new(), Vec::new());
+        for line in stream.replace("\r\n", "\n").replace('\r', "\n").split('\n') {
+            if line.is_empty() && !data.is_empty() {
+                events.push(std::mem::take(&mut data).join("\n"));
+            } else if let Some(rest) = line.strip_prefix("data:") {
+                data.push(rest.strip_prefix(' ').unwrap_or(rest).to_owned());
+            }
+        }
+        events
+    }
+
+    const WORDS: &str = "event: error\ndata: {\"error\":\"ended\"}\n\n";
+
+    /// Runs a stream in pieces and breaks it off before one of them: what came out, and whether the words are in it.
+    fn run_broken(stream: &str, withhold: bool, cuts: &[usize], at: usize) -> (String, bool) {
+        let mut meter = Meter::new(b"text/event-stream", false, withhold, CHAT_LOOKS);
+        let (mut out, mut from, mut words) = (Vec::new(), 0, Some(WORDS.as_bytes().to_vec()));
+        for (i, &cut) in cuts.iter().chain([&stream.len()]).enumerate() {
+            let piece = &stream.as_bytes()[from..cut];
+            from = cut;
+            let passed = if i < at { meter.piece(piece, false, MAX_HELD) } else { meter.last_piece(piece, &mut words) };
+            match passed {
+                Passed::AsIs => out.extend_from_slice(piece),
+                Passed::Instead(other) => out.extend(other),
+            }
+        }
+        (String::from_utf8(out).unwrap(), words.is_none())
+    }
+
+    #[test]
+    fn a_stream_is_broken_off_between_two_events_at_every_split() {
+        for line_end in ["\n", "\r\n", "\r"] {
+            let stream = CHAT.replace('\n', line_end);
+            let whole = [read_events(&run(&stream, true, &[]).0), read_events(&stream)];
+            for (withhold, whole) in [(true, &whole[0]), (false, &whole[1])] {
+                for cut in 0..stream.len() {
+                    let (out, said) = run_broken(&stream, withhold, &[cut], 1);
+                    assert!(said, "there is a place in what follows: cut at {cut}");
+                    let events = read_events(&out);
+                    let (last, before) = events.split_last().unwrap();
+                    assert_eq!(last, "{\"error\":\"ended\"}", "cut at {cut}: {out:?}");
+                    assert!(whole.starts_with(before), "cut at {cut}: {out:?}");
+                    assert!(out.ends_with(WORDS) && out.matches("event: error").count() == 1);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_not_shown_is_counted_all_the_same() {
+        let mut meter = Meter::new(b"text/event-stream", false, true, CHAT_LOOKS);
+        let mut words = Some(WORDS.as_bytes().to_vec());
+        assert_eq!(meter.last_piece(CHAT.as_bytes(), &mut words), Passed::Instead(WORDS.as_bytes().to_vec()));
+        assert_eq!(meter.last_piece(b"data: {}\n\n", &mut words), Passed::Instead(Vec::new()));
+        let measured = meter.finish();
+        assert_eq!((measured.visible_bytes, measured.usage.map(|usage| usage.output)), (6, Some(4)));
+    }
+
+    #[test]
+    fn more_than_the_hold_shows_as_it_comes() {
+        let sse = || Meter::new(b"text/event-stream", false, false, CHAT_LOOKS);
+        let mut meter = sse();
+        meter.piece(
+            b"data: {\"choices\":[{\"delta\":{\"content\":\"a\"}}],\"usage\":{\"prompt_tokens\":1,\"completion_tokens\":9}}\n\n",
+            false,
+            0,
+        );
+        assert_eq!((meter.exceeds(8), meter.exceeds(9)), (true, false), "usage told on the way");
+        let mut meter = sse();
+        meter.piece(b"data: {\"choices\":[],\"usage\":{\"prompt_tokens\":1,\"completion_tokens\":9}}\n\n", false, 0);
+        assert!(!meter.exceeds(8), "the last word: all has come by then");
+        let text = |name: &str| format!("data: {{\"choices\":[{{\"delta\":{{{name}:\"{}\"}}}}]}}\n\n", "x".repeat(5_000));
+        let mut meter = sse();
+        meter.piece(text("\"content\"").as_bytes(), false, 0);
+        assert_eq!((meter.exceeds(56), meter.exceeds(57)), (true, false), "4,096 bytes and 16 for each token");
+        let mut meter = sse();
+        meter.piece(text("\"audio\":{\"data\"").replace("\"}}]", "\"}}}]").as_bytes(), false, 0);
+        assert!(!meter.exceeds(1), "sound is no text");
+        let mut meter = Meter::new(b"application/json", false, false, CHAT_LOOKS);
+        meter.piece(text("\"content\"").as_bytes(), false, 0);
+        assert!(!meter.exceeds(1), "a document has been made when it comes");
+    }
+
     /// Parts of streams, so that random ones have events, comments, junk and every kind of line end.
     const PARTS: [&str; 16] = [
         "data: ",
@@ -381,6 +548,25 @@ mod tests {
             let slowly = run(&stream, withhold, &(1..stream.len()).collect::<Vec<_>>());
             prop_assert_eq!(&run(&stream, withhold, &[]), &slowly);
             prop_assert_eq!(&run(&stream, withhold, &cuts), &slowly);
+        }
+
+        /// Wherever a stream is broken off: what had been shown stays, the words come once, as an event of their own, and nothing after.
+        #[test]
+        fn any_stream_is_broken_off_whole(parts in proptest::collection::vec(proptest::sample::select(&PARTS[..]), 0..20), cuts in proptest::collection::vec(0usize..400, 0..6), at in 0usize..7, withhold: bool) {
+            let stream = parts.concat();
+            let mut cuts: Vec<usize> = cuts.into_iter().map(|cut| cut.min(stream.len())).collect();
+            cuts.sort_unstable();
+            let whole = read_events(&run(&stream, withhold, &[]).0);
+            let (out, said) = run_broken(&stream, withhold, &cuts, at);
+            let events = read_events(&out);
+            if said {
+                prop_assert!(out.ends_with(WORDS));
+                let (last, before) = events.split_last().unwrap();
+                prop_assert_eq!(last, "{\"error\":\"ended\"}");
+                prop_assert!(whole.starts_with(before), "{:?} of {:?}", before, whole);
+            } else {
+                prop_assert!(whole.starts_with(&events), "{:?} of {:?}", events, whole);
+            }
         }
 
         #[test]

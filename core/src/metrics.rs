@@ -57,7 +57,7 @@ impl Metric {
 }
 
 /// Metrics of the filter. Envoy shows them as `wasmcustom.NAME` in `/stats`, and by their bare name in `/stats/prometheus`.
-pub static FILTER: [Metric; 11] = [
+pub static FILTER: [Metric; 17] = [
     Metric::counter("keyward_admitted_total", "requests", &[], "Requests admitted and sent on to a provider"),
     Metric::counter("keyward_refused_total", "requests", &[], "Requests refused by the gate, whoever decided it"),
     Metric::counter(
@@ -94,6 +94,42 @@ pub static FILTER: [Metric; 11] = [
         "Requests with a well-formed key that the gate has open, those that wait included",
     ),
     Metric::gauge("keyward_waiting_bytes", "bytes", &[], "Bytes of request bodies that wait for their admission"),
+    Metric::counter(
+        "keyward_streams_ended_total",
+        "requests",
+        &[],
+        "Admitted requests that the gate ended before their end: revoked, expired, not allowed any more, out of money",
+    ),
+    Metric::counter(
+        "keyward_streams_ended_by_reason_total",
+        "requests",
+        &["reason"],
+        "The same by reason; where Envoy has no stats tag for it, keyward_streams_ended_by_reason_REASON_total",
+    ),
+    Metric::counter(
+        "keyward_watch_polls_total",
+        "calls",
+        &[],
+        "Questions for news of revocations and changes; one at a time for the whole Envoy",
+    ),
+    Metric::counter(
+        "keyward_watch_polls_failed_total",
+        "calls",
+        &[],
+        "Those that got no answer; they are asked again within half a second",
+    ),
+    Metric::gauge(
+        "keyward_watch_silence_milliseconds",
+        "milliseconds",
+        &[],
+        "Time since the policy service last answered such a question; it does so every 5 s when there is no news",
+    ),
+    Metric::counter(
+        "keyward_watch_takeovers_total",
+        "times",
+        &[],
+        "How often a worker began to ask for all: once at Envoy's start, and after each trap or standstill of the one that asked",
+    ),
     Metric::gauge("keyward_held_bytes", "bytes", &[], "Bytes of answers that are held back until an event is whole"),
 ];
 

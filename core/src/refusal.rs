@@ -85,6 +85,11 @@ impl Code {
         }
     }
 
+    /// The code of this name.
+    pub fn named(name: &str) -> Option<Self> {
+        Code::ALL.into_iter().find(|code| code.name() == name)
+    }
+
     pub fn status(self) -> u16 {
         match self {
             Code::MissingKey | Code::UnknownKey | Code::Revoked | Code::Expired => 401,
@@ -267,6 +272,7 @@ mod tests {
         let known = serde_json::from_str::<Code>("\"none\"").unwrap_err().to_string();
         let known: Vec<&str> = known.split('`').skip(3).step_by(2).collect();
         assert_eq!(known, Code::ALL.map(Code::name));
+        assert!(Code::ALL.iter().all(|code| Code::named(code.name()) == Some(*code)) && Code::named("none").is_none());
     }
 
     #[test]

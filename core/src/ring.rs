@@ -150,23 +150,20 @@ fn is_free(held: Vec<u8>, now_ms: u64) -> bool {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
+pub(crate) mod shared {
+    use super::SharedData;
     use std::cell::{Cell, RefCell};
-    use std::collections::{BTreeMap, HashMap, HashSet};
-    #[cfg(target_arch = "wasm32")]
-    use wasm_bindgen_test::wasm_bindgen_test as test;
+    use std::collections::HashMap;
 
     type Meanwhile = Box<dyn FnOnce(&Shared)>;
     type Versioned = (Vec<u8>, u32);
 
     /// Shared data with Envoy's rules. `meanwhile` runs once, right after the next reading.
     #[derive(Default)]
-    struct Shared {
-        values: RefCell<HashMap<Vec<u8>, Versioned>>,
-        versions: Cell<u32>,
-        meanwhile: RefCell<Option<Meanwhile>>,
+    pub(crate) struct Shared {
+        pub values: RefCell<HashMap<Vec<u8>, Versioned>>,
+        pub versions: Cell<u32>,
+        pub meanwhile: RefCell<Option<Meanwhile>>,
     }
 
     impl SharedData for Shared {
@@ -188,6 +185,16 @@ mod tests {
             true
         }
     }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::shared::Shared;
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::{BTreeMap, HashMap, HashSet};
+    #[cfg(target_arch = "wasm32")]
+    use wasm_bindgen_test::wasm_bindgen_test as test;
 
     impl Shared {
         fn holds(&self, slot: Slot, record: &Stored) -> bool {

@@ -97,6 +97,8 @@ pub struct UsageReader {
     numbers: Numbers,
     /// Bytes of text the caller was shown: content, arguments, refusals, reasoning summaries.
     pub visible_bytes: u64,
+    /// Something passed that is not text (sound, probabilities of tokens): its bytes tell nothing about tokens.
+    pub more_than_text: bool,
     /// Usage stood at the top of a document: what Anthropic's `message_start` tells is only the beginning.
     pub is_final: bool,
 }
@@ -117,6 +119,11 @@ impl UsageReader {
             Tells::Input => Some(openai(n, n.input?, n.output?)),
             Tells::Anthropic => Some(anthropic(n, n.input?, n.output?)),
         }
+    }
+
+    /// Output tokens told so far.
+    pub fn output_so_far(&self) -> u64 {
+        self.numbers.completion.unwrap_or(0).max(self.numbers.output.unwrap_or(0))
     }
 
     /// Input tokens alone, as soon as they are known: enough to charge a cut stream fairly.
@@ -248,6 +255,8 @@ enum Slot {
     Id,
     Error,
     Shown,
+    /// Shown as well, but no text.
+    Beside,
     Ignored,
 }
 
@@ -309,6 +318,10 @@ impl Visitor for Walk {
         let node = match self.slot() {
             Slot::Into(node) => node,
             Slot::Shown => Node::Shown,
+            Slot::Beside => {
+                self.reader.more_than_text = true;
+                Node::Shown
+            }
             Slot::Error => {
                 self.error = true;
                 Node::Other
@@ -347,6 +360,7 @@ impl Visitor for Walk {
             (Node::Root | Node::Response, b"output") if ids => Slot::Into(Node::Items),
             (Node::Root | Node::Response | Node::Item, b"id") if ids => Slot::Id,
             (Node::Shown, b"id" | b"type" | b"role" | b"finish_reason" | b"stop_reason" | b"index" | b"object") => Slot::Into(Node::Other),
+            (Node::Shown, b"audio" | b"logprobs") => Slot::Beside,
             (Node::Shown, _) => Slot::Shown,
             (Node::Usage, b"prompt_tokens_details" | b"input_tokens_details" | b"input_token_details" | b"cache_creation") => {
                 Slot::Into(Node::Details)
@@ -366,7 +380,7 @@ impl Visitor for Walk {
 
     fn scalar(&mut self, value: Scalar<'_>, _: Span) -> Result<(), JsonError> {
         match (self.slot(), value) {
-            (Slot::Shown | Slot::Into(Node::Shown), Scalar::Str { len, .. }) => self.reader.visible_bytes += len,
+            (Slot::Shown | Slot::Beside | Slot::Into(Node::Shown), Scalar::Str { len, .. }) => self.reader.visible_bytes += len,
             (Slot::Id, Scalar::Str { text, .. }) => {
                 let id = std::str::from_utf8(text).ok().filter(|id| is_id(id) && self.ids.len() < MAX_IDS);
                 self.ids.extend(id.map(str::to_owned));

@@ -1,5 +1,5 @@
 //! A table of requests with the most that each may cost, or the refusal of what has no bound: as the gate reads them and admission
-//! decides. The figures in `bounds.tsv` are worked out by hand, not by this code.
+//! decides. The figures in `bounds.tsv` are worked out by hand from listed prices, not by this code.
 
 #![allow(clippy::unwrap_used, clippy::panic, clippy::expect_used)]
 

@@ -1,6 +1,7 @@
 //! Plugin configuration: JSON, the same in every Envoy that loads the module.
 
 use keyward_core::gate::Limits;
+use keyward_core::watch::POLL_TIMEOUT_MS;
 use serde::Deserialize;
 use std::time::Duration;
 
@@ -9,6 +10,50 @@ use std::time::Duration;
 #[serde(rename_all = "lowercase")]
 pub enum Unmanaged {
     Deny,
+}
+
+/// What becomes of running streams when the policy service is silent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OnLostWatch {
+    /// They go on and settle later.
+    Finish,
+    /// They end when it has not answered for so long.
+    EndAfter(Span),
+}
+
+impl OnLostWatch {
+    /// Milliseconds of silence after which streams end.
+    pub fn end_after_ms(self) -> Option<u64> {
+        match self {
+            OnLostWatch::Finish => None,
+            OnLostWatch::EndAfter(Span(ms)) => Some(ms),
+        }
+    }
+}
+
+/// A length of time in milliseconds, written as `500ms`, `30s` or `5m`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub struct Span(u64);
+
+impl TryFrom<String> for Span {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        let wrong = || format!("{text:?}: expected a whole number with ms, s or m, longer than the 7 s that a question may take");
+        let unit_at = text.find(|c: char| !c.is_ascii_digit()).ok_or_else(wrong)?;
+        let (number, unit) = text.split_at_checked(unit_at).ok_or_else(wrong)?;
+        let factor = match unit {
+            "ms" => 1,
+            "s" => 1_000,
+            "m" => 60_000,
+            _ => return Err(wrong()),
+        };
+        let ms = number.parse::<u64>().ok().and_then(|n| n.checked_mul(factor));
+        // Shorter ones would end streams while all is well: the service answers once in 5 s if there is no news.
+        ms.filter(|ms| *ms > POLL_TIMEOUT_MS).map(Span).ok_or_else(wrong)
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -24,6 +69,7 @@ pub struct Config {
     pub max_waiting_bytes: u64,
     /// Streams that one worker has open at a time, agents without a valid key included.
     pub max_streams: u64,
+    pub on_lost_watch: OnLostWatch,
 }
 
 impl Default for Config {
@@ -35,6 +81,7 @@ impl Default for Config {
             unmanaged: Unmanaged::Deny,
             max_waiting_bytes: 256 * 1024 * 1024,
             max_streams: 10_000,
+            on_lost_watch: OnLostWatch::Finish,
         }
     }
 }

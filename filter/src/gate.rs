@@ -2,7 +2,8 @@
 
 use crate::host::{self, Buffer, Map};
 use crate::metrics;
-use crate::vm::{FLIGHT, KEY, SharedFlight, TARGET, Vm, vm};
+use crate::vm::{FLIGHT, KEY, REASON, SharedFlight, TARGET, Vm, vm};
+use crate::watching::Running;
 use keyward_core::body::{Splice, splice_piece, spliced_length};
 use keyward_core::credentials::is_stripped;
 use keyward_core::edge::{ADMIT_PATH, AdmitAnswer, RequestId, Settlement};
@@ -38,6 +39,9 @@ enum Stage {
 
 pub struct GateStream {
     vm: Rc<Vm>,
+    context: u32,
+    /// From when it is asked for; the tick may end it.
+    running: Option<Rc<Running>>,
     stage: Stage,
     started_ms: u64,
     /// The request told its body's length.
@@ -49,8 +53,8 @@ pub struct GateStream {
 }
 
 impl GateStream {
-    pub fn new() -> Self {
-        GateStream { vm: vm(), stage: Stage::New, started_ms: 0, announced: false, waiting: 0, open: false }
+    pub fn new(context: u32) -> Self {
+        GateStream { vm: vm(), context, running: None, stage: Stage::New, started_ms: 0, announced: false, waiting: 0, open: false }
     }
 
     fn take(&mut self) -> Stage {
@@ -89,7 +93,10 @@ impl GateStream {
         headers.extend(traceparent.as_ref().map(|parent| ("traceparent", parent.as_str())));
         headers.extend(asking.trace().and_then(TraceContext::tracestate).map(|state| ("tracestate", state)));
         match host::call(&config.policy_cluster, headers, &body, config.admit_timeout()) {
-            Some(_) => self.stage = Stage::Asking { asking: Box::new(asking), since: Instant::now() },
+            Some(_) => {
+                self.running = Some(self.vm.watching.borrow_mut().open(asking.id(), self.context, asking.dialect()));
+                self.stage = Stage::Asking { asking: Box::new(asking), since: Instant::now() };
+            }
             None => return self.refuse(&asking.unavailable()),
         }
         Action::Pause
@@ -99,10 +106,13 @@ impl GateStream {
     fn refuse(&mut self, refused: &Refused) -> Action {
         let code = refused.refusal.code.name();
         metrics::refused(code);
+        if let Some(running) = &self.running {
+            running.over();
+        }
         if !refused.asked {
             self.vm.settlements.borrow_mut().count_refusal(code, host::now_ms());
         }
-        host::set_filter_state("keyward.reason", code);
+        host::set_filter_state(REASON, code);
         send(&refused.answer());
         Action::Pause
     }
@@ -110,6 +120,9 @@ impl GateStream {
     /// Gives the service's own answer; nothing is forwarded.
     fn tell(&mut self, told: &Told) {
         metrics::admitted();
+        if let Some(running) = &self.running {
+            running.over();
+        }
         self.settle(told.settlement(self.elapsed_ms(), host::now_ms()));
         send(&told.answer());
     }
@@ -124,6 +137,7 @@ impl GateStream {
     fn forward(&mut self, admitted: Admitted) {
         let id = admitted.permit.id();
         let cluster = gate::cluster(admitted.permit.target().provider);
+        let expires_ms = admitted.permit.plan().expires_ms;
         let ready = write_body(&admitted.splices, admitted.body_bytes, self.announced)
             && host::set_filter_state(KEY, &admitted.permit.plan().key)
             && host::set_filter_state(FLIGHT, id.to_string())
@@ -138,9 +152,17 @@ impl GateStream {
             return;
         }
         metrics::admitted();
+        if let Some(running) = &self.running {
+            self.vm.watching.borrow_mut().sent(running, expires_ms);
+        }
         let flight = self.vm.take_off(id, flight);
         self.stage = Stage::Answering { answering: Box::new(answering), flight, id, replaced: false };
         host::resume_request();
+    }
+
+    /// The tick has answered in the provider's place, or cut the stream: whatever comes is no more to be looked at.
+    fn was_ended(&self) -> bool {
+        self.running.as_ref().is_some_and(|running| running.is_over() && running.ending().is_some())
     }
 
     fn elapsed_ms(&self) -> u64 {
@@ -174,8 +196,10 @@ fn write_body(splices: &[Splice], length: u64, announced: bool) -> bool {
 
 impl Context for GateStream {
     fn on_http_call_response(&mut self, _token: u32, _headers: usize, body_size: usize, _trailers: usize) {
+        let ended = self.was_ended();
         let (asking, since) = match self.take() {
-            Stage::Asking { asking, since } => (asking, since),
+            // A permit for a request that has been ended meanwhile is void.
+            Stage::Asking { asking, since } if !ended => (asking, since),
             other => {
                 self.stage = other;
                 return;
@@ -215,8 +239,10 @@ impl HttpContext for GateStream {
         let headers = map.pairs();
         self.announced = gate::header(&headers, "content-length").is_some_and(|length| !length.is_empty());
         #[cfg(feature = "test-trap")]
-        if gate::header(&headers, "x-test-trap").is_some() {
-            std::process::abort();
+        match gate::header(&headers, "x-test-trap") {
+            Some(b"lease") => crate::watching::trap_holder(),
+            Some(_) => std::process::abort(),
+            None => {}
         }
         // Without randomness there is no id that nobody can guess: the request ends here.
         let Some(id) = self.vm.request_id() else {
@@ -277,6 +303,9 @@ impl HttpContext for GateStream {
     }
 
     fn on_http_response_headers(&mut self, _: usize, end_of_stream: bool) -> Action {
+        if self.was_ended() {
+            return Action::Continue;
+        }
         let Stage::Answering { answering, flight, replaced, .. } = &mut self.stage else { return Action::Continue };
         if *replaced {
             return Action::Continue;
@@ -294,6 +323,11 @@ impl HttpContext for GateStream {
                 if end_of_stream {
                     answering.ended();
                 }
+                match &self.running {
+                    Some(running) if end_of_stream => running.over(),
+                    Some(running) => running.shows(answering.has_events()),
+                    None => {}
+                }
                 Action::Continue
             }
             Err(refused) => {
@@ -304,20 +338,42 @@ impl HttpContext for GateStream {
     }
 
     fn on_http_response_body(&mut self, size: usize, end_of_stream: bool) -> Action {
+        if self.was_ended() {
+            return Action::Continue;
+        }
         let Stage::Answering { answering, replaced: false, .. } = &mut self.stage else { return Action::Continue };
         let piece = if size == 0 { Vec::new() } else { host::buffer(Buffer::ResponseBody, 0, size).unwrap_or_default() };
         let held = answering.held();
+        let ending = self.running.as_ref().and_then(|running| running.ending());
+        if let Some(code) = ending {
+            answering.break_off(code);
+        }
         let passed = answering.piece(&piece, end_of_stream, self.vm.room_to_hold(held));
         self.vm.hold(held, answering.held());
         if let Passed::Instead(other) = passed {
             host::replace_buffer(Buffer::ResponseBody, size, &other);
         }
+        if let Some(running) = &self.running {
+            if let (None, Some(code)) = (ending, answering.breaks_off()) {
+                self.vm.watching.borrow_mut().end(running, code);
+            }
+            if answering.has_said_so() {
+                running.said();
+            }
+            if end_of_stream {
+                running.over();
+            }
+        }
         Action::Continue
     }
 
     fn on_http_response_trailers(&mut self, _: usize) -> Action {
-        if let Stage::Answering { answering, .. } = &mut self.stage {
+        let ended = self.was_ended();
+        if let Stage::Answering { answering, .. } = &mut self.stage
+            && !ended
+        {
             answering.ended();
+            self.running.iter().for_each(|running| running.over());
         }
         Action::Continue
     }
@@ -328,9 +384,22 @@ impl HttpContext for GateStream {
         if std::mem::take(&mut self.open) {
             self.vm.close_stream();
         }
+        let ending = self.running.take().and_then(|running| {
+            self.vm.watching.borrow_mut().close(&running);
+            running.ending()
+        });
         match self.take() {
-            Stage::Asking { asking, .. } => self.settle(gate::void(asking.id(), self.elapsed_ms(), host::now_ms())),
-            Stage::Answering { answering, flight, id, .. } => {
+            Stage::Asking { asking, .. } => {
+                if let Some(code) = ending {
+                    metrics::refused(code.name());
+                    host::set_filter_state(REASON, code.name());
+                }
+                self.settle(gate::void(asking.id(), self.elapsed_ms(), host::now_ms()));
+            }
+            Stage::Answering { mut answering, flight, id, .. } => {
+                if let Some(code) = ending {
+                    answering.break_off(code);
+                }
                 self.vm.land(id);
                 self.vm.hold(answering.held(), 0);
                 if !flight.borrow().was_answered() && nothing_was_sent() {
@@ -338,6 +407,10 @@ impl HttpContext for GateStream {
                 }
                 let now = host::now_ms();
                 let settlement = answering.over(&flight.borrow(), now.saturating_sub(self.started_ms), now);
+                if let Some(code) = settlement.ended {
+                    metrics::ended(code.name());
+                    host::set_filter_state(REASON, code.name());
+                }
                 self.settle(settlement);
             }
             Stage::New | Stage::Reading(_) | Stage::Over => {}

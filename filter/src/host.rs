@@ -43,6 +43,8 @@ unsafe extern "C" {
     fn proxy_get_shared_data(key: *const u8, key_size: usize, data: *mut *mut u8, size: *mut usize, cas: *mut u32) -> u32;
     fn proxy_set_shared_data(key: *const u8, key_size: usize, value: *const u8, value_size: usize, cas: u32) -> u32;
     fn proxy_continue_stream(stream: u32) -> u32;
+    fn proxy_close_stream(stream: u32) -> u32;
+    fn proxy_set_effective_context(context: u32) -> u32;
     #[allow(clippy::too_many_arguments)]
     fn proxy_send_local_response(
         status: u32,
@@ -68,6 +70,11 @@ unsafe extern "C" {
     fn proxy_record_metric(id: u32, value: u64) -> u32;
 }
 
+#[link(wasm_import_module = "wasi_snapshot_preview1")]
+unsafe extern "C" {
+    fn clock_time_get(clock: u32, precision: u64, time: *mut u64) -> u16;
+}
+
 /// Runs a call that hands out memory (allocated by the SDK's `proxy_on_memory_allocate`, as a boxed slice).
 fn received(call: impl FnOnce(*mut *mut u8, *mut usize) -> u32) -> Option<Vec<u8>> {
     let (mut data, mut size) = (std::ptr::null_mut(), 0usize);
@@ -86,6 +93,15 @@ pub fn now_ms() -> u64 {
     let mut nanos = 0;
     // SAFETY: the host writes one u64.
     unsafe { proxy_get_current_time_nanoseconds(&mut nanos) };
+    nanos / 1_000_000
+}
+
+/// Milliseconds of a clock that is never set, the same in all VMs of the process. `std`'s clock doesn't tell its value.
+pub fn monotonic_ms() -> u64 {
+    const MONOTONIC: u32 = 1;
+    let mut nanos = 0;
+    // SAFETY: the host writes one u64.
+    unsafe { clock_time_get(MONOTONIC, 1_000_000, &mut nanos) };
     nanos / 1_000_000
 }
 
@@ -198,6 +214,19 @@ pub fn resume_request() {
     unsafe { proxy_continue_stream(0) };
 }
 
+/// Makes the calls that follow act for another context of this VM. `false`: there is none of this id any more.
+pub fn act_for(context: u32) -> bool {
+    // SAFETY: plain value.
+    unsafe { proxy_set_effective_context(context) == OK }
+}
+
+/// Ends the stream where it is, towards both sides.
+pub fn reset_response() {
+    const RESPONSE: u32 = 1;
+    // SAFETY: plain value.
+    unsafe { proxy_close_stream(RESPONSE) };
+}
+
 /// Answers in the provider's place.
 pub fn send_response(status: u16, headers: &[(&str, &str)], body: &str) -> bool {
     let headers = serialize_pairs(headers);
@@ -242,7 +271,7 @@ pub fn add_to_metric(id: u32, offset: i64) {
     unsafe { proxy_increment_metric(id, offset) };
 }
 
-/// A sample of a histogram.
+/// A sample of a histogram, or the value of a gauge.
 pub fn record_metric(id: u32, value: u64) {
     // SAFETY: plain values.
     unsafe { proxy_record_metric(id, value) };

@@ -11,6 +11,7 @@ mod load;
 mod metrics;
 mod settlements;
 mod vm;
+mod watching;
 
 use crate::attempt::AttemptStream;
 use crate::config::Config;
@@ -31,13 +32,13 @@ mod entry {
 
     proxy_wasm::main! {{
         proxy_wasm::set_log_level(LogLevel::Info);
-        proxy_wasm::set_root_context(|_| Box::new(super::Root::default()));
+        proxy_wasm::set_root_context(|context| Box::new(super::Root { context, is_gate: false }));
     }}
 }
 
 /// One root context of a VM; which one it is, its root id tells.
-#[derive(Default)]
 struct Root {
+    context: u32,
     is_gate: bool,
 }
 
@@ -45,8 +46,10 @@ impl Context for Root {
     fn on_http_call_response(&mut self, token: u32, _: usize, body_size: usize, _: usize) {
         let vm = vm();
         // Only a 200 carries a body that reads as an answer.
-        let answer = host::buffer(Buffer::CallResponseBody, 0, body_size).and_then(|body| serde_json::from_slice(&body).ok());
-        if let Some(id) = vm.id() {
+        let body = host::buffer(Buffer::CallResponseBody, 0, body_size);
+        let Some(id) = vm.id() else { return };
+        if !watching::answered(&vm, id, token, body.as_deref()) {
+            let answer = body.and_then(|body| serde_json::from_slice(&body).ok());
             vm.settlements.borrow_mut().answered(id, token, answer, host::now_ms());
         }
     }
@@ -60,7 +63,9 @@ impl RootContext for Root {
         }
         match Config::parse(&host::buffer(Buffer::PluginConfiguration, 0, size).unwrap_or_default()) {
             Ok(config) => {
-                *vm().config.borrow_mut() = Rc::new(config);
+                let vm = vm();
+                *vm.config.borrow_mut() = Rc::new(config);
+                vm.watching.borrow_mut().begin();
                 host::set_tick_period(TICK);
                 true
             }
@@ -76,11 +81,12 @@ impl RootContext for Root {
         metrics::publish(vm.load(), now_ms);
         if let Some(id) = vm.id() {
             vm.settlements.borrow_mut().flush(id, &vm.config().policy_cluster, now_ms);
+            watching::tick(&vm, id, self.context);
         }
     }
 
-    fn create_http_context(&self, _: u32) -> Option<Box<dyn HttpContext>> {
-        Some(if self.is_gate { Box::new(GateStream::new()) } else { Box::new(AttemptStream::default()) })
+    fn create_http_context(&self, context: u32) -> Option<Box<dyn HttpContext>> {
+        Some(if self.is_gate { Box::new(GateStream::new(context)) } else { Box::new(AttemptStream::default()) })
     }
 
     fn get_type(&self) -> Option<ContextType> {

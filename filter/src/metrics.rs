@@ -3,6 +3,7 @@
 use crate::host::{self, Metric};
 use crate::load::{Load, Loads};
 use keyward_core::refusal::Code;
+use keyward_core::watch::ENDS;
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, HashMap};
 use std::time::Instant;
@@ -28,6 +29,10 @@ struct Gathered {
     pending: Cell<i64>,
     failed: Cell<i64>,
     adopted: Cell<i64>,
+    polls: Cell<i64>,
+    polls_failed: Cell<i64>,
+    takeovers: Cell<i64>,
+    ended: RefCell<BTreeMap<&'static str, i64>>,
     loads: RefCell<Loads>,
 }
 
@@ -81,6 +86,35 @@ pub fn adopted() {
     GATHERED.with(|g| add(&g.adopted, 1));
 }
 
+/// A request was ended before its end.
+pub fn ended(code: &'static str) {
+    GATHERED.with(|g| *g.ended.borrow_mut().entry(code).or_default() += 1);
+}
+
+/// The policy service is asked for news, or could not be.
+pub fn polled(sent: bool) {
+    GATHERED.with(|g| add(&g.polls, 1));
+    if !sent {
+        poll_failed();
+    }
+}
+
+pub fn poll_failed() {
+    GATHERED.with(|g| add(&g.polls_failed, 1));
+}
+
+/// This VM asks for news from now on.
+pub fn took_over() {
+    GATHERED.with(|g| add(&g.takeovers, 1));
+}
+
+/// Milliseconds since the policy service last answered a question for news.
+pub fn silent_for(ms: u64) {
+    if let Some(id) = id(Metric::Gauge, "keyward_watch_silence_milliseconds") {
+        host::record_metric(id, ms);
+    }
+}
+
 /// Records that wait in all VMs of the process, as far as they have been told.
 pub fn pending() -> u64 {
     id(Metric::Gauge, PENDING).and_then(host::metric).unwrap_or(0)
@@ -96,8 +130,16 @@ pub fn publish(load: Load, now_ms: u64) {
         let refused = std::mem::take(&mut *g.refused.borrow_mut());
         tell(Metric::Counter, "keyward_refused_total", refused.values().sum());
         for (code, count) in refused {
-            tell(Metric::Counter, &by_reason(code), count);
+            tell(Metric::Counter, &by_reason("refused", code), count);
         }
+        let ended = std::mem::take(&mut *g.ended.borrow_mut());
+        tell(Metric::Counter, "keyward_streams_ended_total", ended.values().sum());
+        for (code, count) in ended {
+            tell(Metric::Counter, &by_reason("streams_ended", code), count);
+        }
+        tell(Metric::Counter, "keyward_watch_polls_total", g.polls.take());
+        tell(Metric::Counter, "keyward_watch_polls_failed_total", g.polls_failed.take());
+        tell(Metric::Counter, "keyward_watch_takeovers_total", g.takeovers.take());
         if let Some(id) = id(Metric::Histogram, WAIT) {
             g.waits.borrow_mut().drain(..).for_each(|micros| host::record_metric(id, micros));
         }
@@ -124,14 +166,17 @@ fn start() {
         id(kind, metric.name);
     }
     for code in Code::ALL {
-        id(Metric::Counter, &by_reason(code.name()));
+        id(Metric::Counter, &by_reason("refused", code.name()));
+    }
+    for code in ENDS {
+        id(Metric::Counter, &by_reason("streams_ended", code.name()));
     }
     tell(Metric::Counter, "keyward_vm_starts_total", 1);
 }
 
 /// Envoy's stats tag takes the middle part out and makes a label of it; without one the name still tells.
-fn by_reason(code: &str) -> String {
-    format!("keyward_refused_by_reason.{code}.total")
+fn by_reason(what: &str, code: &str) -> String {
+    format!("keyward_{what}_by_reason.{code}.total")
 }
 
 fn tell(kind: Metric, name: &str, offset: i64) {

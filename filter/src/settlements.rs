@@ -188,7 +188,7 @@ impl Settlements {
 }
 
 /// What all VMs of the process share.
-struct ProcessData;
+pub struct ProcessData;
 
 impl SharedData for ProcessData {
     fn read(&self, key: &[u8]) -> Option<(Vec<u8>, u32)> {

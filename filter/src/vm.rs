@@ -5,6 +5,7 @@ use crate::config::Config;
 use crate::host;
 use crate::load::Load;
 use crate::settlements::Settlements;
+use crate::watching::Watching;
 use keyward_core::attempt::Flight;
 use keyward_core::edge::{RequestId, VmId};
 use std::cell::{Cell, RefCell};
@@ -19,12 +20,16 @@ pub const TARGET: &str = "keyward.target";
 /// Filter state that tells the access log whose request it was.
 pub const KEY: &str = "keyward.key";
 
+/// Filter state that tells the access log why a request was refused or ended.
+pub const REASON: &str = "keyward.reason";
+
 pub type SharedFlight = Rc<RefCell<Flight>>;
 
 #[derive(Default)]
 pub struct Vm {
     pub config: RefCell<Rc<Config>>,
     pub settlements: RefCell<Settlements>,
+    pub watching: RefCell<Watching>,
     flights: RefCell<HashMap<RequestId, SharedFlight>>,
     id: Cell<Option<VmId>>,
     node: RefCell<Option<Rc<str>>>,

@@ -121,6 +121,7 @@ pub async fn start(config: Config) -> Result<Running, StartError> {
     tracing::info!(version = env!("CARGO_PKG_VERSION"), edge = %running.edge, admin = %running.admin, "the policy service listens");
     running.tasks.push(tokio::spawn(serve(edge, edge_router, stopped.clone())));
     running.tasks.push(tokio::spawn(serve(admin, admin_router, stopped.clone())));
+    running.tasks.push(tokio::spawn(watch_changes(service.clone(), stopped.clone())));
     running.tasks.push(tokio::spawn(sweep(service.clone(), stopped.clone())));
     running.tasks.push(tokio::spawn(send_alarms(service, stopped)));
     Ok(running)
@@ -130,6 +131,8 @@ impl Running {
     /// Stops in order: no new requests, those in hand end, everything queued is committed, the database is closed.
     pub async fn stop(self) {
         let _ = self.stop.send(true);
+        // A question for news would be held for seconds.
+        self.service.end_watches();
         for task in self.tasks {
             let _ = tokio::time::timeout(Duration::from_secs(10), task).await;
         }
@@ -193,6 +196,14 @@ async fn send_alarms(service: Arc<Service>, mut stopped: watch::Receiver<bool>) 
                 }
             }
         }
+    }
+}
+
+/// Judges what is running after each change of the rules.
+async fn watch_changes(service: Arc<Service>, mut stopped: watch::Receiver<bool>) {
+    tokio::select! {
+        () = stop_asked(&mut stopped) => {}
+        () = service.watch_changes() => {}
     }
 }
 

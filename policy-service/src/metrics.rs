@@ -4,6 +4,7 @@ use keyward_core::metrics::{Kind, Metric};
 use keyward_core::operation::{OPERATIONS, PROVIDERS, Provider};
 use keyward_core::price::PriceTable;
 use keyward_core::refusal::Code;
+use keyward_core::watch::ENDS;
 use metrics::{Counter, Gauge, Histogram, counter, gauge, histogram};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use std::collections::HashMap;
@@ -38,6 +39,9 @@ pub static TABLE: &[Metric] = &[
     Metric::counter("keyward_tokens_total", "tokens", &["provider", "model", "direction"], "Tokens of settled requests; the directions input, cache_read, cache_write and output do not overlap"),
     Metric::counter("keyward_spent_nanodollars_total", "nanodollars", MODEL, "Money charged, expired holds included"),
     Metric::counter("keyward_returned_nanodollars_total", "nanodollars", MODEL, "Money given back: a settlement that came after its hold had expired costs less than the hold"),
+    Metric::counter("keyward_ends_told_total", "requests", &["reason"], "Running requests that were told to end: revoked, expired, not allowed any more, out of money"),
+    Metric::counter("keyward_edge_polls_total", "calls", &[], "Questions of Envoys for news; each has one open at a time, held for up to 5 s"),
+    Metric::counter("keyward_edge_polls_everything_total", "calls", &[], "Questions of Envoys for news that were told all that may not go on: after a start of either side, or from too far behind"),
     Metric::counter("keyward_keys_frozen_total", "keys", &[], "Keys frozen because an actual cost exceeded its hold"),
     Metric::counter("keyward_alarms_total", "alarms", &["what"], "Alarms: budget, over_hold, frozen"),
     Metric::counter("keyward_alarms_sent_total", "alarms", &[], "Alarms that a webhook took"),
@@ -80,6 +84,9 @@ pub struct Handles {
     pub settlements: Counter,
     pub voids: Counter,
     pub holds_expired: Counter,
+    ends_told: HashMap<Code, Counter>,
+    pub watch_polls: Counter,
+    pub watch_everything: Counter,
     pub keys_frozen: Counter,
     pub alarms_sent: Counter,
     pub alarms_lost: Counter,
@@ -168,6 +175,9 @@ impl Handles {
             settlements: counter!("keyward_settlements_total"),
             voids: counter!("keyward_voids_total"),
             holds_expired: counter!("keyward_holds_expired_total"),
+            ends_told: ENDS.iter().map(|code| (*code, counter!("keyward_ends_told_total", "reason" => code.name()))).collect(),
+            watch_polls: counter!("keyward_edge_polls_total"),
+            watch_everything: counter!("keyward_edge_polls_everything_total"),
             keys_frozen: counter!("keyward_keys_frozen_total"),
             alarms_sent: counter!("keyward_alarms_sent_total"),
             alarms_lost: counter!("keyward_alarms_lost_total"),
@@ -199,6 +209,13 @@ impl Handles {
         match self.refusals.get(&code) {
             Some(counter) => counter.increment(1),
             None => refusal(code).increment(1),
+        }
+    }
+
+    /// A running request was told to end.
+    pub fn told_to_end(&self, code: Code) {
+        if let Some(counter) = self.ends_told.get(&code) {
+            counter.increment(1);
         }
     }
 

@@ -189,6 +189,7 @@ async fn a_database_of_version_1_goes_on() {
         tries: Vec::new(),
         created: Vec::new(),
         deleted: None,
+        ended: None,
         ms: 1,
         at: 1,
     };

@@ -334,8 +334,15 @@ class Stack:
         return {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in data.splitlines() if line and not line.startswith("#")}
 
     def callouts(self):
-        """Calls of the filter to the policy service so far, of any kind."""
-        return self.stats("cluster.keyward_policy.upstream_rq_total").get("cluster.keyward_policy.upstream_rq_total", 0)
+        """Calls of the filter to the policy service so far, of any kind but its regular questions for news."""
+        polls, pattern = None, "cluster.keyward_policy.upstream_rq_total|keyward_watch_polls_total"
+        while True:
+            seen = self.stats(pattern)
+            # The filter tells its own counts once a tick, 50 ms: only where they stand still do both belong together.
+            if polls == seen["wasmcustom.keyward_watch_polls_total"]:
+                return seen["cluster.keyward_policy.upstream_rq_total"] - polls
+            polls = seen["wasmcustom.keyward_watch_polls_total"]
+            time.sleep(0.12)
 
     def admissions_asked(self):
         """Admissions that the filter asked for so far: what Envoy counts as sent to the policy service, less the batches of

@@ -118,7 +118,7 @@ mod tests {
 
     const TALKS: &[Mode] = &[Mode::Chat, Mode::Responses];
 
-    /// Dollars per million input and output tokens, worked out from the price pages.
+    /// Dollars per million input and output tokens, worked out by hand from the two price lists that the table is made from.
     #[test]
     fn an_unlisted_model_costs_what_the_rule_says() {
         let table = PriceTable::built_in().unwrap();

@@ -5,12 +5,13 @@ use crate::metrics::handles;
 use crate::service::{Admitted, Service};
 use axum::Router;
 use axum::body::Bytes;
-use axum::extract::{DefaultBodyLimit, Request, State};
+use axum::extract::{DefaultBodyLimit, Query, Request, State};
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
-use axum::routing::post;
+use axum::routing::{get, post};
 use keyward_core::edge::{ADMIT_PATH, AdmitRequest, SETTLE_PATH};
+use keyward_core::watch::WATCH_PATH;
 use std::sync::Arc;
 use subtle::ConstantTimeEq;
 use zeroize::Zeroizing;
@@ -26,6 +27,7 @@ pub fn router(service: Arc<Service>, token: EdgeToken) -> Router {
     Router::new()
         .route(ADMIT_PATH, post(admit))
         .route(SETTLE_PATH, post(settle))
+        .route(WATCH_PATH, get(watch))
         .layer(DefaultBodyLimit::max(MAX_BODY))
         .layer(middleware::from_fn_with_state(token, authenticate))
         .with_state(service)
@@ -57,6 +59,21 @@ async fn settle(State(service): State<Arc<Service>>, body: String) -> Response {
         Ok(answer) => json(&answer),
         Err(error) => {
             tracing::error!(%error, "a batch of settlements was not taken");
+            StatusCode::SERVICE_UNAVAILABLE.into_response()
+        }
+    }
+}
+
+#[derive(serde::Deserialize)]
+struct Since {
+    since: Option<String>,
+}
+
+async fn watch(State(service): State<Arc<Service>>, Query(Since { since }): Query<Since>) -> Response {
+    match service.news(since.as_deref()).await {
+        Ok(answer) => json(&answer),
+        Err(error) => {
+            tracing::error!(%error, "a question for news was not answered");
             StatusCode::SERVICE_UNAVAILABLE.into_response()
         }
     }

@@ -1,6 +1,7 @@
 //! The configuration of an organisation: single objects, credentials, and the whole document of `keyward apply`.
 
 use super::access::{Permission, Principal, Role, TokenSpec};
+use super::watch::Changed;
 use super::{Service, ServiceError, now_ms};
 use crate::config::{self, Action, Credential, Difference, Document, FieldChange, Kind, Object};
 use crate::directory::{Meta, Organisation};
@@ -203,16 +204,21 @@ impl Service {
     /// Runs edits in the store, then takes the new configuration into memory. Gives the revision.
     async fn edit(&self, who: &Principal, edits: Vec<Edit>, expect_rev: Option<u64>) -> Result<u64, ServiceError> {
         let edits = Edits { organisation: who.organisation.clone(), edits, expect_rev, actor: who.actor(), now_ms: now_ms() };
-        let rev = match self.store.edit(edits).await? {
-            Edited::Done(rev) => rev,
-            Edited::Missing => return Err(ServiceError::NotFound("object")),
-            Edited::Exists => return Err(ServiceError::Exists),
-            Edited::Stale => return Err(ServiceError::Stale(0)),
-            Edited::InUse(by) => return Err(ServiceError::Conflict(by)),
-            Edited::Invalid(faults) => return Err(ServiceError::Faults(faults)),
+        let changing = self.changing();
+        let not_done = match self.store.edit(edits).await? {
+            Edited::Done(rev) => {
+                self.reload().await?;
+                changing.done(Changed::all());
+                return Ok(rev);
+            }
+            Edited::Missing => ServiceError::NotFound("object"),
+            Edited::Exists => ServiceError::Exists,
+            Edited::Stale => ServiceError::Stale(0),
+            Edited::InUse(by) => ServiceError::Conflict(by),
+            Edited::Invalid(faults) => ServiceError::Faults(faults),
         };
-        self.reload().await?;
-        Ok(rev)
+        changing.nothing();
+        Err(not_done)
     }
 
     /// Makes an organisation of its own, with its first admin token.

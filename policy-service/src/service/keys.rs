@@ -211,7 +211,8 @@ impl Service {
                 only_operators_shadow(who, row.enforce)?;
             }
             let max_keys = self.within_limits(who, &row)?;
-            match self.store.update_key(KeyUpdate { row, salt: random()?, actor: who.actor(), now_ms: now, max_keys }).await? {
+            let update = KeyUpdate { row, salt: random()?, actor: who.actor(), now_ms: now, max_keys };
+            match self.changing_key(id, self.store.update_key(update)).await? {
                 KeyOutcome::Stale(_) if expect.is_none() => {}
                 other => return outcome(other),
             }
@@ -256,7 +257,7 @@ impl Service {
                 actor: who.actor(),
                 now_ms: now,
             };
-            match self.store.rotate_key(rotation).await? {
+            match self.changing_key(id, self.store.rotate_key(rotation)).await? {
                 KeyOutcome::Stale(_) if expect.is_none() => {}
                 other => return Ok((outcome(other)?, token)),
             }
@@ -269,7 +270,8 @@ impl Service {
         for _ in 0..TRIES {
             let before = self.key(who, id).await?;
             let at = expect.or(Some(before.version));
-            match self.store.revoke_key(&who.organisation, id, at, &who.actor(), now_ms()).await? {
+            let actor = who.actor();
+            match self.changing_key(id, self.store.revoke_key(&who.organisation, id, at, &actor, now_ms())).await? {
                 KeyOutcome::Stale(_) if expect.is_none() => {}
                 other => return outcome(other),
             }

@@ -4,12 +4,14 @@ pub mod access;
 mod configuration;
 pub mod keys;
 mod lent;
+mod watch;
 pub(crate) mod watched;
 mod webhook;
 
 pub use self::lent::{Lent, Loan};
 
 use self::access::{Permission, Principal};
+use self::watch::{Changed, Watch};
 use crate::config::Fault;
 use crate::directory::{Directory, Organisation};
 use crate::metrics::handles;
@@ -118,6 +120,7 @@ pub struct Service {
     hold_ttl: Duration,
     memory: RwLock<Arc<InMemory>>,
     lent: RwLock<Vec<Lent>>,
+    watch: Watch,
     /// When `/metrics` was last read.
     watched: tokio::sync::Mutex<Option<Instant>>,
     /// Changes are taken into memory in the order in which they happened.
@@ -147,6 +150,7 @@ impl Service {
             hold_ttl,
             memory: RwLock::default(),
             lent: RwLock::default(),
+            watch: Watch::new()?,
             watched: tokio::sync::Mutex::default(),
             reloading: tokio::sync::Mutex::default(),
         };
@@ -231,7 +235,12 @@ impl Service {
         match self.admit_patiently(admit).await {
             Ok(Admission::Admitted(admitted)) => {
                 handles().admitted(&provider, &endpoint);
-                let store::Admitted { key_id, hold, model, credentials, state, answer, rev, headroom } = *admitted;
+                let store::Admitted { key_id, hold, model, credentials, state, answer, expires_ms, output_limit, rev, headroom } =
+                    *admitted;
+                if !Arc::ptr_eq(&memory.directory, &self.memory().directory) {
+                    // Decided by rules that have changed meanwhile, and perhaps written down after all that was running was judged.
+                    self.changed(Changed::key(&key_id));
+                }
                 if tracing::enabled!(tracing::Level::DEBUG) {
                     let (trace_id, span_id) = watched::ids(trace);
                     tracing::debug!(
@@ -245,7 +254,7 @@ impl Service {
                 };
                 let credentials = credentials.into_iter().filter_map(with_secret).collect();
                 let targets = vec![PlanTarget { provider, model, credentials }];
-                let plan = Plan { key: key_id, rev, clamp: hold.clamp, state, answer, headroom, targets };
+                let plan = Plan { key: key_id, rev, clamp: hold.clamp, expires_ms, output_limit, state, headroom, answer, targets };
                 Admitted::Answer(Box::new(AdmitAnswer { plan: Some(plan), refusal: None, edge_key }))
             }
             Ok(Admission::Refused(refusal)) => {

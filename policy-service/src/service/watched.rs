@@ -1,5 +1,6 @@
 //! What operators see of the service: gauges that are read when somebody looks, and what a log line may say.
 
+use super::watch::Changed;
 use super::{InMemory, Service, millis, now_ms};
 use crate::directory::Directory;
 use crate::metrics::{handles, unix_seconds};
@@ -59,6 +60,9 @@ impl Service {
         for alarm in &settled.alarms {
             metrics::counter!("keyward_alarms_total", "what" => alarm.what.clone()).increment(1);
             tracing::warn!(organisation = alarm.organisation, what = alarm.what, detail = %alarm.detail, "alarm");
+        }
+        for key in &settled.frozen {
+            self.changed(Changed::key(key));
         }
         if settled.gaps > 0 || settled.unknown > 0 || !settled.frozen.is_empty() {
             tracing::error!(

@@ -7,7 +7,7 @@ use super::{Admission, Admit, Admitted, StoreError};
 use crate::directory::{NoCredential, Organisation};
 use keyward_core::admission::{self, Hold, KeyState};
 use keyward_core::audit::{self, Event};
-use keyward_core::edge::RequestId;
+use keyward_core::edge::{Ask, RequestId};
 use keyward_core::limits::{DAY_MS, Enforce, Limits, Moment};
 use keyward_core::models;
 use keyward_core::operation::Provider;
@@ -37,6 +37,14 @@ struct Levels<'a> {
     organisation: (String, &'a Limits),
 }
 
+/// A request whose id has been used before.
+struct Seen {
+    state: i64,
+    fingerprint: Vec<u8>,
+    hold: Hold,
+    bounded: bool,
+}
+
 /// What was decided of a request.
 struct Decision {
     target: Target,
@@ -64,16 +72,17 @@ impl Ledger<'_> {
         let organisation =
             admit.directory.organisations.get(&key.chain.organisation).ok_or(StoreError::Damaged("a key without organisation"))?;
         match self.seen(admit.request.req)? {
-            Some((state::TOMBSTONE, _, _)) => {
+            Some(Seen { state: state::TOMBSTONE, .. }) => {
                 let refusal = Refusal::new(Code::PolicyUnavailable, "this request was given up before it was admitted");
                 return self.refuse(&key, admit, refusal);
             }
-            Some((state::HELD, seen, hold)) if seen == fingerprint => {
+            Some(Seen { state: state::HELD, fingerprint: seen, hold, bounded }) if seen == fingerprint => {
                 if key.stand(organisation, admit).is_err() {
                     return Ok(Admission::Conflict);
                 }
                 let target = self.target(organisation, &key, admit)?;
-                return Ok(target.map_or(Admission::Conflict, |target| admitted(&key, target, hold, organisation.rev, None)));
+                let ask = &admit.request.ask;
+                return Ok(target.map_or(Admission::Conflict, |target| admitted(&key, target, hold, organisation.rev, ask, None, bounded)));
             }
             Some(_) => return Ok(Admission::Conflict),
             None => {}
@@ -136,8 +145,8 @@ impl Ledger<'_> {
         self.db
             .prepare_cached(
                 "INSERT INTO requests (req, key_id, state, fingerprint, provider, model, stream, choices, hold, hold_input, clamp, hold_tokens,
-                     hold_output, expires_ms, team, endpoint, asked, admitted_ms, day, bounded, rated)
-                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18, ?19, ?20, ?21)",
+                     hold_output, expires_ms, team, endpoint, asked, admitted_ms, day, bounded, rated, token)
+                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18, ?19, ?20, ?21, ?22)",
             )?
             .execute(params![
                 admit.request.req.0,
@@ -161,8 +170,9 @@ impl Ledger<'_> {
                 signed(now.day),
                 bounded,
                 rated,
+                admit.token_hash,
             ])?;
-        Ok(admitted(&key, target, hold, organisation.rev, headroom))
+        Ok(admitted(&key, target, hold, organisation.rev, ask, headroom, bounded))
     }
 
     fn decide(
@@ -327,11 +337,15 @@ impl Ledger<'_> {
         Ok(found)
     }
 
-    fn seen(&self, req: RequestId) -> Result<Option<(i64, Vec<u8>, Hold)>, StoreError> {
-        let mut select = self
-            .db
-            .prepare_cached("SELECT state, fingerprint, hold, hold_input, clamp, hold_tokens, hold_output FROM requests WHERE req = ?1")?;
-        Ok(select.query_row([req.0], |row| Ok((row.get(0)?, row.get(1)?, hold_at(row, 2)?))).optional()?)
+    fn seen(&self, req: RequestId) -> Result<Option<Seen>, StoreError> {
+        let mut select = self.db.prepare_cached(
+            "SELECT state, fingerprint, hold, hold_input, clamp, hold_tokens, hold_output, bounded FROM requests WHERE req = ?1",
+        )?;
+        Ok(select
+            .query_row([req.0], |row| {
+                Ok(Seen { state: row.get(0)?, fingerprint: row.get(1)?, hold: hold_at(row, 2)?, bounded: row.get(7)? })
+            })
+            .optional()?)
     }
 }
 
@@ -385,9 +399,24 @@ impl Levels<'_> {
     }
 }
 
-fn admitted(key: &Found, target: Target, hold: Hold, rev: u64, headroom: Option<Headroom>) -> Admission {
+/// `bounded`: some budget holds the request to its hold.
+fn admitted(key: &Found, target: Target, hold: Hold, rev: u64, ask: &Ask, headroom: Option<Headroom>, bounded: bool) -> Admission {
     let Target { model, credentials, state, answer } = target;
-    Admission::Admitted(Box::new(Admitted { key_id: key.id.clone(), hold, model, credentials, state, answer, rev, headroom }))
+    let expires_ms = key.state.expires_ms.into_iter().chain(key.token_expires_ms).min();
+    // Where output has a limit, that is what was held for; without a budget the hold binds nobody.
+    let output_limit = Some(hold.output_tokens).filter(|_| bounded && !admission::operation(ask).limits().is_empty());
+    Admission::Admitted(Box::new(Admitted {
+        key_id: key.id.clone(),
+        hold,
+        model,
+        credentials,
+        state,
+        answer,
+        expires_ms,
+        output_limit,
+        rev,
+        headroom,
+    }))
 }
 
 fn refused(admit: &Admit, refusal: &Refusal) -> audit::Refused {

@@ -10,20 +10,22 @@ pub mod objects;
 mod outbox;
 mod settlement;
 pub mod sqlite;
+mod watched;
 
+pub use self::accounts::{organisation_account, team_account};
 use crate::config::{Fault, Kind};
 use crate::directory::Directory;
 use crate::prices::AdmittedPrices;
 use async_trait::async_trait;
 use keyward_core::admission::{Allow, Hold, Status};
 use keyward_core::audit::ChainKey;
-use keyward_core::edge::{AdmitRequest, Record, Settlement};
+use keyward_core::edge::{AdmitRequest, Record, RequestId, Settlement};
 use keyward_core::limits::{Account, Enforce, Limits, Moment};
 use keyward_core::money::Nanodollars;
 use keyward_core::price::PriceTable;
 use keyward_core::refusal::{Headroom, Refusal};
 use keyward_core::usage::Usage;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 /// What went wrong below. The text is for the log; callers of the API are told only that the store failed.
@@ -223,6 +225,10 @@ pub struct Admitted {
     pub state: bool,
     /// The answer, where the service itself gives it.
     pub answer: Option<String>,
+    /// When the key or its token expires.
+    pub expires_ms: Option<u64>,
+    /// Output tokens that money is held for; `None`: nothing bounds them.
+    pub output_limit: Option<u64>,
     pub rev: u64,
     /// What the limits per minute have left.
     pub headroom: Option<Headroom>,
@@ -277,6 +283,38 @@ pub struct Used {
 pub struct Expired {
     pub holds: u64,
     pub used: Vec<Used>,
+}
+
+/// A request that is running.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Held {
+    pub req: RequestId,
+    pub key_id: String,
+    pub provider: String,
+    /// `METHOD /path`; empty for one that an earlier version admitted.
+    pub endpoint: String,
+    /// The model as asked for.
+    pub asked: Option<String>,
+    /// The provider's name of the model; empty without one.
+    pub model: String,
+    pub hold: Nanodollars,
+    /// When the hold expires: the newest request's last.
+    pub expires_ms: u64,
+    /// When the token that it came with stops working.
+    pub token_expires_ms: Option<u64>,
+    /// The team that it was reserved on.
+    pub team: Option<String>,
+    /// The day whose windows it is charged to.
+    pub day: u64,
+}
+
+/// What is running, and whose it is.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Running {
+    pub keys: HashMap<String, KeyRow>,
+    /// Accounts of teams and organisations, where everybody's requests are here.
+    pub accounts: HashMap<String, Account>,
+    pub requests: Vec<Held>,
 }
 
 /// How the ledger stands, for whoever watches it.
@@ -424,6 +462,8 @@ pub fn admin_chain(organisation: &str) -> String {
 pub trait Store: Send + Sync + 'static {
     async fn admit(&self, admit: Admit) -> Result<Admission, StoreError>;
     async fn settle(&self, batch: Vec<Settle>, directory: Arc<Directory>, now: Moment) -> Result<Settled, StoreError>;
+    /// What these keys have running, or everybody.
+    async fn running(&self, keys: Option<BTreeSet<String>>) -> Result<Running, StoreError>;
     /// Charges every hold that is past its time.
     async fn expire(&self, now: Moment) -> Result<Expired, StoreError>;
 

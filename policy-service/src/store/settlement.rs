@@ -363,12 +363,12 @@ fn settled_event(settlement: &Settlement, charge: Charge) -> Event {
         settlement.tries.iter().map(|t| TryEntry { credential: t.credential.clone(), status: u64::from(t.status.unwrap_or(0)), ms: t.ms });
     Event::Settled(audit::Settled {
         req: settlement.req.0,
-        outcome: match settlement.outcome {
-            Outcome::Complete => "complete",
-            Outcome::Cut => "cut",
-            Outcome::Void => "void",
-        }
-        .to_owned(),
+        outcome: match (settlement.ended, settlement.outcome) {
+            (Some(code), _) => format!("ended:{}", code.name()),
+            (None, Outcome::Complete) => "complete".to_owned(),
+            (None, Outcome::Cut) => "cut".to_owned(),
+            (None, Outcome::Void) => "void".to_owned(),
+        },
         status: u64::from(settlement.status.unwrap_or(0)),
         // The chain counts tokens, whatever they were made of.
         input: usage.input.saturating_add(usage.audio_input).saturating_add(usage.image_input),

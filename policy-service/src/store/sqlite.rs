@@ -7,7 +7,7 @@ use super::ledger::{Ledger, signed, unsigned};
 use super::outbox;
 use super::{
     Admission, Admit, AuditRow, CredentialRow, Edited, Edits, Expired, Idempotent, KeyOutcome, KeyRow, KeyUpdate, LedgerKeys, Mail, NewKey,
-    NewOrganisation, Rotation, Settle, Settled, Standing, Store, StoreError, TokenRow, UsageBy, UsageQuery, UsageRow,
+    NewOrganisation, Rotation, Running, Settle, Settled, Standing, Store, StoreError, TokenRow, UsageBy, UsageQuery, UsageRow, watched,
 };
 use crate::directory::Directory;
 use crate::metrics::handles;
@@ -16,6 +16,7 @@ use keyward_core::limits::{Account, Moment};
 use keyward_core::money::Nanodollars;
 use rusqlite::types::Value;
 use rusqlite::{Connection, OpenFlags, OptionalExtension, TransactionBehavior, params};
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
@@ -32,6 +33,7 @@ const MIGRATIONS: &[&str] = &[
     include_str!("objects.sql"),
     include_str!("kept.sql"),
     include_str!("money.sql"),
+    include_str!("watched.sql"),
 ];
 
 type Apply = Box<dyn Fn(&Ledger<'_>) -> Result<(), StoreError> + Send>;
@@ -228,6 +230,10 @@ impl Store for SqliteStore {
 
     async fn settle(&self, batch: Vec<Settle>, directory: Arc<Directory>, now: Moment) -> Result<Settled, StoreError> {
         self.write(move |ledger| ledger.settle(&batch, &directory, now)).await
+    }
+
+    async fn running(&self, keys: Option<BTreeSet<String>>) -> Result<Running, StoreError> {
+        self.read(move |db| watched::running(db, keys.as_ref())).await
     }
 
     async fn expire(&self, now: Moment) -> Result<Expired, StoreError> {

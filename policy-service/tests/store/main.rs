@@ -213,6 +213,7 @@ fn settlement(req: u8, outcome: Outcome, usage: Option<(u64, u64)>) -> Settlemen
         tries: Vec::new(),
         created: Vec::new(),
         deleted: None,
+        ended: None,
         ms: 1,
         at: 1,
     }

@@ -342,8 +342,8 @@ fn prompt_tokens(fields: &Fields, messages: &[Value]) -> u64 {
     said + content(fields.get("system")) + fields.get("tools").map_or(0, tokens::count_json) + MESSAGE_OVERHEAD
 }
 
-/// Tokens that stand in no body: the provider's own words about tools, and its descriptions of those that it has trained (tool use
-/// guide, Claude 4.5: 346 with any tool; bash 245, text editor 700, computer 735 and 499 more).
+/// Tokens that stand in no body: the provider's own words about tools, and its descriptions of those that it has trained. 346 is
+/// the tool use guide's for Claude 4; those of single tools are of the right size, and were not checked.
 fn added_tokens(fields: &Fields) -> u64 {
     let tools = fields.get("tools").and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
     let own = |tool: &Value| {
