@@ -327,7 +327,7 @@ mod tests {
     fn end(n: u64) -> End {
         let mut req = [0; 16];
         req[..8].copy_from_slice(&n.to_be_bytes());
-        End { req: RequestId(req), code: if n % 2 == 0 { Code::Revoked } else { Code::CapExhausted } }
+        End { req: RequestId(req), code: if n.is_multiple_of(2) { Code::Revoked } else { Code::CapExhausted } }
     }
 
     /// A service whose news are numbered from 1: what it answers to a path.

@@ -178,6 +178,7 @@ async fn a_database_of_version_1_goes_on() {
     let settlement = Settlement {
         req: RequestId([1; 16]),
         outcome: Outcome::Complete,
+        ended: None,
         sent: true,
         status: Some(200),
         usage,

@@ -168,6 +168,7 @@ fn settlement(req: u8, outcome: Outcome, usage: Option<(u64, u64)>) -> Settlemen
     Settlement {
         req: RequestId([req; 16]),
         outcome,
+        ended: None,
         sent: outcome != Outcome::Void,
         status: Some(200),
         usage: usage.map(|(input, output)| Usage { input, output, ..Usage::default() }),

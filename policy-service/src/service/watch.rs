@@ -448,9 +448,9 @@ mod tests {
             (answer.end, answer.since)
         }
 
-        async fn put<T: config::Object>(&self, name: &str, object: serde_json::Value)
+        async fn put<T>(&self, name: &str, object: serde_json::Value)
         where
-            T: serde::de::DeserializeOwned,
+            T: config::Object + serde::de::DeserializeOwned,
         {
             let object: T = serde_json::from_value(object).unwrap();
             self.service().put_object(&who(), name, &object, Expect::Anything).await.unwrap();
