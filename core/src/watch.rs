@@ -477,6 +477,36 @@ mod tests {
     }
 
     #[test]
+    fn an_answer_to_an_older_question_does_not_undo_that_everything_is_wanted() {
+        let mut process = Process::new(1);
+        process.tick_all();
+        process.answer_all(3, "e");
+        process.tick_all();
+        ask_for_everything(&process.shared);
+        process.answer_all(4, "e");
+        process.now_ms += 50;
+        assert_eq!(process.tick(0).ask.as_deref(), Some(WATCH_PATH));
+    }
+
+    #[test]
+    fn a_holder_that_stands_still_for_a_moment_keeps_the_lease() {
+        let mut process = Process::new(2);
+        process.tick_all();
+        let holder = process.vms.iter().position(|vm| vm.1.holds_lease()).unwrap();
+        for _ in 0..9 {
+            process.now_ms += 50;
+            assert!(!process.tick(1 - holder).took_over);
+        }
+        process.tick_all();
+        process.now_ms += STALE_MS;
+        assert!(!process.tick(1 - holder).took_over, "it has been looked at once only");
+        process.now_ms += STALE_MS + 1;
+        assert!(process.tick(1 - holder).took_over);
+        process.tick(holder);
+        assert!(!process.vms[holder].1.holds_lease(), "there is one");
+    }
+
+    #[test]
     fn an_answer_that_comes_late_changes_nothing() {
         let mut process = Process::new(1);
         process.tick_all();
