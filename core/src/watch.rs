@@ -269,6 +269,10 @@ fn post(shared: &impl SharedData, asked: &str, answer: &WatchAnswer) {
         written += 1;
         let key = sheet_key(written);
         let before = shared.read(&key).map_or(ABSENT, |(_, version)| version);
+        // The sheet may be another VM's, written since the head was read: then it counts already.
+        if Head::read(shared).1 != version {
+            return;
+        }
         if !shared.write(&key, &sheet(written, &answer.end), before) {
             return;
         }
@@ -529,6 +533,30 @@ mod tests {
         process.answer(token, |_| Some(WatchAnswer { since: "e 1\nx".to_owned(), end: vec![end(1)] }));
         let ticked = process.tick(0);
         assert_eq!((ticked.ask.as_deref(), ticked.news), (Some(WATCH_PATH), vec![]));
+    }
+
+    /// Two VMs believe to hold the lease and bring the answers to the same question: what the one with more news has written stays,
+    /// at whichever moment it comes.
+    #[test]
+    fn of_two_answers_to_one_question_the_one_that_counts_stays_whole() {
+        for moment in 0..3 {
+            let shared = Shared::default();
+            let more = WatchAnswer { since: "e:2".to_owned(), end: vec![end(1), end(2)] };
+            let less = WatchAnswer { since: "e:1".to_owned(), end: vec![end(1)] };
+            let expected = more.clone();
+            let post_more = move |shared: &Shared| post(shared, "", &more);
+            fn after(readings: u32, run: impl FnOnce(&Shared) + 'static) -> Box<dyn FnOnce(&Shared)> {
+                if readings == 0 {
+                    return Box::new(run);
+                }
+                Box::new(move |shared| *shared.meanwhile.borrow_mut() = Some(after(readings - 1, run)))
+            }
+            *shared.meanwhile.borrow_mut() = Some(after(moment, post_more));
+            post(&shared, "", &less);
+            let (mut news, head) = (Vec::new(), Head::read(&shared).0);
+            assert!((1..=head.written).all(|n| read_sheet(&shared, n, &mut news)), "moment {moment}");
+            assert_eq!((head.since, news), (expected.since, expected.end), "moment {moment}");
+        }
     }
 
     #[derive(Debug, Clone)]
