@@ -306,6 +306,8 @@ pub struct Ended<'a> {
     pub input: Option<&'a Usage>,
     /// Bytes of text that passed; `None` when they could not be told.
     pub visible_bytes: Option<u64>,
+    /// More passed than the hold allows.
+    pub beyond: bool,
     pub choices: u64,
 }
 
@@ -348,11 +350,15 @@ fn charge_by(hold: &Hold, price: Option<&Price>, ended: &Ended<'_>) -> Charge {
 
 /// The charge of an answer that stopped without telling usage.
 fn cut(whole: Charge, hold: &Hold, price: &Price, ended: &Ended<'_>) -> Charge {
-    let Some(bytes) = ended.visible_bytes.filter(|_| ended.stream && !price.reasoning) else { return whole };
+    let Some(bytes) = ended.visible_bytes.filter(|_| ended.stream && (ended.beyond || !price.reasoning)) else { return whole };
     let input = ended.input.and_then(|usage| price.cost(usage)).unwrap_or(hold.input);
     let output = bytes.saturating_add(IN_FLIGHT_TOKENS.saturating_mul(ended.choices.max(1)));
     let tokens = ended.input.map_or(hold.input_tokens(), Usage::tokens).saturating_add(output);
     let amount = input.plus(Nanodollars::of_tokens(&[(output, price.dearest_output())]));
+    if ended.beyond {
+        // The provider broke its word: all that passed is charged, and the key is frozen for it.
+        return Charge { amount: whole.amount.max(amount), tokens: whole.tokens.max(tokens), estimated: true };
+    }
     Charge { amount: whole.amount.min(amount), tokens: whole.tokens.min(tokens), estimated: true }
 }
 
@@ -488,7 +494,16 @@ mod tests {
         let asked = ask("gpt-4o", 100, Some(1_000));
         let hold = bound(&asked, operation(&asked), &price, None).unwrap();
         let usage = Usage { input: 10, output: 20, ..Usage::default() };
-        let base = Ended { sent: true, status: Some(200), stream: true, usage: None, input: None, visible_bytes: Some(40), choices: 1 };
+        let base = Ended {
+            sent: true,
+            status: Some(200),
+            stream: true,
+            usage: None,
+            input: None,
+            visible_bytes: Some(40),
+            beyond: false,
+            choices: 1,
+        };
         let of = |ended: Ended<'_>| charge(&hold, Some(&price), &ended);
         assert_eq!(of(Ended { usage: Some(&usage), ..base }), Charge { amount: Nanodollars(225_000), tokens: 30, estimated: false });
         assert_eq!(of(Ended { sent: false, status: None, ..base }).amount, Nanodollars::ZERO);
@@ -497,6 +512,8 @@ mod tests {
         assert_eq!(of(base), Charge { amount: Nanodollars(250_000 + (40 + 256) * 10_000), tokens: 100 + 296, estimated: true });
         assert_eq!(of(Ended { visible_bytes: None, ..base }).amount, hold.total, "an unreadable answer");
         assert_eq!(of(Ended { stream: false, ..base }).amount, hold.total, "a buffered answer cut short was made in full");
+        let runaway = of(Ended { visible_bytes: Some(9_000_000), beyond: true, ..base });
+        assert_eq!(runaway.amount, Nanodollars(250_000 + 9_000_256 * 10_000), "whatever was held");
         let thinker = Price { reasoning: true, ..price.clone() };
         assert_eq!(charge(&hold, Some(&thinker), &base).amount, hold.total, "hidden output can't be estimated");
     }
@@ -643,7 +660,7 @@ mod tests {
             prop_assert!(worst <= hold.total, "{model} at {}: {worst:?} above {:?}", op.path, hold.total);
             // What the record tells is charged, and nothing else tells less.
             let told = Some(&usage).filter(|_| matches!(price.unit, Unit::Tokens | Unit::Seconds(_)));
-            let ended = Ended { sent: true, status: Some(200), stream: false, usage: told, input: None, visible_bytes: None, choices };
+            let ended = Ended { sent: true, status: Some(200), stream: false, usage: told, input: None, visible_bytes: None, beyond: false, choices };
             prop_assert_eq!(charge(&hold, Some(price), &ended).amount, worst);
             let untold = charge(&hold, Some(price), &Ended { usage: None, ..ended }).amount;
             prop_assert!(untold >= worst && untold <= hold.total);

@@ -224,6 +224,9 @@ pub struct Settlement {
     /// Bytes of text that passed, when there is no usage and they could be told.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub visible: Option<u64>,
+    /// More passed than what the request was held for allows: its hold says nothing any more of what it cost.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub beyond: bool,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub tries: Vec<Try>,
     /// Ids of objects that the provider made for this request and keeps.
@@ -388,6 +391,7 @@ mod tests {
             usage: Some(Usage { input: 5, output: 7, ..Usage::default() }),
             input: None,
             visible: Some(9),
+            beyond: false,
             tries: vec![Try { credential: "cred_a".into(), status: Some(200), ms: 12 }],
             created: vec!["resp_1".into()],
             deleted: None,

@@ -432,6 +432,7 @@ impl Admitted {
             withhold_usage: self.withhold_usage,
             stream: self.stream,
             output_limit: self.permit.plan.output_limit,
+            beyond: false,
             meter: None,
             complete: false,
             breaking: None,
@@ -458,6 +459,8 @@ pub struct Answering {
     deletes: Option<String>,
     /// Output tokens that money is held for.
     output_limit: Option<u64>,
+    /// More passed than that.
+    beyond: bool,
     meter: Option<Meter>,
     complete: bool,
     breaking: Option<Breaking>,
@@ -511,6 +514,7 @@ impl Answering {
         }
         let passed = meter.piece(piece, end, room);
         if !end && self.output_limit.is_some_and(|limit| meter.exceeds(limit)) {
+            self.beyond = true;
             self.break_off(Code::CapExhausted);
         }
         passed
@@ -574,7 +578,8 @@ impl Answering {
             status,
             usage,
             input: measured.input.filter(|_| usage.is_none()),
-            visible: Some(measured.visible_bytes).filter(|_| readable && usage.is_none() && self.is_text),
+            visible: Some(measured.visible_bytes.max(measured.running_output)).filter(|_| readable && usage.is_none() && self.is_text),
+            beyond: self.beyond,
             tries: flight.tries(ms),
             created: if done { measured.ids } else { Vec::new() },
             deleted: self.deletes.filter(|_| done && self.complete),
@@ -595,6 +600,7 @@ pub fn void(id: RequestId, ms: u64, at: u64) -> Settlement {
         usage: None,
         input: None,
         visible: None,
+        beyond: false,
         tries: Vec::new(),
         created: Vec::new(),
         deleted: None,

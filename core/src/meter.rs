@@ -26,6 +26,8 @@ pub struct Measured {
     /// The input side alone, when at least that was told.
     pub input: Option<Usage>,
     pub visible_bytes: u64,
+    /// Output tokens that a stream has told of so far.
+    pub running_output: u64,
     /// `usage` is the provider's last word, even if the stream went on.
     pub is_final: bool,
     /// The stream carried an error event.
@@ -107,6 +109,7 @@ impl Meter {
     }
 
     pub fn finish(self) -> Measured {
+        let running_output = if let Meter::Sse(sse) = &self { sse.running_output } else { 0 };
         let (reader, error, ids) = match self {
             Meter::Opaque { bytes } => return Measured { visible_bytes: bytes, ..Measured::default() },
             Meter::Json(reader) => {
@@ -119,6 +122,7 @@ impl Meter {
             usage: reader.usage(),
             input: reader.input(),
             visible_bytes: reader.visible_bytes,
+            running_output,
             is_final: reader.is_final,
             error,
             ids,
@@ -261,7 +265,6 @@ impl SseMeter {
                 b'\n' if after_cr => tail,
                 b'\n' | b'\r' => {
                     self.after_cr = byte == b'\r';
-                    self.begun = true;
                     if let Some(document) = self.end_of_line() {
                         self.begun = false;
                         return (piece.len() - tail.len(), Some(document));
@@ -449,13 +452,13 @@ mod tests {
     const WORDS: &str = "event: error\ndata: {\"error\":\"ended\"}\n\n";
 
     /// Runs a stream in pieces and breaks it off before one of them: what came out, and whether the words are in it.
-    fn run_broken(stream: &str, withhold: bool, cuts: &[usize], at: usize) -> (String, bool) {
+    fn run_broken(stream: &str, withhold: bool, cuts: &[usize], at: usize, room: usize) -> (String, bool) {
         let mut meter = Meter::new(b"text/event-stream", false, withhold, CHAT_LOOKS);
         let (mut out, mut from, mut words) = (Vec::new(), 0, Some(WORDS.as_bytes().to_vec()));
         for (i, &cut) in cuts.iter().chain([&stream.len()]).enumerate() {
             let piece = &stream.as_bytes()[from..cut];
             from = cut;
-            let passed = if i < at { meter.piece(piece, false, MAX_HELD) } else { meter.last_piece(piece, &mut words) };
+            let passed = if i < at { meter.piece(piece, false, room) } else { meter.last_piece(piece, &mut words) };
             match passed {
                 Passed::AsIs => out.extend_from_slice(piece),
                 Passed::Instead(other) => out.extend(other),
@@ -471,13 +474,18 @@ mod tests {
             let whole = [read_events(&run(&stream, true, &[]).0), read_events(&stream)];
             for (withhold, whole) in [(true, &whole[0]), (false, &whole[1])] {
                 for cut in 0..stream.len() {
-                    let (out, said) = run_broken(&stream, withhold, &[cut], 1);
+                    let (out, said) = run_broken(&stream, withhold, &[cut], 1, MAX_HELD);
                     assert!(said, "there is a place in what follows: cut at {cut}");
                     let events = read_events(&out);
                     let (last, before) = events.split_last().unwrap();
                     assert_eq!(last, "{\"error\":\"ended\"}", "cut at {cut}: {out:?}");
                     assert!(whole.starts_with(before), "cut at {cut}: {out:?}");
-                    assert!(out.ends_with(WORDS) && out.matches("event: error").count() == 1);
+                    let shown = out.strip_suffix(WORDS).unwrap();
+                    assert!(
+                        shown.is_empty() || line_end != "\r\n" || shown.ends_with("\r\n\r\n"),
+                        "for readers that know one line end only"
+                    );
+                    assert!(!shown.contains("event: error"));
                 }
             }
         }
@@ -552,12 +560,24 @@ mod tests {
 
         /// Wherever a stream is broken off: what had been shown stays, the words come once, as an event of their own, and nothing after.
         #[test]
-        fn any_stream_is_broken_off_whole(parts in proptest::collection::vec(proptest::sample::select(&PARTS[..]), 0..20), cuts in proptest::collection::vec(0usize..400, 0..6), at in 0usize..7, withhold: bool) {
+        fn any_stream_is_broken_off_whole(parts in proptest::collection::vec(proptest::sample::select(&PARTS[..]), 0..20), cuts in proptest::collection::vec(0usize..400, 0..6), at in 0usize..7, withhold: bool, room in proptest::sample::select(vec![0, 8, MAX_HELD])) {
             let stream = parts.concat();
             let mut cuts: Vec<usize> = cuts.into_iter().map(|cut| cut.min(stream.len())).collect();
             cuts.sort_unstable();
-            let whole = read_events(&run(&stream, withhold, &[]).0);
-            let (out, said) = run_broken(&stream, withhold, &cuts, at);
+            let mut whole = read_events(&run(&stream, withhold, &[]).0);
+            let (out, said) = run_broken(&stream, withhold, &cuts, at, room);
+            if withhold && room < MAX_HELD {
+                // Without room to hold it the usage chunk may pass: then it is one of the events.
+                whole = read_events(&stream);
+                prop_assert!(!said || out.ends_with(WORDS));
+                let mut left = whole.iter();
+                let mut shown = read_events(&out);
+                if said {
+                    prop_assert_eq!(shown.pop().unwrap_or_default(), "{\"error\":\"ended\"}");
+                }
+                prop_assert!(shown.iter().all(|event| left.any(|other| other == event)), "{:?} of {:?}", shown, whole);
+                return Ok(());
+            }
             let events = read_events(&out);
             if said {
                 prop_assert!(out.ends_with(WORDS));

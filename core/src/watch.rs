@@ -269,6 +269,10 @@ fn post(shared: &impl SharedData, asked: &str, answer: &WatchAnswer) {
         written += 1;
         let key = sheet_key(written);
         let before = shared.read(&key).map_or(ABSENT, |(_, version)| version);
+        // The sheet may be another VM's, written since the head was read: then it counts already.
+        if Head::read(shared).1 != version {
+            return;
+        }
         if !shared.write(&key, &sheet(written, &answer.end), before) {
             return;
         }
@@ -477,6 +481,36 @@ mod tests {
     }
 
     #[test]
+    fn an_answer_to_an_older_question_does_not_undo_that_everything_is_wanted() {
+        let mut process = Process::new(1);
+        process.tick_all();
+        process.answer_all(3, "e");
+        process.tick_all();
+        ask_for_everything(&process.shared);
+        process.answer_all(4, "e");
+        process.now_ms += 50;
+        assert_eq!(process.tick(0).ask.as_deref(), Some(WATCH_PATH));
+    }
+
+    #[test]
+    fn a_holder_that_stands_still_for_a_moment_keeps_the_lease() {
+        let mut process = Process::new(2);
+        process.tick_all();
+        let holder = process.vms.iter().position(|vm| vm.1.holds_lease()).unwrap();
+        for _ in 0..9 {
+            process.now_ms += 50;
+            assert!(!process.tick(1 - holder).took_over);
+        }
+        process.tick_all();
+        process.now_ms += STALE_MS;
+        assert!(!process.tick(1 - holder).took_over, "it has been looked at once only");
+        process.now_ms += STALE_MS + 1;
+        assert!(process.tick(1 - holder).took_over);
+        process.tick(holder);
+        assert!(!process.vms[holder].1.holds_lease(), "there is one");
+    }
+
+    #[test]
     fn an_answer_that_comes_late_changes_nothing() {
         let mut process = Process::new(1);
         process.tick_all();
@@ -499,6 +533,30 @@ mod tests {
         process.answer(token, |_| Some(WatchAnswer { since: "e 1\nx".to_owned(), end: vec![end(1)] }));
         let ticked = process.tick(0);
         assert_eq!((ticked.ask.as_deref(), ticked.news), (Some(WATCH_PATH), vec![]));
+    }
+
+    /// Two VMs believe to hold the lease and bring the answers to the same question: what the one with more news has written stays,
+    /// at whichever moment it comes.
+    #[test]
+    fn of_two_answers_to_one_question_the_one_that_counts_stays_whole() {
+        for moment in 0..3 {
+            let shared = Shared::default();
+            let more = WatchAnswer { since: "e:2".to_owned(), end: vec![end(1), end(2)] };
+            let less = WatchAnswer { since: "e:1".to_owned(), end: vec![end(1)] };
+            let expected = more.clone();
+            let post_more = move |shared: &Shared| post(shared, "", &more);
+            fn after(readings: u32, run: impl FnOnce(&Shared) + 'static) -> Box<dyn FnOnce(&Shared)> {
+                if readings == 0 {
+                    return Box::new(run);
+                }
+                Box::new(move |shared| *shared.meanwhile.borrow_mut() = Some(after(readings - 1, run)))
+            }
+            *shared.meanwhile.borrow_mut() = Some(after(moment, post_more));
+            post(&shared, "", &less);
+            let (mut news, head) = (Vec::new(), Head::read(&shared).0);
+            assert!((1..=head.written).all(|n| read_sheet(&shared, n, &mut news)), "moment {moment}");
+            assert_eq!((head.since, news), (expected.since, expected.end), "moment {moment}");
+        }
     }
 
     #[derive(Debug, Clone)]

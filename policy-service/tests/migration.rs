@@ -181,15 +181,16 @@ async fn a_database_of_version_1_goes_on() {
     let settlement = Settlement {
         req: RequestId([1; 16]),
         outcome: Outcome::Complete,
+        ended: None,
         sent: true,
         status: Some(200),
         usage,
         input: None,
         visible: None,
+        beyond: false,
         tries: Vec::new(),
         created: Vec::new(),
         deleted: None,
-        ended: None,
         ms: 1,
         at: 1,
     };

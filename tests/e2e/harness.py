@@ -339,9 +339,10 @@ class Stack:
         while True:
             seen = self.stats(pattern)
             # The filter tells its own counts once a tick, 50 ms: only where they stand still do both belong together.
-            if polls == seen["wasmcustom.keyward_watch_polls_total"]:
+            asked = seen.get("wasmcustom.keyward_watch_polls_total", 0)
+            if polls == asked:
                 return seen["cluster.keyward_policy.upstream_rq_total"] - polls
-            polls = seen["wasmcustom.keyward_watch_polls_total"]
+            polls = asked
             time.sleep(0.12)
 
     def admissions_asked(self):

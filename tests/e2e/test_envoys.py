@@ -6,7 +6,8 @@ import subprocess
 import urllib.request
 
 import pytest
-from harness import ENVOY_BIN, KEYWARD_BIN, ROOT, Stack, call
+from fleet import Reader
+from harness import ENVOY_BIN, KEYWARD_BIN, ROOT, Stack, call, wait_for
 
 VERSIONS = [line.split()[0] for line in (ROOT / "tools/envoy-versions.txt").read_text().splitlines() if re.match(r"1\.\d+\.\d+\s", line)]
 
@@ -21,7 +22,18 @@ def test_a_request_goes_through_every_supported_envoy(version):
         stack.settled(key_id)
         stack.sim.quiet()
         assert stack.key(key_id)["spent_nanodollars"] == stack.sim.totals()["overall"]["cost_nanodollars"]
-        assert stack.unadmitted([key_id]) == [] and stack.sim.totals()["violations"] == []
+        with Reader() as reader:
+            silent, waits, streams = "tokens=300 pace_ms=20000", "first_ms=20000", "tokens=2900 pace_ms=40"
+            key = stack.new_key("50.00")
+            asked = [reader.open(stack.listen_port, key, words) for words in (streams, silent, waits)]
+            reader.wait_flowing(asked[:2], 1)
+            wait_for("the provider at work", lambda: stack.key(key[0])["in_flight"] == 3)
+            stack.admin("DELETE", f"/v1/keys/{key[0]}")
+            reader.wait_closed(asked[:2])
+            wait_for("the refusal", lambda: b"revoked" in asked[2].data)
+            assert [stream.ended_by() for stream in asked[:2]] == ["revoked", None] and asked[2].status == 401
+            assert {end["outcome"] for end in stack.books(key[0])[2]} == {"ended:revoked"}
+        assert stack.unadmitted([key_id, key[0]]) == [] and stack.sim.totals()["violations"] == []
 
 
 def test_validate_finds_a_broken_configuration(tmp_path):

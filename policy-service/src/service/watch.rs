@@ -447,7 +447,16 @@ mod tests {
 
         /// Has a request running: its id, and the plan that it got.
         async fn admit(&mut self, token: &VirtualKey) -> (RequestId, Plan) {
-            self.reqs += 1;
+            let request = self.request(token);
+            let req = request.req;
+            match self.service().admit(request, None).await {
+                Admitted::Answer(answer) => (req, answer.plan.unwrap()),
+                Admitted::Conflict => panic!("a conflict"),
+            }
+        }
+
+        fn request(&mut self, token: &VirtualKey) -> AdmitRequest {
+            self.reqs = self.reqs.wrapping_add(1);
             let req = RequestId([self.reqs; 16]);
             let ask = Ask {
                 provider: "openai".to_owned(),
@@ -458,11 +467,7 @@ mod tests {
                 choices: 2,
                 ..Ask::default()
             };
-            let request = AdmitRequest { req, vm: VmId([1; 16]), node: String::new(), token: token.hash().0, need_key: false, ask };
-            match self.service().admit(request, None).await {
-                Admitted::Answer(answer) => (req, answer.plan.unwrap()),
-                Admitted::Conflict => panic!("a conflict"),
-            }
+            AdmitRequest { req, vm: VmId([1; 16]), node: String::new(), token: token.hash().0, need_key: false, ask }
         }
 
         async fn now(&self) -> String {
@@ -632,6 +637,48 @@ mod tests {
             .await;
         }
         assert_eq!(bed.next(&since).await.0, ends(req, Code::Revoked));
+        bed.running.stop().await;
+    }
+
+    /// An admission takes the rules as they are when it begins; by the time it is written down there may be others, and what is running
+    /// may have been judged by them already. None slips through between the two.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+    async fn what_is_admitted_while_the_rules_change_is_judged() {
+        let mut bed = Bed::new().await;
+        bed.put::<config::Policy>("usual", serde_json::json!({})).await;
+        let (_, token) = bed.key(KeySpec { policy: Some("usual".to_owned()), ..KeySpec::default() }).await;
+        for round in 0..20u8 {
+            bed.put::<config::Policy>("usual", serde_json::json!({})).await;
+            let mut since = bed.now().await;
+            let admissions: Vec<_> = (0..60u8)
+                .map(|n| {
+                    let service = bed.service().clone();
+                    let mut request = bed.request(&token);
+                    request.req.0[..2].copy_from_slice(&[round, n]);
+                    tokio::spawn(async move {
+                        // Some before, some while, some after.
+                        tokio::time::sleep(Duration::from_micros(u64::from(n) * 60)).await;
+                        let req = request.req;
+                        match service.admit(request, None).await {
+                            Admitted::Answer(answer) => answer.plan.map(|_| req),
+                            Admitted::Conflict => panic!("a conflict"),
+                        }
+                    })
+                })
+                .collect();
+            tokio::time::sleep(Duration::from_millis(1)).await;
+            bed.put::<config::Policy>("usual", serde_json::json!({ "allow": { "models": ["o3"] } })).await;
+            let mut running = HashSet::new();
+            for admission in admissions {
+                running.extend(admission.await.unwrap());
+            }
+            while !running.is_empty() {
+                let (end, next) = bed.next(&since).await;
+                assert!(!end.is_empty(), "in round {round} these run on: {running:?}");
+                end.iter().for_each(|end| drop(running.remove(&end.req)));
+                since = next;
+            }
+        }
         bed.running.stop().await;
     }
 

@@ -144,6 +144,7 @@ impl Ledger<'_> {
             usage: settlement.usage.as_ref(),
             input: settlement.input.as_ref(),
             visible_bytes: settlement.visible,
+            beyond: settlement.beyond,
             choices: request.choices,
         };
         let mut charge = admission::charge(&request.hold, price.as_ref(), &ended);

@@ -210,6 +210,7 @@ fn settlement(req: u8, outcome: Outcome, usage: Option<(u64, u64)>) -> Settlemen
         usage: usage.map(|(input, output)| Usage { input, output, ..Usage::default() }),
         input: None,
         visible: None,
+        beyond: false,
         tries: Vec::new(),
         created: Vec::new(),
         deleted: None,
