@@ -168,8 +168,16 @@ mod tests {
     fn a_charge_by_a_stand_in_is_an_estimate() {
         let table = PriceTable::built_in().unwrap();
         let usage = Usage { input: 1_000, output: 1_000, ..Usage::default() };
-        let ended =
-            Ended { sent: true, status: Some(200), stream: false, usage: Some(&usage), input: None, visible_bytes: None, choices: 1 };
+        let ended = Ended {
+            sent: true,
+            status: Some(200),
+            stream: false,
+            usage: Some(&usage),
+            input: None,
+            visible_bytes: None,
+            beyond: false,
+            choices: 1,
+        };
         for (model, estimated) in [("gpt-4o-mini", false), ("gpt-4o-mini-2027-01-01", true), ("mystery", true)] {
             let charge = charge(&Hold::default(), table.price("openai", model, TALKS).as_deref(), &ended);
             assert!(charge.estimated == estimated && charge.amount > Nanodollars::ZERO, "{model}: {charge:?}");
