@@ -345,7 +345,7 @@ mod tests {
         let mut account = Account::default();
         account.reserve(Nanodollars::ZERO, 900, now, true);
         let rpm = limits(Rates { rpm: Some(1), ..Rates::default() }, None);
-        assert_eq!(refused(&rpm, &account, None), (Code::RateLimited, Some(60_249)));
+        assert_eq!(refused(&rpm, &account, None), (Code::RateLimited, Some(60_019)));
         let one = limits(Rates { max_in_flight: Some(1), ..Rates::default() }, None);
         assert_eq!(refused(&one, &account, None), (Code::ConcurrencyLimited, Some(2_000)));
         let requests = Quota { window: Window::Total, requests: Some(1), tokens: None };
@@ -356,7 +356,7 @@ mod tests {
         assert_eq!(refused(&tpm, &account, Some(500)), (Code::RateLimited, Some(2_000)), "held");
         let mut used = Account::default();
         used.recent.add(now.steady_ms, 0, 950);
-        assert_eq!(refused(&tpm, &used, Some(500)), (Code::RateLimited, Some(60_249)));
+        assert_eq!(refused(&tpm, &used, Some(500)), (Code::RateLimited, Some(60_019)));
         let small = limits(Rates { tpm: Some(110), ..Rates::default() }, None);
         assert_eq!(refused(&small, &Account::default(), Some(500)), (Code::RateLimited, None), "it never fits");
         let hold = take(&[(&tpm, &Account::default())], &ask(100, None), &price, now).unwrap();

@@ -73,15 +73,14 @@ def restart(world, _):
 
 
 @pytest.mark.parametrize("meanwhile", [
-    pytest.param(kill_envoy, marks=pytest.mark.xfail(strict=True, reason="an expired hold counts as a request that took as long as holds live")),
-    pytest.param(restart, marks=pytest.mark.xfail(strict=True, reason="how long requests take is forgotten at a restart")),
+    kill_envoy,
+    restart,
 ])
 def test_the_retry_after_stays_right(meanwhile):
     with Stack(concurrency=2, hold_ttl=12) as stack:
         passes(trials.honest_retry_after(stack, rounds=1, answer_s=3.0, meanwhile=meanwhile))
 
 
-@pytest.mark.xfail(strict=True, reason="how long a request took is told by the wall clock")
 def test_the_retry_after_stays_right_when_the_clock_is_stepped(tmp_path):
     clock = trials.Clock(tmp_path)
 

@@ -61,8 +61,8 @@ pub struct End {
     pub tokens: i64,
     /// It never was a request: it was given up before anything was forwarded.
     pub void: bool,
-    /// How long it took, in milliseconds.
-    pub took_ms: u64,
+    /// How long it took, in milliseconds; `None`: nobody said.
+    pub took_ms: Option<u64>,
 }
 
 impl Account {
@@ -144,9 +144,8 @@ impl Account {
         if rated {
             self.recent.add(now.steady_ms, 0, u64::try_from(end.tokens).unwrap_or(0));
         }
-        if !end.void {
-            self.usual_ms =
-                if self.usual_ms == 0 { end.took_ms } else { (self.usual_ms.saturating_mul(3).saturating_add(end.took_ms)) / 4 };
+        if let Some(took_ms) = end.took_ms {
+            self.usual_ms = if self.usual_ms == 0 { took_ms } else { self.usual_ms.saturating_mul(3).saturating_add(took_ms) / 4 };
         }
     }
 }

@@ -1,14 +1,14 @@
-//! Requests and tokens of the last minute, for limits over any 60 seconds. Counted in quarters of a second: what was counted
-//! leaves at the earliest 60 s after it came, at the latest a quarter of a second later.
+//! Requests and tokens of the last minute, for limits over any 60 seconds. Counted in slots of a fiftieth of a second: what
+//! was counted leaves at the earliest 60 s after it came, at the latest a slot later.
 
 use std::collections::VecDeque;
 
-const QUARTER_MS: u64 = 250;
+const SLOT_MS: u64 = 20;
 const WINDOW_MS: u64 = 60_000;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Quarter {
-    /// Quarters of a second since the clock's zero.
+struct Slot {
+    /// Slots since the clock's zero.
     at: u64,
     requests: u64,
     tokens: u64,
@@ -17,7 +17,7 @@ struct Quarter {
 /// What happened in the last minute. Times are of a clock that never goes back.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Recent {
-    quarters: VecDeque<Quarter>,
+    slots: VecDeque<Slot>,
     requests: u64,
     tokens: u64,
 }
@@ -33,10 +33,10 @@ impl Recent {
 
     /// Forgets what is a minute old.
     pub fn advance(&mut self, now_ms: u64) {
-        while let Some(oldest) = self.quarters.front().filter(|quarter| leaves_ms(quarter.at) <= now_ms) {
+        while let Some(oldest) = self.slots.front().filter(|slot| leaves_ms(slot.at) <= now_ms) {
             self.requests = self.requests.saturating_sub(oldest.requests);
             self.tokens = self.tokens.saturating_sub(oldest.tokens);
-            self.quarters.pop_front();
+            self.slots.pop_front();
         }
     }
 
@@ -44,31 +44,31 @@ impl Recent {
         self.advance(now_ms);
         (self.requests, self.tokens) = (self.requests.saturating_add(requests), self.tokens.saturating_add(tokens));
         // A clock that went back all the same must not break the order.
-        let at = (now_ms / QUARTER_MS).max(self.quarters.back().map_or(0, |last| last.at));
-        match self.quarters.back_mut().filter(|last| last.at == at) {
+        let at = (now_ms / SLOT_MS).max(self.slots.back().map_or(0, |last| last.at));
+        match self.slots.back_mut().filter(|last| last.at == at) {
             Some(last) => (last.requests, last.tokens) = (last.requests.saturating_add(requests), last.tokens.saturating_add(tokens)),
-            None => self.quarters.push_back(Quarter { at, requests, tokens }),
+            None => self.slots.push_back(Slot { at, requests, tokens }),
         }
     }
 
     /// Milliseconds until at most `requests` of the requests counted now are still counted.
     pub fn requests_fall_to(&self, requests: u64, now_ms: u64) -> u64 {
-        self.falls_to(self.requests, requests, now_ms, |quarter| quarter.requests)
+        self.falls_to(self.requests, requests, now_ms, |slot| slot.requests)
     }
 
     /// Milliseconds until at most `tokens` of the tokens counted now are still counted.
     pub fn tokens_fall_to(&self, tokens: u64, now_ms: u64) -> u64 {
-        self.falls_to(self.tokens, tokens, now_ms, |quarter| quarter.tokens)
+        self.falls_to(self.tokens, tokens, now_ms, |slot| slot.tokens)
     }
 
-    fn falls_to(&self, mut left: u64, least: u64, now_ms: u64, of: impl Fn(&Quarter) -> u64) -> u64 {
-        for quarter in &self.quarters {
+    fn falls_to(&self, mut left: u64, least: u64, now_ms: u64, of: impl Fn(&Slot) -> u64) -> u64 {
+        for slot in &self.slots {
             if left <= least {
                 break;
             }
-            left = left.saturating_sub(of(quarter));
+            left = left.saturating_sub(of(slot));
             if left <= least {
-                return leaves_ms(quarter.at).saturating_sub(now_ms);
+                return leaves_ms(slot.at).saturating_sub(now_ms);
             }
         }
         0
@@ -76,17 +76,17 @@ impl Recent {
 
     /// Milliseconds until nothing of now is counted.
     pub fn empty_in_ms(&self, now_ms: u64) -> u64 {
-        self.quarters.back().map_or(0, |last| leaves_ms(last.at).saturating_sub(now_ms))
+        self.slots.back().map_or(0, |last| leaves_ms(last.at).saturating_sub(now_ms))
     }
 
     /// For storing: each number in LEB128; times as differences.
     pub fn to_bytes(&self) -> Vec<u8> {
         let (mut out, mut before) = (Vec::new(), 0);
-        for quarter in &self.quarters {
-            for number in [quarter.at - before, quarter.requests, quarter.tokens] {
+        for slot in &self.slots {
+            for number in [slot.at - before, slot.requests, slot.tokens] {
                 put(number, &mut out);
             }
-            before = quarter.at;
+            before = slot.at;
         }
         out
     }
@@ -98,16 +98,16 @@ impl Recent {
             let mut number = || take(&mut bytes);
             let (Some(after), Some(requests), Some(tokens)) = (number(), number(), number()) else { break };
             at = at.saturating_add(after);
-            recent.add((at.saturating_mul(QUARTER_MS)).min(now_ms), requests, tokens);
+            recent.add((at.saturating_mul(SLOT_MS)).min(now_ms), requests, tokens);
         }
         recent.advance(now_ms);
         recent
     }
 }
 
-/// When what came in a quarter is a minute old for certain.
+/// When what came in a slot is a minute old for certain.
 fn leaves_ms(at: u64) -> u64 {
-    at.saturating_mul(QUARTER_MS).saturating_add(QUARTER_MS - 1 + WINDOW_MS)
+    at.saturating_mul(SLOT_MS).saturating_add(SLOT_MS - 1 + WINDOW_MS)
 }
 
 fn put(mut number: u64, out: &mut Vec<u8>) {
@@ -145,9 +145,9 @@ mod tests {
         recent.add(1_000_600, 1, 5);
         assert_eq!((recent.requests(), recent.tokens()), (3, 35));
         assert_eq!(recent.requests_fall_to(3, 1_001_000), 0);
-        assert_eq!(recent.requests_fall_to(2, 1_001_000), 1_000_249 + 60_000 - 1_001_000);
-        assert_eq!(recent.tokens_fall_to(4, 1_001_000), 1_000_749 + 60_000 - 1_001_000);
-        recent.advance(1_000_249 + 60_000);
+        assert_eq!(recent.requests_fall_to(2, 1_001_000), 1_000_019 + 60_000 - 1_001_000);
+        assert_eq!(recent.tokens_fall_to(4, 1_001_000), 1_000_619 + 60_000 - 1_001_000);
+        recent.advance(1_000_019 + 60_000);
         assert_eq!((recent.requests(), recent.tokens()), (1, 5));
     }
 
@@ -157,11 +157,11 @@ mod tests {
         recent.add(10_000_000, 5, 50);
         let reread = Recent::from_bytes(&recent.to_bytes(), 10_000_000 - 3_600_000);
         assert_eq!((reread.requests(), reread.tokens()), (5, 50));
-        assert_eq!(reread.empty_in_ms(10_000_000 - 3_600_000), 60_249);
+        assert_eq!(reread.empty_in_ms(10_000_000 - 3_600_000), 60_019);
     }
 
     proptest! {
-        /// Against a list of every single event: never fewer than in the exact window, never more than in one a quarter longer.
+        /// Against a list of every single event: never fewer than in the exact window, never more than in one that is a slot longer.
         #[test]
         fn it_counts_every_window(steps in proptest::collection::vec((0u64..9_000, 0u64..4, 0u64..100), 1..200)) {
             let (mut recent, mut all, mut now) = (Recent::default(), Vec::new(), 5_000_000u64);
@@ -170,7 +170,7 @@ mod tests {
                 recent.add(now, requests, tokens);
                 all.push((now, requests, tokens));
                 let within = |ms: u64| all.iter().filter(|e| now - e.0 < ms).fold((0, 0), |sum, e| (sum.0 + e.1, sum.1 + e.2));
-                let (exact, longer) = (within(WINDOW_MS), within(WINDOW_MS + QUARTER_MS));
+                let (exact, longer) = (within(WINDOW_MS), within(WINDOW_MS + SLOT_MS));
                 prop_assert!(exact.0 <= recent.requests() && recent.requests() <= longer.0);
                 prop_assert!(exact.1 <= recent.tokens() && recent.tokens() <= longer.1);
                 prop_assert_eq!(&Recent::from_bytes(&recent.to_bytes(), now).to_bytes(), &recent.to_bytes());

@@ -75,7 +75,7 @@ impl Accounts {
     pub fn flush(&self, db: &Connection) -> Result<(), StoreError> {
         let mut cached = self.cached.borrow_mut();
         let mut insert = db.prepare_cached(
-            "INSERT OR REPLACE INTO accounts VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18, ?19, ?20, ?21, ?22)",
+            "INSERT OR REPLACE INTO accounts VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18, ?19, ?20, ?21, ?22, ?23)",
         )?;
         let mut dirty = std::mem::take(&mut *self.dirty.borrow_mut());
         dirty.sort_unstable();
@@ -106,6 +106,7 @@ impl Accounts {
                 signed(total.tokens_reserved),
                 total.alarmed,
                 account.recent.to_bytes(),
+                signed(account.usual_ms),
             ])?;
         }
         if cached.len() > MAX_CACHED {
@@ -187,11 +188,13 @@ impl Ledger<'_> {
     }
 
     fn read_account(&self, id: &str, now: Moment) -> Result<Account, StoreError> {
-        let mut select = self.db.prepare_cached(&format!("SELECT {ACCOUNT_COLUMNS}, a.recent FROM accounts a WHERE id = ?1"))?;
+        let mut select =
+            self.db.prepare_cached(&format!("SELECT {ACCOUNT_COLUMNS}, a.recent, a.usual_ms FROM accounts a WHERE id = ?1"))?;
         let found = select.query_row([id], |row| {
             let recent: Vec<u8> = row.get(COLUMNS)?;
             let mut account = account_at(row, 0)?;
             account.recent = Recent::from_bytes(&recent, now.steady_ms);
+            account.usual_ms = unsigned(row.get(COLUMNS + 1)?);
             Ok(account)
         });
         Ok(found.optional()?.unwrap_or_default())

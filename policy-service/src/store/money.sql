@@ -25,7 +25,9 @@ CREATE TABLE accounts (
     total_tokens_reserved INTEGER NOT NULL,
     total_alarmed INTEGER NOT NULL,
     -- Requests and tokens of the last minute, where a rate limits them.
-    recent    BLOB NOT NULL
+    recent    BLOB NOT NULL,
+    -- How long requests take, in milliseconds; 0: not known.
+    usual_ms  INTEGER NOT NULL
 ) STRICT, WITHOUT ROWID;
 
 -- What was spent before is of the whole life; of today and this month the days' sums tell.
@@ -39,17 +41,17 @@ INSERT INTO accounts
         coalesce((SELECT sum(input + cache_read + cache_write + output) FROM usage u WHERE u.key_id = k.id AND u.day BETWEEN today.month AND today.day), 0), 0, 0,
         k.spent, k.reserved,
         coalesce((SELECT sum(requests) FROM usage u WHERE u.key_id = k.id), 0),
-        coalesce((SELECT sum(input + cache_read + cache_write + output) FROM usage u WHERE u.key_id = k.id), 0), 0, 0, x''
+        coalesce((SELECT sum(input + cache_read + cache_write + output) FROM usage u WHERE u.key_id = k.id), 0), 0, 0, x'', 0
     FROM keys k, (SELECT unixepoch('now') / 86400 AS day, unixepoch('now', 'start of month') / 86400 AS month) today;
 INSERT INTO accounts
     SELECT 'team/' || k.organisation || '/' || k.team, max(a.day), sum(a.in_flight), sum(day_spent), sum(day_reserved), sum(day_requests), sum(day_tokens), 0, 0,
         sum(month_spent), sum(month_reserved), sum(month_requests), sum(month_tokens), 0, 0,
-        sum(total_spent), sum(total_reserved), sum(total_requests), sum(total_tokens), 0, 0, x''
+        sum(total_spent), sum(total_reserved), sum(total_requests), sum(total_tokens), 0, 0, x'', 0
     FROM keys k JOIN accounts a ON a.id = k.id WHERE k.team IS NOT NULL GROUP BY k.organisation, k.team;
 INSERT INTO accounts
     SELECT 'org/' || k.organisation, max(a.day), sum(a.in_flight), sum(day_spent), sum(day_reserved), sum(day_requests), sum(day_tokens), 0, 0,
         sum(month_spent), sum(month_reserved), sum(month_requests), sum(month_tokens), 0, 0,
-        sum(total_spent), sum(total_reserved), sum(total_requests), sum(total_tokens), 0, 0, x''
+        sum(total_spent), sum(total_reserved), sum(total_requests), sum(total_tokens), 0, 0, x'', 0
     FROM keys k JOIN accounts a ON a.id = k.id WHERE a.id = k.id GROUP BY k.organisation;
 
 ALTER TABLE keys ADD COLUMN limits TEXT NOT NULL DEFAULT '{}';

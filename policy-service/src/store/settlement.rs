@@ -46,7 +46,6 @@ pub(super) struct Request {
     charge: Nanodollars,
     tokens: u64,
     pub team: Option<String>,
-    admitted_ms: u64,
     /// The day whose windows it is charged to.
     day: u64,
     bounded: bool,
@@ -60,6 +59,8 @@ struct End {
     tokens: u64,
     usage: Usage,
     event: Event,
+    /// As the gate measured it, whatever the clock here did meanwhile.
+    took_ms: Option<u64>,
 }
 
 impl Ledger<'_> {
@@ -113,7 +114,7 @@ impl Ledger<'_> {
             (state::HELD | state::EXPIRED, true) => {
                 done.voided += 1;
                 let event = Event::Voided { req: settlement.req.0 };
-                let end = End { state: state::VOIDED, charge: Nanodollars::ZERO, tokens: 0, usage: Usage::default(), event };
+                let end = End { state: state::VOIDED, charge: Nanodollars::ZERO, tokens: 0, usage: Usage::default(), event, took_ms: None };
                 self.finish(settlement.req, &request, end, now, tally)
             }
             (state::HELD | state::EXPIRED, false) => {
@@ -154,7 +155,7 @@ impl Ledger<'_> {
         }
         let usage = settlement.usage.or(settlement.input).unwrap_or_default();
         let event = settled_event(settlement, charge);
-        let end = End { state: state::SETTLED, charge: charge.amount, tokens: charge.tokens, usage, event };
+        let end = End { state: state::SETTLED, charge: charge.amount, tokens: charge.tokens, usage, event, took_ms: Some(settlement.ms) };
         self.finish(settlement.req, request, end, now, tally)?;
         done.charged += 1;
         done.nanodollars = done.nanodollars.saturating_add(charge.amount.0);
@@ -198,7 +199,7 @@ impl Ledger<'_> {
             charge: change,
             tokens: signed(end.tokens).saturating_sub(signed(request.tokens)),
             void: end.state == state::VOIDED,
-            took_ms: now.wall_ms.saturating_sub(request.admitted_ms),
+            took_ms: end.took_ms,
         };
         for (bit, account) in request.accounts(&chain.organisation) {
             self.change_account(&account, now, |account| account.end(&moves, now, request.rated & bit != 0))?;
@@ -290,7 +291,7 @@ impl Ledger<'_> {
             let Some(request) = self.request(RequestId(*req))? else { continue };
             let charge = request.hold.total;
             let event = Event::Expired { req: *req, charge: charge.0 };
-            let end = End { state: state::EXPIRED, charge, tokens: request.hold.tokens, usage: Usage::default(), event };
+            let end = End { state: state::EXPIRED, charge, tokens: request.hold.tokens, usage: Usage::default(), event, took_ms: None };
             self.finish(RequestId(*req), &request, end, now, &mut tally)?;
         }
         let used = self.book(tally)?;
@@ -303,7 +304,7 @@ impl Ledger<'_> {
     fn request(&self, req: RequestId) -> Result<Option<Request>, StoreError> {
         let mut select = self.db.prepare_cached(
             "SELECT key_id, state, provider, model, stream, choices, charge, hold, hold_input, clamp, hold_tokens, hold_output, tokens, team,
-                 admitted_ms, day, bounded, rated FROM requests WHERE req = ?1",
+                 day, bounded, rated FROM requests WHERE req = ?1",
         )?;
         let request = select.query_row([req.0], |row| {
             Ok(Request {
@@ -317,10 +318,9 @@ impl Ledger<'_> {
                 hold: hold_at(row, 7)?,
                 tokens: unsigned(row.get(12)?),
                 team: row.get(13)?,
-                admitted_ms: unsigned(row.get(14)?),
-                day: unsigned(row.get(15)?),
-                bounded: row.get(16)?,
-                rated: row.get(17)?,
+                day: unsigned(row.get(14)?),
+                bounded: row.get(15)?,
+                rated: row.get(16)?,
             })
         });
         Ok(request.optional()?)
