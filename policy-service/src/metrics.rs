@@ -159,6 +159,9 @@ impl Handles {
     fn new() -> Self {
         gauge!("keyward_build_info", "version" => env!("CARGO_PKG_VERSION")).set(1.0);
         gauge!("process_start_time_seconds").set(unix_seconds());
+        for what in ["budget", "over_hold", "frozen"] {
+            counter!("keyward_alarms_total", "what" => what).increment(0);
+        }
         let edge_refusal = |code: Code| counter!("keyward_edge_refusals_total", "reason" => code.name());
         Handles {
             admissions: PROVIDERS.iter().map(admissions).collect(),
