@@ -77,7 +77,9 @@ def test_the_rate_headers_tell_what_is_left_and_sdks_wait(stack):
     assert stack.chat(token, max_tokens=20)[0] == 200
     status, headers, body = stack.chat(token, max_tokens=20)
     assert (status, headers["x-keyward-reason"], headers["x-ratelimit-remaining-requests"]) == (429, "rate_limited", "0")
-    assert 50_000 < int(headers["retry-after-ms"]) <= 60_020 and "x-should-retry" not in headers
+    # SDKs wait up to a minute; what takes a little longer they are told not to try.
+    assert 50_000 < int(headers["retry-after-ms"]) <= 60_020
+    assert headers.get("x-should-retry") == ("false" if int(headers["retry-after-ms"]) > 60_000 else None)
     assert int(headers["retry-after"]) == -(-int(headers["retry-after-ms"]) // 1000), "whole seconds, rounded up"
     client = openai.OpenAI(base_url=f"{stack.base}/v1", api_key=token, max_retries=0)
     with pytest.raises(openai.RateLimitError) as raised:

@@ -675,7 +675,7 @@ mod tests {
             while !running.is_empty() {
                 let (end, next) = bed.next(&since).await;
                 assert!(!end.is_empty(), "in round {round} these run on: {running:?}");
-                running.retain(|req| end.iter().all(|end| end.req != *req));
+                running.retain(|req| !end.iter().any(|end| end.req == *req));
                 since = next;
             }
         }
