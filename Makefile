@@ -107,6 +107,8 @@ soak: build envoy venv ## Run under load for long, looking for leaks and drift
 .PHONY: soak-money
 soak-money: build envoy venv ## Lay every kind of demand on budgets and limits for twenty minutes; TRIALS=names for some
 	@$(WITH_BINARIES) $(PYTHON) tests/e2e/soak_money.py $(TRIALS)
+	@echo "A million steps of the ledger against the reference"
+	KEYWARD_LEDGER_STEPS=1000000 cargo test --release -p keyward-policy-service --test store model::
 
 .PHONY: lint
 lint: rust-targets ## Check format, lints, licenses and sources; ADVISORIES=1 adds known vulnerabilities

@@ -63,12 +63,18 @@ pub struct Accounts {
     pub(super) facts: RefCell<HashMap<String, Arc<Facts>>>,
     /// The latest day that any window has begun on: a clock that is set back does not bring it back.
     day: Cell<u64>,
+    /// The day as it is stored.
+    stored_day: Cell<u64>,
 }
 
 impl Accounts {
     pub fn open(db: &Connection) -> Result<Self, StoreError> {
-        let day: Option<i64> = db.query_row("SELECT max(day) FROM accounts", [], |row| row.get(0))?;
-        Ok(Accounts { day: Cell::new(unsigned(day.unwrap_or(0))), ..Accounts::default() })
+        let begun: Option<i64> = db.query_row("SELECT max(day) FROM accounts", [], |row| row.get(0))?;
+        // A day on which nothing was booked has begun all the same.
+        let seen: Option<[u8; 8]> = db.query_row("SELECT value FROM meta WHERE name = 'day'", [], |row| row.get(0)).optional()?;
+        let seen = seen.map_or(0, u64::from_be_bytes);
+        let day = unsigned(begun.unwrap_or(0)).max(seen);
+        Ok(Accounts { day: Cell::new(day), stored_day: Cell::new(seen), ..Accounts::default() })
     }
 
     /// Writes what has changed. Part of the commit.
@@ -112,6 +118,11 @@ impl Accounts {
         if cached.len() > MAX_CACHED {
             cached.clear();
         }
+        if self.stored_day.get() < self.day.get() {
+            db.prepare_cached("INSERT INTO meta (name, value) VALUES ('day', ?1) ON CONFLICT (name) DO UPDATE SET value = ?1")?
+                .execute([self.day.get().to_be_bytes()])?;
+            self.stored_day.set(self.day.get());
+        }
         self.flush_chains(db)
     }
 
@@ -138,6 +149,7 @@ impl Accounts {
         self.dirty.borrow_mut().clear();
         self.chains.borrow_mut().clear();
         self.dirty_chains.borrow_mut().clear();
+        self.stored_day.set(0);
         self.facts.borrow_mut().clear();
     }
 

@@ -144,3 +144,20 @@ async fn a_budget_tells_when_it_is_spent_up_to_a_share_and_once() {
     assert_eq!(done.alarms.iter().map(|alarm| alarm.detail["percent"].clone()).collect::<Vec<_>>(), [json!(80)]);
     assert_eq!(bed.names(1).await.iter().filter(|name| **name == "ALARM").count(), 2);
 }
+
+/// The ledger has seen the new day, although nothing was booked on it: a restart does not make it forget.
+#[tokio::test]
+async fn a_day_without_requests_has_begun_all_the_same() {
+    let mut bed = Bed::new().await;
+    let budgets = vec![Budget { window: Window::Day, cap: Nanodollars(hold_of(16)) }];
+    bed.member(1, None, Limits { budgets, ..Limits::default() }, Enforce::Enforce).await;
+    let today = DAY * DAY_MS;
+    assert_eq!(bed.code(1, 1, 16, today).await, Ok(()));
+    assert_eq!(bed.expire(today + DAY_MS).await, 1);
+    assert_eq!(bed.code(1, 2, 16, today + DAY_MS).await, Ok(()), "of the new day");
+    bed.expire(today + 2 * DAY_MS).await;
+    bed.expire(today + 3 * DAY_MS).await;
+    bed.restart();
+    assert_eq!(bed.code(1, 3, 16, today).await, Ok(()), "of the last day that was seen");
+    assert_eq!(bed.code(1, 4, 16, today + 2 * DAY_MS).await, Err(Code::CapReserved));
+}
