@@ -1,18 +1,35 @@
-//! The attempt: one try at a provider. It overwrites everything by which a provider tells callers apart, each time anew,
-//! because all tries of a request share one set of headers.
+//! The attempt: one try at a provider. It picks the credential, overwrites everything by which a provider tells callers apart,
+//! each time anew, because all tries of a request share one set of headers, and judges the answer.
 
 use crate::credentials::{CREDENTIAL_HEADERS, NETWORK_HEADERS};
-use crate::edge::Try;
+use crate::edge::{PlanCredential, Try};
 use crate::gate::{Headers, Permit, header};
+use crate::keyring::{At, Keyring, Unusable};
 use crate::operation::AuthScheme;
+use crate::refusal::{Code, Refusal};
+use crate::ring::SharedData;
+use crate::verdict::{State, needs_body, room, verdict};
 use std::borrow::Cow;
+
+/// Connections that may fail before the provider counts as unreachable.
+const MAX_UNCONNECTED: usize = 3;
+/// Bytes of an error's body that are looked at.
+pub const MAX_ERROR_BODY: usize = 64 * 1024;
 
 /// A permitted request on its way: the permit, and what became of its tries.
 #[derive(Debug)]
 pub struct Flight {
     permit: Permit,
     tries: Vec<Running>,
+    /// By the credentials' places in the plan: not to be tried again.
+    tried: Vec<bool>,
     answer: Option<AnswerHead>,
+    /// Why nothing more is tried.
+    refusal: Option<Refusal>,
+    /// Until when the request may be held back; set when it is for the first time.
+    hold_until_ms: Option<u64>,
+    /// The body can be sent once more.
+    replayable: bool,
 }
 
 /// What the gate needs to know of the headers of a provider's answer.
@@ -22,6 +39,8 @@ pub struct AnswerHead {
     pub content_type: Vec<u8>,
     /// The body is in an encoding that can't be read.
     pub encoded: bool,
+    /// Tries that were made.
+    pub tries: usize,
 }
 
 /// Answer headers that tell which account paid, or bind the caller to it.
@@ -29,13 +48,15 @@ const ACCOUNT_HEADERS: [&str; 4] = ["set-cookie", "openai-organization", "openai
 
 #[derive(Debug)]
 struct Running {
-    credential: String,
+    /// The credential's place in the plan.
+    place: usize,
     status: Option<u16>,
     started_ms: u64,
     /// Milliseconds until the headers of the answer.
     answered_ms: Option<u64>,
-    /// The connection never came about: the provider saw nothing.
-    never_sent: bool,
+    /// The connection never came about, or the provider turned the try away unread: it costs nothing.
+    is_free: bool,
+    is_over: bool,
 }
 
 /// Request headers of one try.
@@ -46,15 +67,83 @@ pub struct RequestEdits {
     pub set: Vec<(&'static str, Cow<'static, str>)>,
 }
 
+/// What a try may do.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Begun {
+    Go(RequestEdits),
+    /// No credential is usable: look again at this time.
+    Wait {
+        until_ms: u64,
+    },
+    /// Nothing may be sent; [`Flight::refusal`] says why.
+    Stop,
+}
+
+/// What comes of an answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Next {
+    /// It goes on to the caller.
+    Pass,
+    /// Its body tells more.
+    ReadBody,
+    /// The router is asked for another try.
+    Retry,
+}
+
+/// Now, by the clock that is never set and by the one that people set; both in milliseconds.
+#[derive(Debug, Clone, Copy)]
+pub struct Clocks {
+    pub now_ms: u64,
+    pub unix_ms: u64,
+}
+
 impl Flight {
-    pub fn new(permit: Permit) -> Self {
-        Flight { permit, tries: Vec::new(), answer: None }
+    /// `replayable`: the router has the body for another try.
+    pub fn new(permit: Permit, replayable: bool) -> Self {
+        let places = permit.plan().targets.first().map_or(0, |target| target.credentials.len());
+        let tried = vec![false; places];
+        Flight { permit, tries: Vec::new(), tried, answer: None, refusal: None, hold_until_ms: None, replayable }
     }
 
-    /// Begins a try on a request with these headers. `None` when no usable credential is left: then nothing may be sent.
-    pub fn begin(&mut self, headers: &Headers<'_>, now_ms: u64) -> Option<RequestEdits> {
+    fn pool(&self) -> &[PlanCredential] {
+        self.permit.plan().targets.first().map(|target| target.credentials.as_slice()).unwrap_or_default()
+    }
+
+    fn at(&self) -> At<'_> {
+        let model = self.permit.plan().targets.first().and_then(|target| target.model.as_deref()).unwrap_or_default();
+        At { provider: self.permit.target().provider.name, model }
+    }
+
+    /// Begins a try on a request with these headers.
+    pub fn begin(&mut self, ring: &mut Keyring, shared: &impl SharedData, headers: &Headers<'_>, now_ms: u64) -> Begun {
+        self.answer = None;
+        // The router tries again by itself only where no byte was sent.
+        self.never_connected(ring);
+        if self.tries.iter().filter(|t| t.status.is_none()).count() >= MAX_UNCONNECTED {
+            return self.stop(Refusal::new(Code::ProviderUnreachable, "the provider could not be reached").retry_after(1));
+        }
+        let in_order = self.permit.plan().in_order;
+        let place = match ring.choose(shared, self.at(), self.pool(), &self.tried, in_order, now_ms) {
+            Ok(place) => place,
+            Err(unusable) => match self.can_wait(unusable, now_ms) {
+                Some(until_ms) => return Begun::Wait { until_ms },
+                None => {
+                    let refusal = self.exhausted(ring, shared, now_ms);
+                    return self.stop(refusal);
+                }
+            },
+        };
+        let Some(credential) = self.pool().get(place) else {
+            return self.stop(Refusal::new(Code::PoolExhausted, "this plan has no credential"));
+        };
+        let edits = self.edits(credential, headers);
+        self.tries.push(Running { place, status: None, started_ms: now_ms, answered_ms: None, is_free: false, is_over: false });
+        Begun::Go(edits)
+    }
+
+    /// The headers of a try with this credential.
+    fn edits(&self, credential: &PlanCredential, headers: &Headers<'_>) -> RequestEdits {
         let target = self.permit.target();
-        let credential = self.permit.plan().targets.first()?.credentials.first()?;
         let auth = match target.provider.auth {
             AuthScheme::Bearer => ("authorization", ["Bearer ", &credential.secret.0].concat()),
             AuthScheme::Header(name) => (name, credential.secret.0.clone()),
@@ -77,34 +166,112 @@ impl Flight {
         }
         set.retain(|(name, value)| header(headers, name) != Some(value.as_bytes()));
         set.push((auth.0, auth.1.into()));
-        let edits = RequestEdits { remove, set };
-        self.tries.push(Running {
-            credential: credential.id.clone(),
-            status: None,
-            started_ms: now_ms,
-            answered_ms: None,
-            never_sent: false,
-        });
-        Some(edits)
+        RequestEdits { remove, set }
     }
 
-    /// The provider answered the last try with these headers. Returns the names of those that don't go on: they repeat the
-    /// credential, or tell whose it is.
-    pub fn answered(&mut self, headers: &Headers<'_>, now_ms: u64) -> Vec<Vec<u8>> {
+    fn stop(&mut self, refusal: Refusal) -> Begun {
+        self.refusal = Some(refusal);
+        Begun::Stop
+    }
+
+    /// Until when the request waits for a credential, if its policy lets it.
+    fn can_wait(&mut self, unusable: Option<Unusable>, now_ms: u64) -> Option<u64> {
+        let wait_ms = Some(self.permit.plan().wait_ms).filter(|wait_ms| *wait_ms > 0)?;
+        let deadline_ms = *self.hold_until_ms.get_or_insert(now_ms.saturating_add(wait_ms));
+        let until_ms = now_ms.saturating_add(unusable?.wait_ms.max(1));
+        (until_ms <= deadline_ms).then_some(until_ms)
+    }
+
+    /// What the caller is told when no credential is left.
+    fn exhausted(&self, ring: &mut Keyring, shared: &impl SharedData, now_ms: u64) -> Refusal {
+        match ring.look(shared, self.at(), self.pool(), &[], now_ms) {
+            Err(Some(Unusable { state: State::Rejected, .. })) => Refusal::new(
+                Code::ProviderCredentialRejected,
+                "the provider rejected every stored credential that this request could use; an operator has to replace them",
+            ),
+            Err(Some(Unusable { state: State::Overloaded, wait_ms })) => {
+                Refusal::new(Code::PoolExhausted, "the provider is overloaded and asked for time").retry_after_ms(wait_ms)
+            }
+            Err(Some(Unusable { wait_ms, .. })) => {
+                Refusal::new(Code::PoolExhausted, "every credential that this request could use is at its provider's limit")
+                    .retry_after_ms(wait_ms)
+            }
+            _ => {
+                Refusal::new(Code::PoolExhausted, "every credential that this request could use was at its provider's limit").retry_after(1)
+            }
+        }
+    }
+
+    /// The provider answered the last try with these headers. Returns the names of those that don't go on (they repeat the
+    /// credential, tell whose it is, or would steer the router), and what comes next.
+    pub fn answered(
+        &mut self,
+        ring: &mut Keyring,
+        shared: &impl SharedData,
+        headers: &Headers<'_>,
+        clocks: Clocks,
+    ) -> (Vec<Vec<u8>>, Next) {
         let status = header(headers, ":status").and_then(|s| std::str::from_utf8(s).ok()?.parse().ok());
         if let Some(last) = self.tries.last_mut() {
             last.status = status;
-            last.answered_ms = Some(now_ms.saturating_sub(last.started_ms));
+            last.answered_ms = Some(clocks.now_ms.saturating_sub(last.started_ms));
         }
         self.answer = Some(AnswerHead {
             status: status.unwrap_or(0),
             content_type: header(headers, "content-type").unwrap_or_default().to_vec(),
             encoded: header(headers, "content-encoding").is_some_and(|e| !e.eq_ignore_ascii_case(b"identity")),
+            tries: self.tries.len(),
         });
-        let secrets: Vec<&[u8]> = self.permit.plan().targets.iter().flat_map(|t| &t.credentials).map(|c| c.secret.0.as_bytes()).collect();
+        let secrets: Vec<&[u8]> = self.pool().iter().map(|credential| credential.secret.0.as_bytes()).collect();
         let repeats = |value: &[u8]| secrets.iter().any(|s| !s.is_empty() && value.windows(s.len()).any(|w| w == *s));
-        let tells = |name: &[u8]| ACCOUNT_HEADERS.iter().any(|other| other.as_bytes() == name);
-        headers.iter().filter(|(name, value)| tells(name) || repeats(value)).map(|(name, _)| name.to_vec()).collect()
+        let tells = |name: &[u8]| ACCOUNT_HEADERS.iter().any(|other| other.as_bytes() == name) || name.starts_with(b"x-keyward-");
+        let remove = headers.iter().filter(|(name, value)| tells(name) || repeats(value)).map(|(name, _)| name.to_vec()).collect();
+        if status.is_some_and(needs_body) {
+            return (remove, Next::ReadBody);
+        }
+        (remove, self.judge(ring, shared, headers, b"", clocks))
+    }
+
+    /// Judges the last try's answer by its headers and the start of its body, and says what comes next.
+    pub fn judge(&mut self, ring: &mut Keyring, shared: &impl SharedData, headers: &Headers<'_>, body: &[u8], clocks: Clocks) -> Next {
+        let Clocks { now_ms, unix_ms } = clocks;
+        let Some((place, status, started_ms)) = self.tries.last().and_then(|last| Some((last.place, last.status?, last.started_ms))) else {
+            return Next::Pass;
+        };
+        self.try_is_over(ring);
+        let Some(credential) = self.pool().get(place) else { return Next::Pass };
+        if let Some(room) = room(headers, unix_ms) {
+            ring.has_left(shared, self.at(), credential, room, self.pool().len() > 1, now_ms);
+        }
+        let Some(verdict) = verdict(status, headers, body, unix_ms) else {
+            if status < 400 {
+                ring.worked(shared, self.at(), credential, started_ms, now_ms);
+            }
+            return Next::Pass;
+        };
+        ring.cool(shared, self.at(), credential, verdict, now_ms);
+        if verdict.state == State::Overloaded {
+            return Next::Pass;
+        }
+        if let Some(last) = self.tries.last_mut() {
+            last.is_free = true;
+        }
+        if let Some(tried) = self.tried.get_mut(place) {
+            *tried = true;
+        }
+        if !self.replayable {
+            let message = "the provider's limit was met, and the body is too large to be sent again with another credential";
+            self.refusal = Some(Refusal::new(Code::PoolExhausted, message).retry_after(1));
+            return Next::Pass;
+        }
+        match ring.look(shared, self.at(), self.pool(), &self.tried, now_ms) {
+            Ok(()) => Next::Retry,
+            Err(unusable) if self.can_wait(unusable, now_ms).is_some() => Next::Retry,
+            Err(_) => {
+                self.refusal = Some(self.exhausted(ring, shared, now_ms));
+                Next::Pass
+            }
+        }
     }
 
     /// The head of the last try's answer, once: `None` means that the answer in hand is not the provider's.
@@ -112,20 +279,54 @@ impl Flight {
         self.answer.take()
     }
 
-    /// The last try's connection never came about.
-    pub fn never_connected(&mut self) {
+    /// Why nothing more is tried, if the caller is to be told so in place of the provider's answer.
+    pub fn refusal(&self) -> Option<&Refusal> {
+        self.refusal.as_ref()
+    }
+
+    /// Nothing more is tried, for a reason that has nothing to do with the credentials.
+    pub fn give_up(&mut self, refusal: Refusal) {
+        self.refusal = Some(refusal);
         if let Some(last) = self.tries.last_mut() {
-            last.never_sent = true;
+            last.is_free = true;
         }
     }
 
-    /// Whether an attempt saw the headers of an answer.
-    pub fn was_answered(&self) -> bool {
-        self.tries.iter().any(|t| t.status.is_some())
+    /// Whether what comes of the last try's answer is decided.
+    pub fn is_judged(&self) -> bool {
+        self.tries.last().is_none_or(|last| last.is_over)
     }
 
+    /// The last try got no answer because its connection never came about.
+    pub fn never_connected(&mut self, ring: &mut Keyring) {
+        self.try_is_over(ring);
+        if let Some(last) = self.tries.last_mut().filter(|last| last.status.is_none()) {
+            last.is_free = true;
+        }
+    }
+
+    /// The last try takes no more of its account.
+    pub fn try_is_over(&mut self, ring: &mut Keyring) {
+        let place = match self.tries.last_mut() {
+            Some(last) if !last.is_over => {
+                last.is_over = true;
+                last.place
+            }
+            _ => return,
+        };
+        if let Some(credential) = self.pool().get(place).filter(|_| self.pool().len() > 1) {
+            ring.done(credential.account());
+        }
+    }
+
+    /// Whether an attempt saw the headers of an answer to the last try.
+    pub fn was_answered(&self) -> bool {
+        self.tries.last().is_some_and(|t| t.status.is_some())
+    }
+
+    /// Whether some try may have cost something.
     pub fn may_have_been_sent(&self) -> bool {
-        self.tries.iter().any(|t| !t.never_sent)
+        self.tries.iter().any(|t| !t.is_free)
     }
 
     /// The provider's last status.
@@ -133,9 +334,13 @@ impl Flight {
         self.tries.last().and_then(|t| t.status)
     }
 
-    /// The tries for the record; one that was never answered lasted until `end_ms`, counted from the request's start.
-    pub fn tries(&self, end_ms: u64) -> Vec<Try> {
-        let record = |t: &Running| Try { credential: t.credential.clone(), status: t.status, ms: t.answered_ms.unwrap_or(end_ms) };
+    /// The tries for the record; one that was never answered lasted until now.
+    pub fn tries(&self, now_ms: u64) -> Vec<Try> {
+        let record = |t: &Running| Try {
+            credential: self.pool().get(t.place).map(|credential| credential.id.clone()).unwrap_or_default(),
+            status: t.status,
+            ms: t.answered_ms.unwrap_or_else(|| now_ms.saturating_sub(t.started_ms)),
+        };
         self.tries.iter().map(record).collect()
     }
 }

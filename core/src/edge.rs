@@ -1,12 +1,15 @@
 //! What the filter and the policy service say to each other (`/edge/v1/*`), and the MAC that chains the filter's records.
 
 use crate::hex;
+use crate::keyring::Told;
 use crate::refusal::{Code, Headroom, Refusal};
 use crate::usage::Usage;
+use crate::verdict::State;
 use hkdf::Hkdf;
 use hmac::{Hmac, KeyInit, Mac};
 use serde::{Deserialize, Serialize};
 use sha2::Sha256;
+use std::collections::BTreeMap;
 
 pub const ADMIT_PATH: &str = "/edge/v1/admit";
 pub const SETTLE_PATH: &str = "/edge/v1/settle";
@@ -162,6 +165,12 @@ pub struct Plan {
     /// The whole answer, JSON: the gate gives it and nothing is forwarded.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub answer: Option<String>,
+    /// Longest that the request may be held back while no credential is usable, in milliseconds.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub wait_ms: u64,
+    /// The first usable credential is taken, so that the same key meets the same prompt cache.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub in_order: bool,
     pub targets: Vec<PlanTarget>,
 }
 
@@ -178,6 +187,49 @@ pub struct PlanTarget {
 pub struct PlanCredential {
     pub id: String,
     pub secret: Secret,
+    /// Whose limits it shares; `None`: it has an account to itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub account: Option<String>,
+}
+
+impl PlanCredential {
+    pub fn account(&self) -> &str {
+        self.account.as_deref().unwrap_or(&self.id)
+    }
+}
+
+/// News of a credential's state, between gates and service.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Cooled {
+    /// What the state holds for, as [`crate::keyring`] names it.
+    pub name: String,
+    /// `None`: nothing stands against it any more.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub state: Option<State>,
+    /// How much longer it lasts, in milliseconds.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub ms: u64,
+    /// Its end is a guess.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub probe: bool,
+}
+
+/// What goes before the records of a settle batch: what the VM has seen that belongs to no record.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct News {
+    /// Refusals that were decided without asking, by code.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub refusals: BTreeMap<String, u64>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub cooled: Vec<Cooled>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub rooms: Vec<Told>,
+}
+
+impl News {
+    pub fn is_empty(&self) -> bool {
+        self.refusals.is_empty() && self.cooled.is_empty() && self.rooms.is_empty()
+    }
 }
 
 /// One try at a provider.
@@ -432,7 +484,7 @@ mod tests {
 
     #[test]
     fn secrets_do_not_print() {
-        let credential = PlanCredential { id: "cred_a".into(), secret: Secret("sk-real".into()) };
+        let credential = PlanCredential { id: "cred_a".into(), secret: Secret("sk-real".into()), account: None };
         assert!(!format!("{credential:?}").contains("sk-real"));
         assert_eq!(format!("{:?}", EdgeKey([7; 32])), "EdgeKey(..)");
     }

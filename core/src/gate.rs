@@ -1,14 +1,17 @@
 //! The gate: one request from its headers to its settlement. Each stage is a value that holds only what that stage
 //! needs, and moving on consumes it. Nothing can be forwarded without the [`Permit`] that only an admission makes.
 
-use crate::attempt::{AnswerHead, Flight};
+mod answering;
+
+pub use answering::{Answering, HeaderEdits};
+
+use crate::attempt::Flight;
 use crate::body::{BodyError, BodyFacts, BodyReader, Edits, Splice};
 use crate::credentials::{self, Found};
 use crate::edge::{AdmitAnswer, AdmitRequest, Ask, Outcome, Plan, RequestId, Settlement, VmId};
-use crate::meter::{Measured, Meter, Passed};
 use crate::multipart::{MultipartReader, boundary};
 use crate::operation::{Costs, Dialect, Form, MAX_REFS, NoTarget, OTHER, Provider, Takes, Target, Tells, find};
-use crate::refusal::{Answer, Code, Headroom, Refusal};
+use crate::refusal::{Answer, Code, Refusal};
 use crate::token::TokenHash;
 use crate::trace::TraceContext;
 use crate::usage::Looks;
@@ -414,7 +417,7 @@ pub struct Admitted {
 
 impl Admitted {
     /// The request goes on: its permit becomes a flight, which the attempts work from.
-    pub fn forward(self) -> (Answering, Flight) {
+    pub fn forward(self, replayable: bool) -> (Answering, Flight) {
         let target = &self.permit.target;
         let operation = target.operation;
         // Every picture of a stream tells its own usage: of several, the sum is not known.
@@ -437,155 +440,7 @@ impl Admitted {
             complete: false,
             breaking: None,
         };
-        (answering, Flight::new(self.permit))
-    }
-}
-
-/// Stage 5: forwarded; the answer is awaited or passing.
-#[derive(Debug)]
-pub struct Answering {
-    dialect: Dialect,
-    id: RequestId,
-    clamp: Option<u64>,
-    headroom: Option<Headroom>,
-    withhold_usage: bool,
-    stream: bool,
-    looks: Looks,
-    /// What passes as text is what is paid.
-    is_text: bool,
-    /// The events are those of the Responses API.
-    is_response: bool,
-    /// The object that is gone if the provider says yes.
-    deletes: Option<String>,
-    /// Output tokens that money is held for.
-    output_limit: Option<u64>,
-    /// More passed than that.
-    beyond: bool,
-    meter: Option<Meter>,
-    complete: bool,
-    breaking: Option<Breaking>,
-}
-
-/// An answer that must end before its end.
-#[derive(Debug)]
-struct Breaking {
-    code: Code,
-    /// The event that tells the caller, until it has been put into the stream.
-    words: Option<Vec<u8>>,
-}
-
-/// What to do with an answer's headers.
-#[derive(Debug, Default, PartialEq, Eq)]
-pub struct HeaderEdits {
-    pub remove: Vec<&'static str>,
-    pub set: Vec<(&'static str, String)>,
-}
-
-impl Answering {
-    /// The answer's headers have come. `head`: what the attempt saw of them; `None` when Envoy made the answer up.
-    pub fn headers(&mut self, head: Option<AnswerHead>) -> Result<HeaderEdits, Refused> {
-        if head.as_ref().is_some_and(|head| matches!(head.status, 401 | 403)) {
-            // The caller's key was fine: it is our stored credential that the provider turned away.
-            let message = "the provider rejected the stored credential; an operator has to replace it";
-            let refusal = Refusal::new(Code::ProviderCredentialRejected, message);
-            return Err(Refused { refusal, dialect: self.dialect, request_id: self.id, asked: true });
-        }
-        let head = head.unwrap_or_default();
-        let meter = Meter::new(&head.content_type, head.encoded, self.withhold_usage, self.looks);
-        let mut edits = HeaderEdits { remove: Vec::new(), set: vec![("x-keyward-request-id", self.id.to_string())] };
-        if meter.rewrites() {
-            edits.remove.push("content-length");
-        }
-        if let Some(clamp) = self.clamp {
-            edits.set.push(("x-keyward-max-tokens", clamp.to_string()));
-        }
-        // Over the provider's own, which are of an account that many keys share.
-        edits.set.extend(self.headroom.iter().flat_map(Headroom::headers));
-        self.meter = Some(meter);
-        Ok(edits)
-    }
-
-    /// A piece of the answer's body. At most `room` bytes may be held back after it.
-    pub fn piece(&mut self, piece: &[u8], end: bool, room: usize) -> Passed {
-        self.complete |= end;
-        let Some(meter) = &mut self.meter else { return Passed::AsIs };
-        if let Some(breaking) = &mut self.breaking {
-            return meter.last_piece(piece, &mut breaking.words);
-        }
-        let passed = meter.piece(piece, end, room);
-        if !end && self.output_limit.is_some_and(|limit| meter.exceeds(limit)) {
-            self.beyond = true;
-            self.break_off(Code::CapExhausted);
-        }
-        passed
-    }
-
-    /// The answer is to end here: what passes next of a stream is an error event in the caller's dialect, between two events,
-    /// and nothing after it. The first reason stays.
-    pub fn break_off(&mut self, code: Code) {
-        if self.breaking.is_none() {
-            let words = error_event(code, self.dialect, self.is_response, self.id);
-            self.breaking = Some(Breaking { code, words: Some(words) });
-        }
-    }
-
-    /// Why the answer is to end here.
-    pub fn breaks_off(&self) -> Option<Code> {
-        self.breaking.as_ref().map(|breaking| breaking.code)
-    }
-
-    /// The caller has been told; the stream has only to be cut.
-    pub fn has_said_so(&self) -> bool {
-        self.breaking.as_ref().is_some_and(|breaking| breaking.words.is_none())
-    }
-
-    /// The answer is a stream of events, into which words of ours can be put.
-    pub fn has_events(&self) -> bool {
-        self.meter.as_ref().is_some_and(Meter::has_events)
-    }
-
-    /// Bytes of the answer that are held back now.
-    pub fn held(&self) -> usize {
-        self.meter.as_ref().map_or(0, Meter::held)
-    }
-
-    /// The admitted request could not be put together: nothing was forwarded.
-    pub fn failed(&self) -> Refused {
-        let refusal = Refusal::new(Code::PolicyUnavailable, "the request could not be forwarded; nothing left").retry_after(1);
-        Refused { refusal, dialect: self.dialect, request_id: self.id, asked: true }
-    }
-
-    /// The answer ended without a last piece: by its headers, or by trailers.
-    pub fn ended(&mut self) {
-        self.complete = true;
-    }
-
-    /// The request is over, however it went.
-    pub fn over(self, flight: &Flight, ms: u64, at: u64) -> Settlement {
-        let readable = !matches!(self.meter, Some(Meter::Opaque { .. }));
-        let measured = self.meter.map_or(Measured::default(), Meter::finish);
-        // A stream's usage is final once it was told, whatever follows; a document's only when the document is whole.
-        let usage = measured.usage.filter(|_| measured.is_final && (self.complete || self.stream));
-        let status = flight.status();
-        let done = status.is_some_and(|status| (200..300).contains(&status));
-        // One that came whole before it could be broken off was not.
-        let broken = self.breaking.filter(|breaking| !self.complete || breaking.words.is_none());
-        Settlement {
-            ended: broken.map(|breaking| breaking.code),
-            req: self.id,
-            outcome: if self.complete { Outcome::Complete } else { Outcome::Cut },
-            sent: flight.may_have_been_sent(),
-            status,
-            usage,
-            input: measured.input.filter(|_| usage.is_none()),
-            visible: Some(measured.visible_bytes.max(measured.running_output)).filter(|_| readable && usage.is_none() && self.is_text),
-            beyond: self.beyond,
-            tries: flight.tries(ms),
-            created: if done { measured.ids } else { Vec::new() },
-            deleted: self.deletes.filter(|_| done && self.complete),
-            ms,
-            at,
-        }
+        (answering, Flight::new(self.permit, replayable))
     }
 }
 
@@ -609,25 +464,6 @@ pub fn void(id: RequestId, ms: u64, at: u64) -> Settlement {
     }
 }
 
-/// The error event that ends a stream, as the SDKs of its dialect understand it (OpenAI: any event whose data has `error`; its
-/// Responses API names it `error` besides; Anthropic: the event `error`).
-fn error_event(code: Code, dialect: Dialect, is_response: bool, id: RequestId) -> Vec<u8> {
-    let data = ended(code, dialect, id).answer().body;
-    match (dialect, is_response) {
-        (Dialect::OpenAi, false) => format!("data: {data}\n\n"),
-        (Dialect::OpenAi, true) => {
-            let inner = data.strip_prefix('{').unwrap_or(&data);
-            let message = serde_json::Value::from(watch::refusal(code).message);
-            format!(
-                "event: error\ndata: {{\"type\":\"error\",\"code\":\"{}\",\"message\":{message},\"param\":null,{inner}\n\n",
-                code.name()
-            )
-        }
-        (Dialect::Anthropic, _) => format!("event: error\ndata: {data}\n\n"),
-    }
-    .into_bytes()
-}
-
 /// The name under which the router finds the provider's cluster.
 pub fn cluster(provider: &Provider) -> &'static str {
     provider.name
@@ -636,7 +472,11 @@ pub fn cluster(provider: &Provider) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::attempt::{Begun, Clocks, Next, RequestEdits};
     use crate::edge::{PlanCredential, PlanTarget, Secret};
+    use crate::keyring::Keyring;
+    use crate::meter::Passed;
+    use crate::ring::shared::Shared;
     use crate::token::VirtualKey;
     use crate::usage::Usage;
     #[cfg(target_arch = "wasm32")]
@@ -670,7 +510,7 @@ mod tests {
     }
 
     fn plan(clamp: Option<u64>) -> Plan {
-        let credential = PlanCredential { id: "cred_a".into(), secret: Secret("sk-real".into()) };
+        let credential = PlanCredential { id: "cred_a".into(), secret: Secret("sk-real".into()), account: None };
         let target = PlanTarget { provider: "openai".into(), model: Some("gpt-4o".into()), credentials: vec![credential] };
         Plan {
             key: "key_1".into(),
@@ -681,6 +521,8 @@ mod tests {
             state: false,
             headroom: None,
             answer: None,
+            wait_ms: 0,
+            in_order: false,
             targets: vec![target],
         }
     }
@@ -700,6 +542,29 @@ mod tests {
         let mut plan = plan(None);
         plan.targets[0].provider = "anthropic".into();
         admitted_at(&[(":path", "/v1/messages")], body, plan)
+    }
+
+    const CLOCKS: Clocks = Clocks { now_ms: 30, unix_ms: 1_000 };
+
+    /// The request after a provider's answer to its first try, whose headers came after so many milliseconds.
+    fn answered(admitted: Admitted, headers: &Headers<'_>, after_ms: u64) -> (Answering, Flight) {
+        let (mut answering, mut flight) = admitted.forward(true);
+        let (mut ring, shared) = (Keyring::default(), Shared::default());
+        flight.begin(&mut ring, &shared, &[], 0);
+        let clocks = Clocks { now_ms: after_ms, unix_ms: 1_000 };
+        if flight.answered(&mut ring, &shared, headers, clocks).1 == Next::ReadBody {
+            flight.judge(&mut ring, &shared, headers, b"", clocks);
+        }
+        answering.headers(&mut flight).unwrap();
+        (answering, flight)
+    }
+
+    /// The headers of a try on a request with these.
+    fn begun(flight: &mut Flight, extra: &[(&str, &str)]) -> RequestEdits {
+        match with_headers(extra, |headers| flight.begin(&mut Keyring::default(), &Shared::default(), headers, 0)) {
+            Begun::Go(edits) => edits,
+            other => panic!("{other:?}"),
+        }
     }
 
     /// The body that goes on.
@@ -748,16 +613,17 @@ mod tests {
 
     #[test]
     fn each_try_overwrites_every_credential_header() {
-        let (_, mut flight) = admitted("{\"model\":\"gpt-4o\"}").forward();
-        let shared = [("x-api-key", "left by an earlier try"), ("x-forwarded-for", "10.0.0.1"), ("x-other", "stays")];
-        let edits = with_headers(&shared, |headers| flight.begin(headers, 0).unwrap());
+        let (_, mut flight) = admitted("{\"model\":\"gpt-4o\"}").forward(true);
+        let left = [("x-api-key", "left by an earlier try"), ("x-forwarded-for", "10.0.0.1"), ("x-other", "stays")];
+        let edits = begun(&mut flight, &left);
         assert!(edits.set.contains(&("authorization", "Bearer sk-real".into())));
         assert!(edits.set.contains(&(":authority", "api.openai.com".into())));
         assert_eq!(edits.remove, [b"x-api-key".to_vec(), b"x-forwarded-for".to_vec()]);
-        let edits = with_headers(&[(":path", "/openai/v1/chat/completions?key=x")], |headers| flight.begin(headers, 0).unwrap());
+        let edits = begun(&mut flight, &[(":path", "/openai/v1/chat/completions?key=x")]);
         assert!(edits.set.contains(&(":path", "/v1/chat/completions".into())));
-        let leak = flight.answered(&[(b":status", b"200"), (b"x-echo", b"Bearer sk-real")], 5);
-        assert_eq!(leak, [b"x-echo".to_vec()]);
+        let headers: &Headers<'_> = &[(b":status", b"200"), (b"x-echo", b"Bearer sk-real"), (b"x-keyward-retry", b"1")];
+        let (leaks, next) = flight.answered(&mut Keyring::default(), &Shared::default(), headers, CLOCKS);
+        assert_eq!((leaks, next), (vec![b"x-echo".to_vec(), b"x-keyward-retry".to_vec()], Next::Pass));
         assert_eq!(flight.hand_over().map(|head| head.status), Some(200));
         assert_eq!(flight.hand_over(), None, "a later answer is not the provider's");
     }
@@ -766,14 +632,11 @@ mod tests {
     fn a_stream_is_asked_for_usage_and_settles_it() {
         let admitted = admitted("{\"model\":\"gpt-4o\",\"stream\":true}");
         assert_eq!(admitted.splices.len(), 1);
-        let (mut answering, mut flight) = admitted.forward();
-        flight.begin(&[], 0);
-        flight.answered(STREAM, 7);
-        answering.headers(flight.hand_over()).unwrap();
+        let (mut answering, flight) = answered(admitted, STREAM, 7);
         let usage = b"data: {\"choices\":[],\"usage\":{\"prompt_tokens\":3,\"completion_tokens\":4}}\n\n";
         assert_eq!(answering.piece(usage, false, 1_000), Passed::Instead(Vec::new()));
         answering.piece(b"data: [DONE]\n\n", true, 1_000);
-        let settled = answering.over(&flight, 30, 1_000);
+        let settled = answering.over(&flight, 30, CLOCKS);
         assert_eq!((settled.outcome, settled.status, settled.sent), (Outcome::Complete, Some(200), true));
         assert_eq!(settled.usage, Some(Usage { input: 3, output: 4, ..Usage::default() }));
         assert_eq!((settled.tries[0].status, settled.tries[0].ms), (Some(200), 7));
@@ -781,12 +644,9 @@ mod tests {
 
     #[test]
     fn a_cut_anthropic_stream_tells_its_input_only() {
-        let (mut answering, mut flight) = messages("{\"model\":\"gpt-4o\",\"stream\":true}").forward();
-        flight.begin(&[], 0);
-        flight.answered(STREAM, 1);
-        answering.headers(flight.hand_over()).unwrap();
+        let (mut answering, flight) = answered(messages("{\"model\":\"gpt-4o\",\"stream\":true}"), STREAM, 1);
         answering.piece(b"data: {\"message\":{\"usage\":{\"input_tokens\":25,\"output_tokens\":1}}}\n\n", false, 1_000);
-        let settled = answering.over(&flight, 30, 1_000);
+        let settled = answering.over(&flight, 30, CLOCKS);
         assert_eq!((settled.outcome, settled.usage), (Outcome::Cut, None));
         assert_eq!(settled.input.map(|u| (u.input, u.output)), Some((25, 0)));
     }
@@ -794,23 +654,16 @@ mod tests {
     /// An error in the middle of an Anthropic stream ends it whole, but the usage told so far is only its beginning.
     #[test]
     fn a_stream_that_ends_in_an_error_tells_no_final_usage() {
-        let (mut answering, mut flight) = messages("{\"model\":\"gpt-4o\",\"stream\":true}").forward();
-        flight.begin(&[], 0);
-        flight.answered(STREAM, 1);
-        answering.headers(flight.hand_over()).unwrap();
+        let (mut answering, flight) = answered(messages("{\"model\":\"gpt-4o\",\"stream\":true}"), STREAM, 1);
         answering.piece(b"data: {\"message\":{\"usage\":{\"input_tokens\":25,\"output_tokens\":1}}}\n\n", false, 1_000);
         answering.piece(b"event: error\ndata: {\"type\":\"error\",\"error\":{}}\n\n", true, 1_000);
-        assert_eq!(answering.over(&flight, 30, 1_000).usage, None);
+        assert_eq!(answering.over(&flight, 30, CLOCKS).usage, None);
     }
 
     const CHUNK: &[u8] = b"data: {\"choices\":[{\"delta\":{\"content\":\"hi\"}}]}\n\n";
 
     fn streaming(admitted: Admitted) -> (Answering, Flight) {
-        let (mut answering, mut flight) = admitted.forward();
-        flight.begin(&[], 0);
-        flight.answered(STREAM, 1);
-        answering.headers(flight.hand_over()).unwrap();
-        (answering, flight)
+        answered(admitted, STREAM, 1)
     }
 
     #[test]
@@ -825,13 +678,13 @@ mod tests {
         let data: serde_json::Value = serde_json::from_str(text.strip_prefix("data: ").unwrap()).unwrap();
         assert_eq!((data["error"]["code"].as_str(), answering.has_said_so()), (Some("revoked"), true));
         assert_eq!(answering.piece(CHUNK, false, 1_000), Passed::Instead(Vec::new()));
-        let settled = answering.over(&flight, 30, 1_000);
+        let settled = answering.over(&flight, 30, CLOCKS);
         assert_eq!((settled.outcome, settled.ended, settled.visible), (Outcome::Cut, Some(Code::Revoked), Some(6)));
 
         let (mut answering, flight) = chat();
         answering.break_off(Code::Revoked);
         answering.ended();
-        assert_eq!(answering.over(&flight, 30, 1_000).ended, None, "it came whole before that");
+        assert_eq!(answering.over(&flight, 30, CLOCKS).ended, None, "it came whole before that");
     }
 
     #[test]
@@ -864,14 +717,6 @@ mod tests {
             assert_eq!(answering.piece(long.as_bytes(), false, 1_000), Passed::AsIs, "what has come has come");
             assert_eq!(answering.breaks_off(), code, "{limit:?}");
         }
-    }
-
-    #[test]
-    fn a_rejected_credential_is_not_the_callers_fault() {
-        let (mut answering, _) = admitted("{\"model\":\"gpt-4o\"}").forward();
-        let head = AnswerHead { status: 401, ..AnswerHead::default() };
-        assert_eq!(code(answering.headers(Some(head))), Code::ProviderCredentialRejected);
-        assert!(answering.headers(None).is_ok(), "Envoy's own 401 would not be the provider's");
     }
 
     #[test]
@@ -956,11 +801,8 @@ mod tests {
 
     #[test]
     fn what_the_provider_made_is_told() {
-        let stored = |body: &str| admitted_at(&[(":path", "/v1/responses")], body, Plan { state: true, ..plan(None) }).forward();
-        let (mut answering, mut flight) = stored(r#"{"model":"gpt-4o","stream":true}"#);
-        flight.begin(&[], 0);
-        flight.answered(STREAM, 1);
-        answering.headers(flight.hand_over()).unwrap();
+        let stored = |body: &str| admitted_at(&[(":path", "/v1/responses")], body, Plan { state: true, ..plan(None) });
+        let (mut answering, flight) = answered(stored(r#"{"model":"gpt-4o","stream":true}"#), STREAM, 1);
         for event in [
             r#"{"type":"response.created","response":{"id":"resp_7","output":[],"usage":null,"error":null}}"#,
             r#"{"type":"response.output_text.delta","item_id":"msg_8","delta":"Hello"}"#,
@@ -969,29 +811,24 @@ mod tests {
         ] {
             answering.piece(format!("event: x\ndata: {}\n\n", event.replace('\n', "")).as_bytes(), false, 1_000);
         }
-        let settled = answering.over(&flight, 30, 1_000);
+        let settled = answering.over(&flight, 30, CLOCKS);
         assert_eq!(settled.created, ["resp_7", "msg_8"]);
         assert_eq!(settled.usage, Some(Usage { input: 20, cache_read: 10, output: 5, reasoning: 2, ..Usage::default() }));
         assert_eq!(settled.outcome, Outcome::Cut, "usage is final although the stream was cut after it");
 
-        let (mut answering, mut flight) = stored(r#"{"model":"gpt-4o"}"#);
-        flight.begin(&[], 0);
-        flight.answered(&[(b":status", b"400"), (b"content-type", b"application/json")], 1);
-        answering.headers(flight.hand_over()).unwrap();
+        let (mut answering, flight) =
+            answered(stored(r#"{"model":"gpt-4o"}"#), &[(b":status", b"400"), (b"content-type", b"application/json")], 1);
         answering.piece(br#"{"id":"resp_7"}"#, true, 1_000);
-        assert_eq!(answering.over(&flight, 30, 1_000).created, [""; 0], "an error makes nothing");
+        assert_eq!(answering.over(&flight, 30, CLOCKS).created, [""; 0], "an error makes nothing");
     }
 
     #[test]
     fn what_the_provider_deleted_is_told() {
         let delete = [(":method", "DELETE"), (":path", "/v1/responses/resp_7")];
         for (status, gone) in [("200", Some("resp_7".to_owned())), ("404", None)] {
-            let (mut answering, mut flight) = admitted_at(&delete, "", plan(None)).forward();
-            flight.begin(&[], 0);
-            flight.answered(&[(b":status", status.as_bytes())], 1);
-            answering.headers(flight.hand_over()).unwrap();
+            let (mut answering, flight) = answered(admitted_at(&delete, "", plan(None)), &[(b":status", status.as_bytes())], 1);
             answering.ended();
-            assert_eq!(answering.over(&flight, 30, 1_000).deleted, gone);
+            assert_eq!(answering.over(&flight, 30, CLOCKS).deleted, gone);
         }
     }
 
@@ -1023,8 +860,8 @@ mod tests {
         let mut out = Vec::new();
         crate::body::splice_piece(form.as_bytes(), 0, &admitted.splices, &mut out);
         assert_eq!(String::from_utf8(out).unwrap(), form.replace("whisper-1", "other"));
-        let (_, mut flight) = admitted.forward();
-        let edits = with_headers(&transcription, |headers| flight.begin(headers, 0).unwrap());
+        let (_, mut flight) = admitted.forward(true);
+        let edits = begun(&mut flight, &transcription);
         assert!(edits.set.contains(&("content-type", "multipart/form-data; boundary=\"X1\"".into())));
     }
 }

@@ -29,13 +29,14 @@ pub enum Code {
     ConcurrencyLimited,
     PoolExhausted,
     ProviderCredentialRejected,
+    ProviderUnreachable,
     PolicyUnavailable,
     AuditUnavailable,
 }
 
 impl Code {
     /// Every code there is.
-    pub const ALL: [Code; 21] = [
+    pub const ALL: [Code; 22] = [
         Code::MissingKey,
         Code::UnknownKey,
         Code::Revoked,
@@ -55,6 +56,7 @@ impl Code {
         Code::ConcurrencyLimited,
         Code::PoolExhausted,
         Code::ProviderCredentialRejected,
+        Code::ProviderUnreachable,
         Code::PolicyUnavailable,
         Code::AuditUnavailable,
     ];
@@ -80,6 +82,7 @@ impl Code {
             Code::ConcurrencyLimited => "concurrency_limited",
             Code::PoolExhausted => "pool_exhausted",
             Code::ProviderCredentialRejected => "provider_credential_rejected",
+            Code::ProviderUnreachable => "provider_unreachable",
             Code::PolicyUnavailable => "policy_unavailable",
             Code::AuditUnavailable => "audit_unavailable",
         }
@@ -104,7 +107,7 @@ impl Code {
             | Code::ConcurrencyLimited
             | Code::PoolExhausted => 429,
             Code::ProviderCredentialRejected => 502,
-            Code::PolicyUnavailable | Code::AuditUnavailable => 503,
+            Code::ProviderUnreachable | Code::PolicyUnavailable | Code::AuditUnavailable => 503,
         }
     }
 

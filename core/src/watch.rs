@@ -5,7 +5,7 @@
 //! where the next question goes on, and a fixed ring of sheets, one for each answer that brought news. Sheet and head are
 //! written by compare-and-swap, the sheet first: two VMs that both believe to hold the lease can repeat news, never lose any.
 
-use crate::edge::{RequestId, VmId};
+use crate::edge::{Cooled, RequestId, VmId};
 use crate::refusal::{Code, Refusal};
 use crate::ring::SharedData;
 use serde::{Deserialize, Serialize};
@@ -45,6 +45,9 @@ pub struct WatchAnswer {
     pub since: String,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub end: Vec<End>,
+    /// What other Envoys or an operator have told of credentials.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub cooled: Vec<Cooled>,
 }
 
 /// Reasons for which a running request is ended.
@@ -338,7 +341,7 @@ mod tests {
     fn serve(path: &str, news: u64, epoch: &str) -> WatchAnswer {
         let since = path.strip_prefix(WATCH_PATH).unwrap();
         let from = since.strip_prefix(&format!("?since={epoch}:")).map_or(0, |n| n.parse().unwrap());
-        WatchAnswer { since: format!("{epoch}:{news}"), end: (from + 1..=news).map(end).collect() }
+        WatchAnswer { since: format!("{epoch}:{news}"), end: (from + 1..=news).map(end).collect(), cooled: Vec::new() }
     }
 
     struct Process {
@@ -530,7 +533,7 @@ mod tests {
         let mut process = Process::new(1);
         process.tick_all();
         let token = process.tokens;
-        process.answer(token, |_| Some(WatchAnswer { since: "e 1\nx".to_owned(), end: vec![end(1)] }));
+        process.answer(token, |_| Some(WatchAnswer { since: "e 1\nx".to_owned(), end: vec![end(1)], cooled: Vec::new() }));
         let ticked = process.tick(0);
         assert_eq!((ticked.ask.as_deref(), ticked.news), (Some(WATCH_PATH), vec![]));
     }
@@ -541,8 +544,8 @@ mod tests {
     fn of_two_answers_to_one_question_the_one_that_counts_stays_whole() {
         for moment in 0..3 {
             let shared = Shared::default();
-            let more = WatchAnswer { since: "e:2".to_owned(), end: vec![end(1), end(2)] };
-            let less = WatchAnswer { since: "e:1".to_owned(), end: vec![end(1)] };
+            let more = WatchAnswer { since: "e:2".to_owned(), end: vec![end(1), end(2)], cooled: Vec::new() };
+            let less = WatchAnswer { since: "e:1".to_owned(), end: vec![end(1)], cooled: Vec::new() };
             let expected = more.clone();
             let post_more = move |shared: &Shared| post(shared, "", &more);
             fn after(readings: u32, run: impl FnOnce(&Shared) + 'static) -> Box<dyn FnOnce(&Shared)> {

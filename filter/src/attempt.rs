@@ -1,46 +1,172 @@
 //! The attempt: Envoy's callbacks of one try, on the provider cluster's own filter chain.
 
-use crate::host::{self, Map};
-use crate::vm::{SharedFlight, vm};
-use keyward_core::attempt::RequestEdits;
+use crate::host::{self, Buffer, Map};
+use crate::settlements::ProcessData;
+use crate::vm::{SharedFlight, Vm, vm};
+use keyward_core::attempt::{Begun, MAX_ERROR_BODY, Next, RequestEdits};
 use keyward_core::operation::Dialect;
 use keyward_core::refusal::{Code, Refusal};
 use proxy_wasm::traits::{Context, HttpContext};
 use proxy_wasm::types::Action;
+use std::rc::Rc;
 
-#[derive(Default)]
+/// How long an error's headers wait for its body, which tells more of the credential.
+const LONGEST_BODY_WAIT_MS: u64 = 500;
+/// On an answer: the router is to try again.
+const RETRY: &str = "x-keyward-retry";
+
 pub struct AttemptStream {
+    context: u32,
+    vm: Rc<Vm>,
     flight: Option<SharedFlight>,
+    /// The answer's headers wait for its body.
+    reads_body: bool,
+}
+
+/// A try that stands still until a time, and how it goes on then.
+#[derive(Debug)]
+pub struct Paused {
+    context: u32,
+    flight: SharedFlight,
+    until_ms: u64,
+    on: Direction,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Direction {
+    /// No credential is usable yet.
+    Request,
+    /// The body of an error has not come.
+    Response,
+}
+
+impl AttemptStream {
+    pub fn new(context: u32) -> Self {
+        AttemptStream { context, vm: vm(), flight: None, reads_body: false }
+    }
+
+    fn pause(&self, flight: &SharedFlight, until_ms: u64, on: Direction) {
+        let paused = Paused { context: self.context, flight: flight.clone(), until_ms, on };
+        self.vm.paused.borrow_mut().push(paused);
+    }
+
+    /// The answer can be judged. `Pass` goes on with whatever it is.
+    fn judge(&mut self, body: &[u8]) {
+        self.reads_body = false;
+        if let Some(flight) = &self.flight {
+            judge(&self.vm, flight, body);
+        }
+    }
 }
 
 impl Context for AttemptStream {}
 
 impl HttpContext for AttemptStream {
     fn on_http_request_headers(&mut self, _: usize, _: bool) -> Action {
-        self.flight = vm().flight_of_stream();
+        self.flight = self.vm.flight_of_stream();
+        let Some(flight) = self.flight.clone() else {
+            // No permit, or a VM that was reloaded under the request: nothing leaves.
+            refuse();
+            return Action::Pause;
+        };
+        match begin(&self.vm, &flight) {
+            Some(until_ms) => {
+                self.pause(&flight, until_ms, Direction::Request);
+                Action::Pause
+            }
+            None if flight.borrow().refusal().is_some() => Action::Pause,
+            None => Action::Continue,
+        }
+    }
+
+    fn on_http_response_headers(&mut self, _: usize, end_of_stream: bool) -> Action {
+        let Some(flight) = self.flight.clone() else { return Action::Continue };
+        let map = host::headers(Map::ResponseHeaders);
+        let headers = map.pairs();
         // The borrow ends before anything else is called.
-        let edits =
-            self.flight.as_ref().and_then(|flight| flight.borrow_mut().begin(&host::headers(Map::RequestHeaders).pairs(), host::now_ms()));
-        // No permit, a VM that was reloaded under the request, or headers that could not be written: nothing leaves.
-        if !edits.is_some_and(|edits| write(&edits)) {
-            let refusal = Refusal::new(Code::PolicyUnavailable, "this request was not admitted").retry_after(1);
-            let answer = refusal.answer(Dialect::OpenAi, "");
-            let headers: Vec<(&str, &str)> = answer.headers.iter().map(|(n, v)| (*n, v.as_str())).collect();
-            host::send_response(answer.status, &headers, &answer.body);
+        let (remove, next) = flight.borrow_mut().answered(&mut self.vm.keyring.borrow_mut(), &ProcessData, &headers, host::clocks());
+        for name in remove {
+            host::remove_header(Map::ResponseHeaders, &name);
+        }
+        match next {
+            Next::Pass => Action::Continue,
+            Next::Retry => {
+                host::set_header(Map::ResponseHeaders, RETRY, "1");
+                Action::Continue
+            }
+            Next::ReadBody if end_of_stream => {
+                self.judge(b"");
+                Action::Continue
+            }
+            Next::ReadBody => {
+                self.reads_body = true;
+                self.pause(&flight, host::monotonic_ms() + LONGEST_BODY_WAIT_MS, Direction::Response);
+                Action::Pause
+            }
+        }
+    }
+
+    fn on_http_response_body(&mut self, size: usize, end_of_stream: bool) -> Action {
+        if !self.reads_body {
+            return Action::Continue;
+        }
+        let was_judged = self.flight.as_ref().is_none_or(|flight| flight.borrow().is_judged());
+        if was_judged {
+            self.reads_body = false;
+            return Action::Continue;
+        }
+        if !end_of_stream && size < MAX_ERROR_BODY {
             return Action::Pause;
         }
+        let body = host::buffer(Buffer::ResponseBody, 0, size.min(MAX_ERROR_BODY)).unwrap_or_default();
+        self.judge(&body);
         Action::Continue
     }
 
-    fn on_http_response_headers(&mut self, _: usize, _: bool) -> Action {
-        if let Some(flight) = &self.flight {
-            let headers = host::headers(Map::ResponseHeaders);
-            for name in flight.borrow_mut().answered(&headers.pairs(), host::now_ms()) {
-                host::remove_header(Map::ResponseHeaders, &name);
-            }
+    fn on_http_response_trailers(&mut self, _: usize) -> Action {
+        if std::mem::take(&mut self.reads_body) && self.flight.as_ref().is_some_and(|flight| !flight.borrow().is_judged()) {
+            let body = host::buffer(Buffer::ResponseBody, 0, MAX_ERROR_BODY).unwrap_or_default();
+            self.judge(&body);
         }
         Action::Continue
     }
+}
+
+/// Begins a try on the request in hand. Gives the time to look again, if it has to wait.
+fn begin(vm: &Vm, flight: &SharedFlight) -> Option<u64> {
+    let map = host::headers(Map::RequestHeaders);
+    let begun = flight.borrow_mut().begin(&mut vm.keyring.borrow_mut(), &ProcessData, &map.pairs(), host::monotonic_ms());
+    match begun {
+        // Headers that could not be written: nothing leaves.
+        Begun::Go(edits) if write(&edits) => None,
+        Begun::Wait { until_ms } => Some(until_ms),
+        Begun::Go(_) => {
+            flight.borrow_mut().give_up(Refusal::new(Code::PolicyUnavailable, "the request could not be forwarded; nothing left"));
+            refuse();
+            None
+        }
+        Begun::Stop => {
+            refuse();
+            None
+        }
+    }
+}
+
+/// Judges the answer in hand and marks it for the router, if another try is to be made.
+fn judge(vm: &Vm, flight: &SharedFlight, body: &[u8]) {
+    let map = host::headers(Map::ResponseHeaders);
+    let next = flight.borrow_mut().judge(&mut vm.keyring.borrow_mut(), &ProcessData, &map.pairs(), body, host::clocks());
+    if next == Next::Retry {
+        host::set_header(Map::ResponseHeaders, RETRY, "1");
+    }
+}
+
+/// Ends the try where it is. What the caller is told is the gate's to say.
+fn refuse() {
+    let refusal = Refusal::new(Code::PolicyUnavailable, "this request was not admitted").retry_after(1);
+    let answer = refusal.answer(Dialect::OpenAi, "");
+    let headers: Vec<(&str, &str)> = answer.headers.iter().map(|(n, v)| (*n, v.as_str())).collect();
+    host::send_response(answer.status, &headers, &answer.body);
 }
 
 fn write(edits: &RequestEdits) -> bool {
@@ -48,4 +174,36 @@ fn write(edits: &RequestEdits) -> bool {
         host::remove_header(Map::RequestHeaders, name);
     }
     edits.set.iter().all(|(name, value)| host::set_header(Map::RequestHeaders, name, value))
+}
+
+/// Called on every tick, after all that is done in the root's own name: tries go on whose time has come.
+pub fn tick(vm: &Vm, root: u32) {
+    if vm.paused.borrow().is_empty() {
+        return;
+    }
+    let now_ms = host::monotonic_ms();
+    let due: Vec<Paused> = vm.paused.borrow_mut().extract_if(.., |paused| paused.until_ms <= now_ms).collect();
+    for mut paused in due {
+        // One whose stream is gone.
+        if !host::act_for(paused.context) {
+            continue;
+        }
+        match paused.on {
+            Direction::Request => match begin(vm, &paused.flight) {
+                Some(until_ms) => {
+                    paused.until_ms = until_ms;
+                    vm.paused.borrow_mut().push(paused);
+                }
+                None if paused.flight.borrow().refusal().is_some() => {}
+                None => host::resume_request(),
+            },
+            Direction::Response => {
+                if !paused.flight.borrow().is_judged() {
+                    judge(vm, &paused.flight, b"");
+                    host::resume_response();
+                }
+            }
+        }
+    }
+    host::act_for(root);
 }

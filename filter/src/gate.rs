@@ -144,7 +144,7 @@ impl GateStream {
             && host::set_filter_state(TARGET, cluster)
             && host::clear_route_cache();
         self.vm.wait_with(std::mem::take(&mut self.waiting), 0);
-        let (answering, flight) = admitted.forward();
+        let (answering, flight) = admitted.forward(true);
         if !ready {
             // Nothing has left: the reservation goes back.
             self.settle(gate::void(id, 0, host::now_ms()));
@@ -311,8 +311,8 @@ impl HttpContext for GateStream {
             return Action::Continue;
         }
         // The attempt saw the same headers a moment ago; without it, Envoy made the answer up.
-        let head = flight.borrow_mut().hand_over();
-        match answering.headers(head) {
+        let edits = answering.headers(&mut flight.borrow_mut());
+        match edits {
             Ok(edits) => {
                 for name in edits.remove {
                     host::remove_header(Map::ResponseHeaders, name.as_bytes());
@@ -396,18 +396,20 @@ impl HttpContext for GateStream {
                 }
                 self.settle(gate::void(asking.id(), self.elapsed_ms(), host::now_ms()));
             }
-            Stage::Answering { mut answering, flight, id, .. } => {
+            Stage::Answering { mut answering, flight, id, replaced } => {
                 if let Some(code) = ending {
                     answering.break_off(code);
                 }
                 self.vm.land(id);
                 self.vm.hold(answering.held(), 0);
+                let ring = &mut self.vm.keyring.borrow_mut();
                 if !flight.borrow().was_answered() && nothing_was_sent() {
-                    flight.borrow_mut().never_connected();
+                    flight.borrow_mut().never_connected(ring);
                 }
-                let now = host::now_ms();
-                let settlement = answering.over(&flight.borrow(), now.saturating_sub(self.started_ms), now);
-                if let Some(code) = settlement.ended {
+                flight.borrow_mut().try_is_over(ring);
+                let clocks = host::clocks();
+                let settlement = answering.over(&flight.borrow(), clocks.unix_ms.saturating_sub(self.started_ms), clocks);
+                if let Some(code) = settlement.ended.filter(|_| !replaced) {
                     metrics::ended(code.name());
                     host::set_filter_state(REASON, code.name());
                 }

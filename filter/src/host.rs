@@ -2,6 +2,7 @@
 //! here a failed call is a `None` or `false`, and the caller fails closed.
 #![allow(unsafe_code)]
 
+use keyward_core::attempt::Clocks;
 use std::time::Duration;
 
 /// `proxy_status_t`: only success matters, and a lost compare-and-swap.
@@ -103,6 +104,11 @@ pub fn monotonic_ms() -> u64 {
     // SAFETY: the host writes one u64.
     unsafe { clock_time_get(MONOTONIC, 1_000_000, &mut nanos) };
     nanos / 1_000_000
+}
+
+/// Both clocks.
+pub fn clocks() -> Clocks {
+    Clocks { now_ms: monotonic_ms(), unix_ms: now_ms() }
 }
 
 pub fn set_tick_period(period: Duration) {
@@ -212,6 +218,12 @@ pub fn set_shared(key: &[u8], value: &[u8], cas: u32) -> bool {
 pub fn resume_request() {
     // SAFETY: plain value; stream 0 is the request.
     unsafe { proxy_continue_stream(0) };
+}
+
+pub fn resume_response() {
+    const RESPONSE: u32 = 1;
+    // SAFETY: plain value.
+    unsafe { proxy_continue_stream(RESPONSE) };
 }
 
 /// Makes the calls that follow act for another context of this VM. `false`: there is none of this id any more.

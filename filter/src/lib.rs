@@ -50,7 +50,7 @@ impl Context for Root {
         let Some(id) = vm.id() else { return };
         if !watching::answered(&vm, id, token, body.as_deref()) {
             let answer = body.and_then(|body| serde_json::from_slice(&body).ok());
-            vm.settlements.borrow_mut().answered(id, token, answer, host::now_ms());
+            vm.settlements.borrow_mut().answered(id, token, answer, &mut vm.keyring.borrow_mut(), host::now_ms());
         }
     }
 }
@@ -80,13 +80,14 @@ impl RootContext for Root {
         let (vm, now_ms) = (vm(), host::now_ms());
         metrics::publish(vm.load(), now_ms);
         if let Some(id) = vm.id() {
-            vm.settlements.borrow_mut().flush(id, &vm.config().policy_cluster, now_ms);
+            vm.settlements.borrow_mut().flush(id, &vm.config().policy_cluster, &mut vm.keyring.borrow_mut(), now_ms);
             watching::tick(&vm, id, self.context);
+            attempt::tick(&vm, self.context);
         }
     }
 
     fn create_http_context(&self, context: u32) -> Option<Box<dyn HttpContext>> {
-        Some(if self.is_gate { Box::new(GateStream::new(context)) } else { Box::new(AttemptStream::default()) })
+        Some(if self.is_gate { Box::new(GateStream::new(context)) } else { Box::new(AttemptStream::new(context)) })
     }
 
     fn get_type(&self) -> Option<ContextType> {

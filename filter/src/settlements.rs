@@ -4,8 +4,9 @@
 //! VM left in the ring, any other VM sends. The service takes each request's first record and ignores repetitions.
 
 use crate::{host, metrics};
-use keyward_core::edge::{EdgeChain, EdgeKey, Record, SETTLE_PATH, SettleAnswer, Settlement, VmId};
+use keyward_core::edge::{EdgeChain, EdgeKey, News, Record, SETTLE_PATH, SettleAnswer, Settlement, VmId};
 use keyward_core::hex;
+use keyward_core::keyring::Keyring;
 use keyward_core::ring::{Ring, SharedData, Slot, Stored};
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
@@ -17,6 +18,8 @@ const MAX_OUTBOX: usize = 16_384;
 const ORPHAN_SCAN_MS: u64 = 600;
 /// Longest time that a count of refusals waits for a batch to go with.
 const REPORT_MS: u64 = 15_000;
+/// How often the service is told what accounts have left.
+const ROOMS_MS: u64 = 1_000;
 const MAX_BACKOFF_MS: u64 = 5_000;
 const TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -34,7 +37,7 @@ struct Pending {
 struct Sent {
     token: u32,
     batch: Vec<Pending>,
-    refusals: BTreeMap<&'static str, u64>,
+    news: News,
 }
 
 /// This VM's outbox.
@@ -47,7 +50,7 @@ pub struct Settlements {
     queue: VecDeque<Pending>,
     sent: Option<Sent>,
     /// Refusals that were decided without asking, by code, since the last report.
-    refusals: BTreeMap<&'static str, u64>,
+    refusals: BTreeMap<String, u64>,
     report_at_ms: u64,
     retry_at_ms: u64,
     failures: u32,
@@ -78,7 +81,7 @@ impl Settlements {
         if self.refusals.is_empty() {
             self.report_at_ms = now_ms + REPORT_MS;
         }
-        *self.refusals.entry(code).or_default() += 1;
+        *self.refusals.entry(code.to_owned()).or_default() += 1;
     }
 
     /// Puts the record of an ended request into the outbox. Returns its line, for the access log.
@@ -104,7 +107,7 @@ impl Settlements {
     }
 
     /// Sends what waits, unless a batch is on its way. Called on every tick of the gate's root context.
-    pub fn flush(&mut self, vm: VmId, cluster: &str, now_ms: u64) {
+    pub fn flush(&mut self, vm: VmId, cluster: &str, ring: &mut Keyring, now_ms: u64) {
         if self.sent.is_some() || now_ms < self.retry_at_ms {
             return;
         }
@@ -114,23 +117,25 @@ impl Settlements {
             self.adopt_orphans(vm, now_ms);
         }
         let report_due = !self.refusals.is_empty() && now_ms >= self.report_at_ms;
-        if self.queue.is_empty() && self.unsealed.is_empty() && !report_due {
+        let mono_ms = host::monotonic_ms();
+        let rooms = ring.rooms().report(ROOMS_MS, mono_ms);
+        if self.queue.is_empty() && self.unsealed.is_empty() && !report_due && !ring.has_news() && rooms.is_empty() {
             return;
         }
         let batch: Vec<Pending> = self.queue.drain(..self.queue.len().min(MAX_BATCH)).collect();
-        let refusals = std::mem::take(&mut self.refusals);
-        let body = self.batch_body(vm, &batch, &refusals);
+        let news = News { refusals: std::mem::take(&mut self.refusals), cooled: ring.report(mono_ms), rooms };
+        let body = self.batch_body(vm, &batch, &news);
         let headers = vec![(":method", "POST"), (":path", SETTLE_PATH), (":authority", "keyward-policy"), ("content-type", "text/plain")];
         match host::call(cluster, headers, &body, TIMEOUT) {
-            Some(token) => self.sent = Some(Sent { token, batch, refusals }),
-            None => self.failed(batch, refusals, now_ms),
+            Some(token) => self.sent = Some(Sent { token, batch, news }),
+            None => self.failed(batch, news, ring, now_ms),
         }
     }
 
-    /// `KB1 vm need_key refusals-json`, then one record a line.
-    fn batch_body(&self, vm: VmId, batch: &[Pending], refusals: &BTreeMap<&'static str, u64>) -> Vec<u8> {
-        let refusals = serde_json::to_string(refusals).unwrap_or_default();
-        let head = format!("KB1 {} {} {refusals}\n", hex::encode(&vm.0), u8::from(self.needs_key()));
+    /// `KB1 vm need_key news-json`, then one record a line.
+    fn batch_body(&self, vm: VmId, batch: &[Pending], news: &News) -> Vec<u8> {
+        let news = serde_json::to_string(news).unwrap_or_default();
+        let head = format!("KB1 {} {} {news}\n", hex::encode(&vm.0), u8::from(self.needs_key()));
         let mut body = Vec::with_capacity(head.len() + batch.iter().map(|pending| pending.record.line().len() + 1).sum::<usize>());
         body.extend_from_slice(head.as_bytes());
         for pending in batch {
@@ -141,9 +146,9 @@ impl Settlements {
     }
 
     /// The answer to a batch: `None` when there was none.
-    pub fn answered(&mut self, vm: VmId, token: u32, answer: Option<SettleAnswer>, now_ms: u64) {
-        let Some(Sent { batch, refusals, .. }) = self.sent.take_if(|sent| sent.token == token) else { return };
-        let Some(answer) = answer else { return self.failed(batch, refusals, now_ms) };
+    pub fn answered(&mut self, vm: VmId, token: u32, answer: Option<SettleAnswer>, ring: &mut Keyring, now_ms: u64) {
+        let Some(Sent { batch, news, .. }) = self.sent.take_if(|sent| sent.token == token) else { return };
+        let Some(answer) = answer else { return self.failed(batch, news, ring, now_ms) };
         self.failures = 0;
         // A record that two VMs sent counts once: for whoever still finds it in the ring.
         let release = |Pending { record, slot, adopted }: &Pending| match slot {
@@ -157,10 +162,12 @@ impl Settlements {
         }
     }
 
-    fn failed(&mut self, batch: Vec<Pending>, refusals: BTreeMap<&'static str, u64>, now_ms: u64) {
-        for (code, count) in refusals {
+    /// What a VM has left is not sent again: the next answers tell it anew.
+    fn failed(&mut self, batch: Vec<Pending>, news: News, ring: &mut Keyring, now_ms: u64) {
+        for (code, count) in news.refusals {
             *self.refusals.entry(code).or_default() += count;
         }
+        ring.not_reported(news.cooled, host::monotonic_ms());
         self.failures = self.failures.saturating_add(1);
         metrics::batch_failed();
         let wait = 100u64.saturating_mul(1 << self.failures.min(6));

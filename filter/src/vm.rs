@@ -1,6 +1,7 @@
 //! What one VM keeps between callbacks: the flights that gate and attempt share, and its identity towards the service.
 //! It is one per worker thread, and gone after a trap.
 
+use crate::attempt::Paused;
 use crate::config::Config;
 use crate::host;
 use crate::load::Load;
@@ -8,6 +9,7 @@ use crate::settlements::Settlements;
 use crate::watching::Watching;
 use keyward_core::attempt::Flight;
 use keyward_core::edge::{RequestId, VmId};
+use keyward_core::keyring::Keyring;
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::rc::Rc;
@@ -30,6 +32,9 @@ pub struct Vm {
     pub config: RefCell<Rc<Config>>,
     pub settlements: RefCell<Settlements>,
     pub watching: RefCell<Watching>,
+    pub keyring: RefCell<Keyring>,
+    /// Tries that stand still for a while.
+    pub paused: RefCell<Vec<Paused>>,
     flights: RefCell<HashMap<RequestId, SharedFlight>>,
     id: Cell<Option<VmId>>,
     node: RefCell<Option<Rc<str>>>,

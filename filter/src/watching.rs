@@ -259,7 +259,12 @@ fn finish(running: &Running, code: Code) {
 /// An answer to a question of this VM's root context. `false`: it was to another question.
 pub fn answered(vm: &Vm, id: VmId, token: u32, body: Option<&[u8]>) -> bool {
     let answer = body.and_then(|body| serde_json::from_slice::<WatchAnswer>(body).ok());
-    let heard = vm.watching.borrow_mut().watch.answered(&ProcessData, id, token, answer, host::monotonic_ms());
+    let now_ms = host::monotonic_ms();
+    let cooled = answer.as_ref().map(|answer| answer.cooled.clone()).unwrap_or_default();
+    let heard = vm.watching.borrow_mut().watch.answered(&ProcessData, id, token, answer, now_ms);
+    if heard == Heard::Taken {
+        vm.keyring.borrow_mut().heard(&ProcessData, &cooled, now_ms);
+    }
     if heard == Heard::Nothing {
         metrics::poll_failed();
     }

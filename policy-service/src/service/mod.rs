@@ -23,7 +23,7 @@ use hkdf::Hkdf;
 use hmac::{Hmac, KeyInit, Mac};
 use keyward_core::audit::ChainKey;
 use keyward_core::edge::{
-    AdmitAnswer, AdmitRequest, EdgeKey, Plan, PlanCredential, PlanTarget, Record, Secret, SettleAnswer, Settlement, VmId,
+    AdmitAnswer, AdmitRequest, EdgeKey, News, Plan, PlanCredential, PlanTarget, Record, Secret, SettleAnswer, Settlement, VmId,
 };
 use keyward_core::hex;
 use keyward_core::limits::{Account, DAY_MS, Moment};
@@ -250,11 +250,24 @@ impl Service {
                 }
                 let with_secret = |id: String| {
                     let secret = Secret(memory.secrets.get(&id)?.secret.to_string());
-                    Some(PlanCredential { id, secret })
+                    Some(PlanCredential { id, secret, account: None })
                 };
                 let credentials = credentials.into_iter().filter_map(with_secret).collect();
                 let targets = vec![PlanTarget { provider, model, credentials }];
-                let plan = Plan { key: key_id, rev, clamp: hold.clamp, expires_ms, output_limit, state, headroom, answer, targets };
+                let (wait_ms, in_order) = (0, false);
+                let plan = Plan {
+                    key: key_id,
+                    rev,
+                    clamp: hold.clamp,
+                    expires_ms,
+                    output_limit,
+                    state,
+                    headroom,
+                    answer,
+                    wait_ms,
+                    in_order,
+                    targets,
+                };
                 Admitted::Answer(Box::new(AdmitAnswer { plan: Some(plan), refusal: None, edge_key }))
             }
             Ok(Admission::Refused(refusal)) => {
@@ -300,7 +313,7 @@ impl Service {
             .next()
             .and_then(BatchHead::parse)
             .ok_or(ServiceError::Invalid("body".to_owned(), "the first line is no batch head".to_owned()))?;
-        for (code, count) in head.refusals {
+        for (code, count) in head.news.refusals {
             handles().edge_refused(&code, count);
         }
         let (taken, rejected) = self.take_records(lines).await?;
@@ -464,11 +477,11 @@ fn idempotent_aad(who: &Principal, key: &str) -> Vec<u8> {
     [b"keyward/idempotent/v1\0".as_slice(), who.token_id.as_bytes(), b"\0", key.as_bytes()].concat()
 }
 
-/// `KB1 vm need_key refusals-json`.
+/// `KB1 vm need_key news-json`.
 struct BatchHead {
     vm: VmId,
     need_key: bool,
-    refusals: HashMap<String, u64>,
+    news: News,
 }
 
 impl BatchHead {
@@ -477,10 +490,10 @@ impl BatchHead {
         (parts.next()? == "KB1").then_some(())?;
         let vm = VmId(hex::decode(parts.next()?)?);
         let need_key = parts.next()? == "1";
-        let refusals: HashMap<String, u64> = serde_json::from_str(parts.next()?).ok()?;
+        let mut news: News = serde_json::from_str(parts.next()?).ok()?;
         // The names become a metric's label: only our own codes may.
-        let known = |code: &str| serde_json::from_value::<Code>(code.into()).is_ok();
-        Some(BatchHead { vm, need_key, refusals: refusals.into_iter().filter(|(code, _)| known(code)).collect() })
+        news.refusals.retain(|code, _| Code::named(code).is_some());
+        Some(BatchHead { vm, need_key, news })
     }
 }
 

@@ -117,7 +117,7 @@ impl Watch {
         let missing = usize::try_from(last.checked_sub(place)?).ok()?;
         let from = state.log.len().checked_sub(missing)?;
         let end: Vec<End> = state.log.iter().skip(from).take(MAX_ANSWER).copied().collect();
-        Some(WatchAnswer { since: self.at(place + end.len() as u64), end })
+        Some(WatchAnswer { since: self.at(place + end.len() as u64), end, cooled: Vec::new() })
     }
 
     /// Adds what has not been told yet.
@@ -243,7 +243,7 @@ impl Service {
         let judged = judge(&self.store.running(None).await?, &self.memory().directory, now_ms());
         self.watch.will_be_due(judged.due);
         self.watch.work.notify_one();
-        Ok(WatchAnswer { since: self.watch.at(last), end: judged.end })
+        Ok(WatchAnswer { since: self.watch.at(last), end: judged.end, cooled: Vec::new() })
     }
 
     /// Whoever waits for news is answered now, and nobody waits any more.
@@ -693,7 +693,7 @@ mod tests {
         tokio::task::yield_now().await;
         bed.service().end_watches();
         let answer = timeout(SOON, waiting).await.expect("it waits on").unwrap();
-        assert_eq!(answer, WatchAnswer { since, end: Vec::new() });
+        assert_eq!(answer, WatchAnswer { since, end: Vec::new(), cooled: Vec::new() });
         bed.running.stop().await;
     }
 
