@@ -680,6 +680,7 @@ mod tests {
             output_limit: None,
             state: false,
             headroom: None,
+            prompt: false,
             answer: None,
             targets: vec![target],
         }

@@ -50,6 +50,8 @@ pub struct Settlements {
     refusals: BTreeMap<&'static str, u64>,
     report_at_ms: u64,
     retry_at_ms: u64,
+    /// What waits is not to wait for the tick.
+    urgent: bool,
     failures: u32,
     scan_at_ms: u64,
 }
@@ -91,6 +93,16 @@ impl Settlements {
         self.queue.back().map(|pending| pending.record.line())
     }
 
+    /// What waits is to go as soon as it can. `true`: the root context has to be woken for that; else it was already, or comes
+    /// to it with the answer to the batch that is on its way.
+    pub fn hurry(&mut self) -> bool {
+        !std::mem::replace(&mut self.urgent, true) && self.sent.is_none()
+    }
+
+    pub fn is_urgent(&self) -> bool {
+        self.urgent
+    }
+
     /// `false` without a key.
     fn seal(&mut self, settlement: &Settlement, now_ms: u64) -> bool {
         let Some(chain) = &mut self.chain else { return false };
@@ -103,7 +115,7 @@ impl Settlements {
         true
     }
 
-    /// Sends what waits, unless a batch is on its way. Called on every tick of the gate's root context.
+    /// Sends what waits, unless a batch is on its way. Called by the gate's root context: on every tick, and when somebody hurries.
     pub fn flush(&mut self, vm: VmId, cluster: &str, now_ms: u64) {
         if self.sent.is_some() || now_ms < self.retry_at_ms {
             return;
@@ -115,9 +127,11 @@ impl Settlements {
         }
         let report_due = !self.refusals.is_empty() && now_ms >= self.report_at_ms;
         if self.queue.is_empty() && self.unsealed.is_empty() && !report_due {
+            self.urgent = false;
             return;
         }
         let batch: Vec<Pending> = self.queue.drain(..self.queue.len().min(MAX_BATCH)).collect();
+        self.urgent &= !(self.queue.is_empty() && self.unsealed.is_empty());
         let refusals = std::mem::take(&mut self.refusals);
         let body = self.batch_body(vm, &batch, &refusals);
         let headers = vec![(":method", "POST"), (":path", SETTLE_PATH), (":authority", "keyward-policy"), ("content-type", "text/plain")];

@@ -235,7 +235,7 @@ impl Service {
         match self.admit_patiently(admit).await {
             Ok(Admission::Admitted(admitted)) => {
                 handles().admitted(&provider, &endpoint);
-                let store::Admitted { key_id, hold, model, credentials, state, answer, expires_ms, output_limit, rev, headroom } =
+                let store::Admitted { key_id, hold, model, credentials, state, answer, expires_ms, output_limit, rev, headroom, prompt } =
                     *admitted;
                 if !Arc::ptr_eq(&memory.directory, &self.memory().directory) {
                     // Decided by rules that have changed meanwhile, and perhaps written down after all that was running was judged.
@@ -254,7 +254,7 @@ impl Service {
                 };
                 let credentials = credentials.into_iter().filter_map(with_secret).collect();
                 let targets = vec![PlanTarget { provider, model, credentials }];
-                let plan = Plan { key: key_id, rev, clamp: hold.clamp, expires_ms, output_limit, state, headroom, answer, targets };
+                let plan = Plan { key: key_id, rev, clamp: hold.clamp, expires_ms, output_limit, state, headroom, prompt, answer, targets };
                 Admitted::Answer(Box::new(AdmitAnswer { plan: Some(plan), refusal: None, edge_key }))
             }
             Ok(Admission::Refused(refusal)) => {
