@@ -162,6 +162,9 @@ pub struct Plan {
     /// What the limits per minute have left, for the answer's headers.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub headroom: Option<Headroom>,
+    /// Its settlement is to be sent at once: it frees a place among requests whose number is limited.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub prompt: bool,
     /// The whole answer, JSON: the gate gives it and nothing is forwarded.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub answer: Option<String>,

@@ -520,6 +520,7 @@ mod tests {
             output_limit: None,
             state: false,
             headroom: None,
+            prompt: false,
             answer: None,
             wait_ms: 0,
             in_order: false,

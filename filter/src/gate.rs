@@ -50,11 +50,23 @@ pub struct GateStream {
     waiting: u64,
     /// The stream counts as open.
     open: bool,
+    /// Somebody waits for its settlement.
+    prompt: bool,
 }
 
 impl GateStream {
     pub fn new(context: u32) -> Self {
-        GateStream { vm: vm(), context, running: None, stage: Stage::New, started_ms: 0, announced: false, waiting: 0, open: false }
+        GateStream {
+            vm: vm(),
+            context,
+            running: None,
+            stage: Stage::New,
+            started_ms: 0,
+            announced: false,
+            waiting: 0,
+            open: false,
+            prompt: false,
+        }
     }
 
     fn take(&mut self) -> Stage {
@@ -131,6 +143,9 @@ impl GateStream {
         let now = settlement.at;
         if let Some(line) = self.vm.settlements.borrow_mut().push(settlement, now) {
             host::set_filter_state("keyward.settle", line);
+        }
+        if self.prompt {
+            self.vm.hurry();
         }
     }
 
@@ -211,6 +226,7 @@ impl Context for GateStream {
         if let (Some(vm_id), Some(key)) = (self.vm.id(), answer.as_ref().and_then(|a| a.edge_key)) {
             self.vm.settlements.borrow_mut().has_key(vm_id, key);
         }
+        self.prompt = answer.as_ref().and_then(|answer| answer.plan.as_ref()).is_some_and(|plan| plan.prompt);
         if answer.is_some() {
             metrics::answered(since);
         }

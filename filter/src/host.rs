@@ -65,6 +65,9 @@ unsafe extern "C" {
         data: *mut *mut u8,
         size: *mut usize,
     ) -> u32;
+    fn proxy_register_shared_queue(name: *const u8, name_size: usize, id: *mut u32) -> u32;
+    fn proxy_enqueue_shared_queue(id: u32, value: *const u8, value_size: usize) -> u32;
+    fn proxy_dequeue_shared_queue(id: u32, data: *mut *mut u8, size: *mut usize) -> u32;
     fn proxy_define_metric(kind: u32, name: *const u8, name_size: usize, id: *mut u32) -> u32;
     fn proxy_get_metric(id: u32, value: *mut u64) -> u32;
     fn proxy_increment_metric(id: u32, offset: i64) -> u32;
@@ -213,6 +216,27 @@ pub fn shared(key: &[u8]) -> Option<(Vec<u8>, u32)> {
 pub fn set_shared(key: &[u8], value: &[u8], cas: u32) -> bool {
     // SAFETY: the host copies both during the call.
     unsafe { proxy_set_shared_data(key.as_ptr(), key.len(), value.as_ptr(), value.len(), cas) == OK }
+}
+
+/// A queue whose every message calls `on_queue_ready` of the context that registers it. Of a name that is known it is the same one.
+pub fn register_queue(name: &str) -> Option<u32> {
+    let mut id = 0;
+    // SAFETY: the host reads the name and writes one u32 during the call.
+    let status = unsafe { proxy_register_shared_queue(name.as_ptr(), name.len(), &mut id) };
+    (status == OK).then_some(id)
+}
+
+/// Puts an empty message into a queue.
+pub fn enqueue(id: u32) -> bool {
+    let message: &[u8] = b"";
+    // SAFETY: the host copies the message during the call.
+    unsafe { proxy_enqueue_shared_queue(id, message.as_ptr(), message.len()) == OK }
+}
+
+/// Takes a message out of a queue; `None`: it is empty.
+pub fn dequeue(id: u32) -> Option<Vec<u8>> {
+    // SAFETY: out-pointers live through the call.
+    received(|data, size| unsafe { proxy_dequeue_shared_queue(id, data, size) })
 }
 
 pub fn resume_request() {

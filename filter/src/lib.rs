@@ -17,13 +17,14 @@ use crate::attempt::AttemptStream;
 use crate::config::Config;
 use crate::gate::GateStream;
 use crate::host::Buffer;
-use crate::vm::vm;
+use crate::vm::{Vm, vm};
+use keyward_core::edge::VmId;
 use proxy_wasm::traits::{Context, HttpContext, RootContext};
 use proxy_wasm::types::ContextType;
 use std::rc::Rc;
 use std::time::Duration;
 
-/// How often settlements are sent.
+/// How often settlements are sent that nobody waits for.
 const TICK: Duration = Duration::from_millis(50);
 
 #[allow(unsafe_code)]
@@ -51,6 +52,7 @@ impl Context for Root {
         if !watching::answered(&vm, id, token, body.as_deref()) {
             let answer = body.and_then(|body| serde_json::from_slice(&body).ok());
             vm.settlements.borrow_mut().answered(id, token, answer, &mut vm.keyring.borrow_mut(), host::now_ms());
+            flush_urgent(&vm, id);
         }
     }
 }
@@ -66,6 +68,7 @@ impl RootContext for Root {
                 let vm = vm();
                 *vm.config.borrow_mut() = Rc::new(config);
                 vm.watching.borrow_mut().begin();
+                vm.hang_bell();
                 host::set_tick_period(TICK);
                 true
             }
@@ -86,11 +89,27 @@ impl RootContext for Root {
         }
     }
 
+    /// A stream has ended whose settlement somebody waits for.
+    fn on_queue_ready(&mut self, queue: u32) {
+        host::dequeue(queue);
+        let vm = vm();
+        if let Some(id) = vm.id() {
+            flush_urgent(&vm, id);
+        }
+    }
+
     fn create_http_context(&self, context: u32) -> Option<Box<dyn HttpContext>> {
         Some(if self.is_gate { Box::new(GateStream::new(context)) } else { Box::new(AttemptStream::new(context)) })
     }
 
     fn get_type(&self) -> Option<ContextType> {
         Some(ContextType::HttpContext)
+    }
+}
+
+fn flush_urgent(vm: &Vm, id: VmId) {
+    let mut settlements = vm.settlements.borrow_mut();
+    if settlements.is_urgent() {
+        settlements.flush(id, &vm.config().policy_cluster, &mut vm.keyring.borrow_mut(), host::now_ms());
     }
 }

@@ -53,6 +53,8 @@ pub struct Settlements {
     refusals: BTreeMap<String, u64>,
     report_at_ms: u64,
     retry_at_ms: u64,
+    /// What waits is not to wait for the tick.
+    urgent: bool,
     failures: u32,
     scan_at_ms: u64,
 }
@@ -94,6 +96,16 @@ impl Settlements {
         self.queue.back().map(|pending| pending.record.line())
     }
 
+    /// What waits is to go as soon as it can. `true`: the root context has to be woken for that; else it was already, or comes
+    /// to it with the answer to the batch that is on its way.
+    pub fn hurry(&mut self) -> bool {
+        !std::mem::replace(&mut self.urgent, true) && self.sent.is_none()
+    }
+
+    pub fn is_urgent(&self) -> bool {
+        self.urgent
+    }
+
     /// `false` without a key.
     fn seal(&mut self, settlement: &Settlement, now_ms: u64) -> bool {
         let Some(chain) = &mut self.chain else { return false };
@@ -106,7 +118,7 @@ impl Settlements {
         true
     }
 
-    /// Sends what waits, unless a batch is on its way. Called on every tick of the gate's root context.
+    /// Sends what waits, unless a batch is on its way. Called by the gate's root context: on every tick, and when somebody hurries.
     pub fn flush(&mut self, vm: VmId, cluster: &str, ring: &mut Keyring, now_ms: u64) {
         if self.sent.is_some() || now_ms < self.retry_at_ms {
             return;
@@ -120,9 +132,11 @@ impl Settlements {
         let mono_ms = host::monotonic_ms();
         let rooms = ring.rooms().report(ROOMS_MS, mono_ms);
         if self.queue.is_empty() && self.unsealed.is_empty() && !report_due && !ring.has_news() && rooms.is_empty() {
+            self.urgent = false;
             return;
         }
         let batch: Vec<Pending> = self.queue.drain(..self.queue.len().min(MAX_BATCH)).collect();
+        self.urgent &= !(self.queue.is_empty() && self.unsealed.is_empty());
         let news = News { refusals: std::mem::take(&mut self.refusals), cooled: ring.report(mono_ms), rooms };
         let body = self.batch_body(vm, &batch, &news);
         let headers = vec![(":method", "POST"), (":path", SETTLE_PATH), (":authority", "keyward-policy"), ("content-type", "text/plain")];

@@ -9,6 +9,7 @@ use crate::settlements::Settlements;
 use crate::watching::Watching;
 use keyward_core::attempt::Flight;
 use keyward_core::edge::{RequestId, VmId};
+use keyward_core::hex;
 use keyward_core::keyring::Keyring;
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
@@ -38,6 +39,8 @@ pub struct Vm {
     flights: RefCell<HashMap<RequestId, SharedFlight>>,
     id: Cell<Option<VmId>>,
     node: RefCell<Option<Rc<str>>>,
+    /// The VM's own queue, by which a stream wakes the gate's root context.
+    bell: Cell<Option<u32>>,
     /// Request ids to come, drawn many at a time: each call to the host costs.
     ids: RefCell<Vec<[u8; 16]>>,
     waiting_bytes: Cell<u64>,
@@ -68,6 +71,21 @@ impl Vm {
             self.id.set(host::random().map(VmId));
         }
         self.id.get()
+    }
+
+    /// Called by the root context that is to be woken. Without a queue settlements go with the tick.
+    pub fn hang_bell(&self) {
+        let name = self.id().map(|id| format!("keyward/bell/{}", hex::encode(&id.0)));
+        self.bell.set(name.and_then(|name| host::register_queue(&name)));
+    }
+
+    /// What waits for the policy service goes at once, not with the next tick.
+    pub fn hurry(&self) {
+        if let Some(bell) = self.bell.get()
+            && self.settlements.borrow_mut().hurry()
+        {
+            host::enqueue(bell);
+        }
     }
 
     /// Envoy's node id.

@@ -29,7 +29,7 @@ TRIALS = {
     "no-needless-refusal": on_own_stack(trials.no_needless_refusal, requests=1500, clients=40, seconds=90, beyond=8.0),
     "fair-clamps": on_own_stack(trials.fair_clamps),
     "retry-after": on_own_stack(trials.honest_retry_after, rounds=8, answer_s=4.0),
-    "rates": on_own_stack(trials.rates, seconds=200.0, rpm=300, tpm=60_000, rps=10, slow_ms=2500),
+    "rates": on_own_stack(trials.rates, seconds=200.0, rpm=300, tpm=60_000, rps=15, slow_ms=400),
     "quotas": on_own_stack(trials.quotas, requests=200, tokens=40_000),
     "clock-steps": lambda: trials.clock_steps(requests=300, clients=10, seconds=40.0),
     "midnights": lambda: trials.midnights(requests=150, clients=8, seconds=8.0),

@@ -235,7 +235,7 @@ impl Service {
         match self.admit_patiently(admit).await {
             Ok(Admission::Admitted(admitted)) => {
                 handles().admitted(&provider, &endpoint);
-                let store::Admitted { key_id, hold, model, credentials, state, answer, expires_ms, output_limit, rev, headroom } =
+                let store::Admitted { key_id, hold, model, credentials, state, answer, expires_ms, output_limit, rev, headroom, prompt } =
                     *admitted;
                 if !Arc::ptr_eq(&memory.directory, &self.memory().directory) {
                     // Decided by rules that have changed meanwhile, and perhaps written down after all that was running was judged.
@@ -263,6 +263,7 @@ impl Service {
                     output_limit,
                     state,
                     headroom,
+                    prompt,
                     answer,
                     wait_ms,
                     in_order,

@@ -82,7 +82,7 @@ impl Ledger<'_> {
                 }
                 let target = self.target(organisation, &key, admit)?;
                 let ask = &admit.request.ask;
-                return Ok(target.map_or(Admission::Conflict, |target| admitted(&key, target, hold, organisation.rev, ask, None, bounded)));
+                return Ok(target.map_or(Admission::Conflict, |target| admitted(&key, target, hold, organisation, ask, None, bounded)));
             }
             Some(_) => return Ok(Admission::Conflict),
             None => {}
@@ -172,7 +172,7 @@ impl Ledger<'_> {
                 rated,
                 admit.token_hash,
             ])?;
-        Ok(admitted(&key, target, hold, organisation.rev, ask, headroom, bounded))
+        Ok(admitted(&key, target, hold, organisation, ask, headroom, bounded))
     }
 
     fn decide(
@@ -397,10 +397,25 @@ impl Levels<'_> {
             rated(limits),
         )))
     }
+
+    /// Whether any level limits how many requests run at once.
+    fn limit_flight(&self) -> bool {
+        let team = self.team.as_ref().map(|(_, limits)| *limits);
+        let mut all = self.key.iter().copied().chain(team).chain([self.organisation.1]);
+        all.any(|limits| limits.rates.max_in_flight.is_some())
+    }
 }
 
 /// `bounded`: some budget holds the request to its hold.
-fn admitted(key: &Found, target: Target, hold: Hold, rev: u64, ask: &Ask, headroom: Option<Headroom>, bounded: bool) -> Admission {
+fn admitted(
+    key: &Found,
+    target: Target,
+    hold: Hold,
+    organisation: &Organisation,
+    ask: &Ask,
+    headroom: Option<Headroom>,
+    bounded: bool,
+) -> Admission {
     let Target { model, credentials, state, answer } = target;
     let expires_ms = key.state.expires_ms.into_iter().chain(key.token_expires_ms).min();
     // Where output has a limit, that is what was held for; without a budget the hold binds nobody.
@@ -414,8 +429,9 @@ fn admitted(key: &Found, target: Target, hold: Hold, rev: u64, ask: &Ask, headro
         answer,
         expires_ms,
         output_limit,
-        rev,
+        rev: organisation.rev,
         headroom,
+        prompt: key.levels(organisation).limit_flight(),
     }))
 }
 

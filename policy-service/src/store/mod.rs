@@ -232,6 +232,8 @@ pub struct Admitted {
     pub rev: u64,
     /// What the limits per minute have left.
     pub headroom: Option<Headroom>,
+    /// Some level limits how many requests run at once: the end of this one is waited for.
+    pub prompt: bool,
 }
 
 /// A settlement whose MAC has been checked, with its place in its VM's chain.

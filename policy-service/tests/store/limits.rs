@@ -103,7 +103,8 @@ async fn rates_and_quotas_hold_and_survive_a_restart() {
     assert_eq!(bed.code(3, 8, 16, now).await, Ok(()));
     bed.settle(settlement(8, Outcome::Complete, Some((60, 16))), now).await;
     assert_eq!(bed.code(3, 9, 16, now).await, Err(Code::QuotaExhausted), "76 of 150 are used, and this may come to 116");
-    assert_eq!(bed.code(4, 10, 16, now).await, Ok(()));
+    let Admission::Admitted(alone) = bed.admit(4, 10, 16, now).await else { panic!() };
+    assert_eq!((alone.prompt, second.prompt), (true, false), "only where places are limited the end is waited for");
     assert_eq!(bed.code(4, 11, 16, now).await, Err(Code::ConcurrencyLimited));
     bed.settle(settlement(10, Outcome::Complete, Some((1, 1))), now).await;
     assert_eq!(bed.code(4, 12, 16, now).await, Ok(()));
