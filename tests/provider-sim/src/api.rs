@@ -81,6 +81,7 @@ fn opening_entry(shared: &Shared, parts: &Parts, provider: Provider, endpoint: O
         endpoint: endpoint.map(Endpoint::name),
         http_version: if parts.version == Version::HTTP_2 { "HTTP/2" } else { "HTTP/1.1" },
         client_request_id: header(&parts.headers, "x-client-request-id").map(str::to_owned),
+        idempotency_key: header(&parts.headers, "idempotency-key").map(str::to_owned),
         header_names,
         ..Entry::new(provider, parts.method.as_str(), parts.uri.path())
     }
@@ -223,9 +224,11 @@ fn authenticate(parts: &Parts, provider: Provider, ticket: &mut Ticket) -> Resul
         entry.credential = Some(Arc::clone(&credential.id));
         entry.account = Some(Arc::clone(&credential.account));
     });
-    let error = match (credential.state(), provider) {
+    let error = match (credential.meet(), provider) {
         (State::Ok, _) => return Ok(credential),
         (State::Invalid, _) => refused(),
+        (State::Forbidden, Provider::Openai) => openai::error::forbidden(),
+        (State::Forbidden, Provider::Anthropic) => anthropic::error::forbidden(),
         (State::InsufficientQuota, Provider::Openai) => openai::error::insufficient_quota(),
         (State::InsufficientQuota, Provider::Anthropic) => anthropic::error::insufficient_quota(),
         (State::Overloaded, Provider::Openai) => openai::error::overloaded(),
@@ -285,7 +288,7 @@ fn converse(mut asked: Asked, call: &mut Call) -> Result<Ready, ApiError> {
 fn count_tokens(call: &mut Call, version: &str) -> Result<String, ApiError> {
     let (model, tokens, last_user) = anthropic::request::count(call.body, version)?;
     let (script, _) = call.steer(Some(model), false, &last_user)?;
-    call.refuse_if_scripted(&script, Some(model), None)?;
+    call.admit_free(Some(model), &script)?;
     Ok(format!(r#"{{"input_tokens":{tokens}}}"#))
 }
 

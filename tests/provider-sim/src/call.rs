@@ -8,11 +8,12 @@ use hyper::http::request::Parts;
 
 use crate::answer::Sent;
 use crate::anthropic;
-use crate::credentials::{Credential, Quota};
+use crate::credentials::Credential;
 use crate::directive::{Directive, Found};
 use crate::endpoint::Endpoint;
 use crate::frames::{self, Frame};
 use crate::ledger::{Ended, How, Made, Reference};
+use crate::limits::{Exceeded, Quota};
 use crate::models::Model;
 use crate::objects::{Content, Kind, Object};
 use crate::openai;
@@ -107,33 +108,45 @@ impl Call<'_> {
         if let Some(fault) = shared.faults.take(&self.credential, model, self.endpoint.name()) {
             script = fault.or(script);
         }
-        self.reply.wait_ms = script.first_ms;
+        self.reply.obey(&script);
         Ok((script, said))
     }
 
     /// Steers a request that names no model.
     pub fn steer_plain(&mut self) -> Result<Directive, ApiError> {
         let (script, _) = self.steer(None, false, "")?;
-        self.refuse_if_scripted(&script, None, None)?;
+        self.admit_free(None, &script)?;
         Ok(script)
     }
 
-    /// Takes `tokens` out of the credential's window; refuses what is too much, or what the script says.
+    /// Admits what takes nothing out of the account's window, unless it is limited or the script says otherwise.
+    pub fn admit_free(&mut self, model: Option<&Model>, script: &Directive) -> Result<(), ApiError> {
+        if let Some((quota, exceeded)) = self.credential.allowance.refusal(Instant::now()) {
+            self.reply.quota = Some(quota);
+            return Err(self.rate_limited(model.map_or("default", |model| model.snapshot), exceeded));
+        }
+        self.refuse_if_scripted(script, model, None)
+    }
+
+    /// Takes `tokens` out of the account's window; refuses what is too much, or what the script says.
     pub fn admit(&mut self, model: &Model, tokens: u64, script: &Directive) -> Result<(), ApiError> {
-        let (quota, exceeded) = self.credential.take(tokens, Instant::now());
+        let (quota, exceeded) = self.credential.allowance.take(tokens, Instant::now());
         self.reply.quota = Some(quota);
         if let Some(exceeded) = exceeded {
-            let error = match self.credential.provider {
-                Provider::Openai => openai::error::rate_limited(model.snapshot, exceeded.what, exceeded.limit, exceeded.wait_ms),
-                Provider::Anthropic => anthropic::error::rate_limited(exceeded.what, exceeded.limit, exceeded.wait_ms),
-            };
-            return Err(error);
+            return Err(self.rate_limited(model.snapshot, exceeded));
         }
         self.refuse_if_scripted(script, Some(model), Some(quota))
     }
 
+    fn rate_limited(&self, model: &str, exceeded: Exceeded) -> ApiError {
+        match self.credential.provider {
+            Provider::Openai => openai::error::rate_limited(model, exceeded),
+            Provider::Anthropic => anthropic::error::rate_limited(exceeded.what, exceeded.limit, exceeded.wait_ms),
+        }
+    }
+
     /// Answers with the error of the script, if it has one.
-    pub fn refuse_if_scripted(&mut self, script: &Directive, model: Option<&Model>, quota: Option<Quota>) -> Result<(), ApiError> {
+    fn refuse_if_scripted(&mut self, script: &Directive, model: Option<&Model>, quota: Option<Quota>) -> Result<(), ApiError> {
         let (name, snapshot) = model.map_or(("default", "default"), |model| (model.name, model.snapshot));
         let scripted = match self.credential.provider {
             Provider::Openai => openai::error::scripted(script, &self.credential.secret, (name, snapshot)),
@@ -143,7 +156,7 @@ impl Call<'_> {
         self.reply.quota = match (error.status, error.code.as_deref()) {
             (_, Some("insufficient_quota")) | (401 | 403, _) => None,
             (429, _) => {
-                let reset_ms = error.retry_after.unwrap_or(1) * 1000;
+                let reset_ms = error.retry_after_ms.unwrap_or(1000);
                 quota.map(|quota| Quota { remaining_requests: 0, remaining_tokens: 0, reset_ms, ..quota })
             }
             _ => quota,

@@ -122,5 +122,6 @@ async fn reset(State(shared): State<Arc<Shared>>) -> StatusCode {
     shared.ledger.reset();
     shared.faults.clear();
     shared.objects.clear();
+    shared.credentials().iter().for_each(|credential| credential.forget());
     StatusCode::NO_CONTENT
 }

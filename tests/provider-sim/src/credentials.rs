@@ -1,12 +1,14 @@
-//! The accounts the simulator knows, and how much each may still ask for.
+//! The credentials the simulator knows, and what each is good for.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use crate::limits::{Allowance, Limits};
 use crate::provider::Provider;
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -15,6 +17,8 @@ pub enum State {
     #[default]
     Ok,
     Invalid,
+    /// Known, and not allowed to do this.
+    Forbidden,
     InsufficientQuota,
     Overloaded,
 }
@@ -26,13 +30,16 @@ pub struct Given {
     pub id: Arc<str>,
     pub provider: Provider,
     pub secret: String,
-    /// Whose objects it sees; without it an account of its own.
+    /// Whose objects and limits it shares; without it an account of its own.
     #[serde(default)]
     pub account: Option<Arc<str>>,
+    /// Requests and tokens in each window of the account.
     #[serde(default)]
     pub rpm: Option<u64>,
     #[serde(default)]
     pub tpm: Option<u64>,
+    #[serde(default)]
+    pub window_ms: Option<u64>,
     #[serde(default)]
     pub state: State,
 }
@@ -45,121 +52,84 @@ pub struct Shown {
     provider: Provider,
     rpm: Option<u64>,
     tpm: Option<u64>,
+    window_ms: u64,
+    limited_for_ms: Option<u64>,
     state: State,
+    requests: u64,
 }
+
+/// Accounts of different providers may have one name.
+type Account = (Provider, Arc<str>);
 
 #[derive(Debug)]
 pub struct Credential {
     pub id: Arc<str>,
-    /// Objects belong to accounts.
+    /// Objects and limits belong to accounts.
     pub account: Arc<str>,
     pub provider: Provider,
     pub secret: String,
-    standing: Mutex<Standing>,
+    pub allowance: Arc<Allowance>,
+    state: Mutex<State>,
+    /// Requests that came with it.
+    seen: AtomicU64,
 }
 
-#[derive(Debug)]
-struct Standing {
-    rpm: Option<u64>,
-    tpm: Option<u64>,
-    state: State,
-    /// Start of the running window and what was used in it.
-    since: Instant,
-    requests: u64,
-    tokens: u64,
-}
+impl Given {
+    fn account(&self) -> Account {
+        (self.provider, Arc::clone(self.account.as_ref().unwrap_or(&self.id)))
+    }
 
-/// Where a credential stands in its window, for the response headers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Quota {
-    pub limit_requests: u64,
-    pub remaining_requests: u64,
-    pub limit_tokens: u64,
-    pub remaining_tokens: u64,
-    pub reset_ms: u64,
+    fn limits(&self) -> Limits {
+        Limits { rpm: self.rpm, tpm: self.tpm, window_ms: self.window_ms }
+    }
 }
-
-/// A refusal: what ran out, its limit and the milliseconds until the window turns.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Exceeded {
-    pub what: &'static str,
-    pub limit: u64,
-    pub wait_ms: u64,
-}
-
-const WINDOW: Duration = Duration::from_secs(60);
-/// What the headers say of a credential without limits.
-const SHOWN_REQUESTS: u64 = 10_000;
-const SHOWN_TOKENS: u64 = 2_000_000;
 
 impl Credential {
-    fn new(given: Given) -> Self {
-        let (rpm, tpm, state) = (given.rpm, given.tpm, given.state);
-        let standing = Standing { rpm, tpm, state, since: Instant::now(), requests: 0, tokens: 0 };
-        let account = given.account.unwrap_or_else(|| Arc::clone(&given.id));
-        Credential { id: given.id, account, provider: given.provider, secret: given.secret, standing: Mutex::new(standing) }
+    fn new(given: Given, allowance: Arc<Allowance>) -> Self {
+        let (provider, account) = given.account();
+        let (state, seen) = (Mutex::new(given.state), AtomicU64::new(0));
+        Credential { id: given.id, account, provider, secret: given.secret, allowance, state, seen }
     }
 
-    pub fn state(&self) -> State {
-        self.standing().state
+    /// Counts one more request, and says what it meets.
+    pub fn meet(&self) -> State {
+        self.seen.fetch_add(1, Ordering::Relaxed);
+        *self.state()
     }
 
-    /// Takes one request of `tokens` out of the window that holds at `now`.
-    pub fn take(&self, tokens: u64, now: Instant) -> (Quota, Option<Exceeded>) {
-        let mut standing = self.standing();
-        if now.saturating_duration_since(standing.since) >= WINDOW || standing.requests == 0 {
-            standing.since = now;
-            standing.requests = 0;
-            standing.tokens = 0;
-        }
-        let left = WINDOW.saturating_sub(now.saturating_duration_since(standing.since));
-        let wait_ms = u64::try_from(left.as_millis()).unwrap_or(u64::MAX);
-        let over = |limit: Option<u64>, used: u64, what| limit.filter(|limit| used > *limit).map(|limit| Exceeded { what, limit, wait_ms });
-        let exceeded = over(standing.rpm, standing.requests + 1, "requests")
-            .or_else(|| over(standing.tpm, standing.tokens.saturating_add(tokens), "tokens"));
-        if exceeded.is_none() {
-            standing.requests += 1;
-            standing.tokens += tokens;
-        }
-        let (limit_requests, limit_tokens) = (standing.rpm.unwrap_or(SHOWN_REQUESTS), standing.tpm.unwrap_or(SHOWN_TOKENS));
-        let quota = Quota {
-            limit_requests,
-            remaining_requests: limit_requests.saturating_sub(standing.requests),
-            limit_tokens,
-            remaining_tokens: limit_tokens.saturating_sub(standing.tokens),
-            reset_ms: wait_ms,
-        };
-        (quota, exceeded)
-    }
-
-    /// Applies the `rpm`, `tpm` and `state` given; null lifts a limit, and a new limit starts a new window.
+    /// Applies changes of the state and of the account's limits.
     pub fn patch(&self, changes: &Map<String, Value>) -> Result<(), String> {
-        let number = |value: &Value| match value {
-            Value::Null => Ok(None),
-            other => other.as_u64().map(Some).ok_or_else(|| format!("{other} is not a limit")),
-        };
-        let mut standing = self.standing();
         for (key, value) in changes {
-            match key.as_str() {
-                "rpm" => (standing.rpm, standing.requests) = (number(value)?, 0),
-                "tpm" => (standing.tpm, standing.requests) = (number(value)?, 0),
-                "state" => {
-                    standing.state = State::deserialize(value).map_err(|_| format!("{value} is not a state"))?;
-                }
-                _ => return Err(format!("`{key}` can't be changed")),
+            if key == "state" {
+                *self.state() = State::deserialize(value).map_err(|_| format!("{value} is not a state"))?;
+            } else if !self.allowance.set(key, value, Instant::now())? {
+                return Err(format!("`{key}` can't be changed"));
             }
         }
         Ok(())
     }
 
     pub fn shown(&self) -> Shown {
-        let standing = self.standing();
-        let (id, account) = (Arc::clone(&self.id), Arc::clone(&self.account));
-        Shown { id, account, provider: self.provider, rpm: standing.rpm, tpm: standing.tpm, state: standing.state }
+        let (limits, limited_for_ms) = self.allowance.shown(Instant::now());
+        Shown {
+            id: Arc::clone(&self.id),
+            account: Arc::clone(&self.account),
+            provider: self.provider,
+            rpm: limits.rpm,
+            tpm: limits.tpm,
+            window_ms: limits.window_ms(),
+            limited_for_ms,
+            state: *self.state(),
+            requests: self.seen.load(Ordering::Relaxed),
+        }
     }
 
-    fn standing(&self) -> std::sync::MutexGuard<'_, Standing> {
-        self.standing.lock().unwrap_or_else(PoisonError::into_inner)
+    pub fn forget(&self) {
+        self.seen.store(0, Ordering::Relaxed);
+    }
+
+    fn state(&self) -> std::sync::MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -172,11 +142,13 @@ pub struct Credentials {
 impl Credentials {
     pub fn new(given: Vec<Given>) -> Result<Self, String> {
         let mut made = Credentials::default();
+        let allowances = allowances(&given)?;
         for one in given {
+            let allowance = allowances.get(&one.account()).map(Arc::clone).ok_or("no account")?;
             if one.secret.is_empty() || made.find(&one.id).is_some() {
                 return Err(format!("credential `{}` is there twice or has no secret", one.id));
             }
-            let credential = Arc::new(Credential::new(one));
+            let credential = Arc::new(Credential::new(one, allowance));
             if made.by_secret.insert(credential.secret.clone(), Arc::clone(&credential)).is_some() {
                 return Err(format!("the secret of `{}` is there twice", credential.id));
             }
@@ -204,42 +176,42 @@ impl Credentials {
     }
 }
 
+/// The limits of each account, from what its credentials say of them.
+fn allowances(given: &[Given]) -> Result<HashMap<Account, Arc<Allowance>>, String> {
+    let mut limits: HashMap<Account, Limits> = HashMap::new();
+    for one in given {
+        let known = limits.entry(one.account()).or_default();
+        let contradiction = || format!("credential `{}` contradicts the limits of its account", one.id);
+        *known = known.agreed(one.limits()).ok_or_else(contradiction)?;
+    }
+    Ok(limits.into_iter().map(|(account, limits)| (account, Arc::new(Allowance::new(limits)))).collect())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn limited(rpm: Option<u64>, tpm: Option<u64>) -> Credential {
-        let state = State::Ok;
-        Credential::new(Given { id: "a".into(), provider: Provider::Openai, secret: "sk-a".into(), account: None, rpm, tpm, state })
-    }
-
-    #[test]
-    fn a_window_lets_its_limit_through_and_then_turns() {
-        let credential = limited(Some(2), None);
-        let start = Instant::now();
-        assert_eq!(credential.take(5, start).0.remaining_requests, 1);
-        assert_eq!(credential.take(5, start).1, None);
-        let late = start + Duration::from_secs(59);
-        let exceeded = Exceeded { what: "requests", limit: 2, wait_ms: 1000 };
-        assert_eq!(credential.take(5, late).1, Some(exceeded));
-        assert_eq!(credential.take(5, start + WINDOW).1, None);
-    }
-
-    #[test]
-    fn tokens_are_limited_apart_and_a_refusal_takes_none() {
-        let credential = limited(None, Some(100));
-        let now = Instant::now();
-        assert_eq!(credential.take(60, now).1, None);
-        assert_eq!(credential.take(60, now).1.map(|exceeded| exceeded.what), Some("tokens"));
-        let (quota, exceeded) = credential.take(40, now);
-        assert_eq!((quota.remaining_tokens, exceeded), (0, None));
+    fn made(given: &str) -> Result<Credentials, String> {
+        Credentials::new(serde_json::from_str(given).map_err(|error| error.to_string())?)
     }
 
     #[test]
     fn secrets_are_replaced_by_names() -> Result<(), String> {
-        let given = r#"[{"id":"a","provider":"openai","secret":"sk-one"}]"#;
-        let credentials = Credentials::new(serde_json::from_str(given).map_err(|error| error.to_string())?)?;
+        let credentials = made(r#"[{"id":"a","provider":"openai","secret":"sk-one"}]"#)?;
         assert_eq!(credentials.redact("Bearer sk-one"), "Bearer <credential:a>");
+        Ok(())
+    }
+
+    #[test]
+    fn limits_are_the_account_s_and_accounts_are_a_provider_s() -> Result<(), String> {
+        let credentials = made(
+            r#"[{"id":"a","provider":"openai","secret":"sk-a","account":"x","rpm":1},{"id":"b","provider":"openai","secret":"sk-b","account":"x"},
+                {"id":"c","provider":"openai","secret":"sk-c"},{"id":"d","provider":"anthropic","secret":"sk-d","account":"x"}]"#,
+        )?;
+        let now = Instant::now();
+        let refused = |id| credentials.find(id).map(|credential| credential.allowance.take(1, now).1.is_some());
+        assert_eq!(["a", "b", "c", "c", "d", "d"].map(refused), [false, true, false, false, false, false].map(Some));
+        assert!(made(r#"[{"id":"a","provider":"openai","secret":"s","account":"x","rpm":1},{"id":"b","provider":"openai","secret":"t","account":"x","rpm":2}]"#).is_err());
         Ok(())
     }
 }

@@ -1,6 +1,8 @@
 //! `[[sim tokens=200 pace_ms=10 ...]]`: how one request is steered from inside its last user message, and the same words
 //! as queued through the control API.
 
+use bytes::Bytes;
+use hyper::header::{self as names, HeaderName, HeaderValue};
 use serde_json::Value;
 
 /// One scripted call of a tool.
@@ -32,6 +34,12 @@ pub struct Directive {
     pub first_ms: Option<u64>,
     /// Milliseconds between the headers and the first byte of the body.
     pub silent_ms: Option<u64>,
+    /// Headers of the answer, before those that the simulator has itself.
+    pub headers: Vec<(HeaderName, HeaderValue)>,
+    /// No figures of limits, nor when to try again, but for what `headers` says.
+    pub no_limit_headers: bool,
+    /// What the error's body is.
+    pub body: Option<Bytes>,
     pub cut_after_bytes: Option<u64>,
     pub reset_after_bytes: Option<u64>,
     /// Body bytes in each write.
@@ -95,6 +103,9 @@ impl Directive {
             retry_after: self.retry_after.or(other.retry_after),
             first_ms: self.first_ms.or(other.first_ms),
             silent_ms: self.silent_ms.or(other.silent_ms),
+            headers: if self.headers.is_empty() { other.headers } else { self.headers },
+            no_limit_headers: self.no_limit_headers || other.no_limit_headers,
+            body: self.body.or(other.body),
             cut_after_bytes: self.cut_after_bytes.or(other.cut_after_bytes),
             reset_after_bytes: self.reset_after_bytes.or(other.reset_after_bytes),
             split: self.split.or(other.split),
@@ -155,6 +166,9 @@ impl Directive {
             "retry_after" => self.retry_after = Some(number()?),
             "first_ms" => self.first_ms = Some(number()?),
             "silent_ms" => self.silent_ms = Some(number()?),
+            "header" => self.headers.push(header(value)?),
+            "no_limit_headers" => self.no_limit_headers = flag()?,
+            "body" => self.body = Some(unescaped(value)?.into()),
             "cut_after_bytes" => self.cut_after_bytes = Some(number()?),
             "reset_after_bytes" => self.reset_after_bytes = Some(number()?),
             "split" => self.split = Some(number()?.max(1)),
@@ -192,6 +206,38 @@ fn value(text: &str, bracketed: bool) -> Result<(String, &str), String> {
     Ok((raw.to_owned(), left))
 }
 
+/// `NAME:VALUE`, the value escaped as in a URL.
+fn header(text: &str) -> Result<(HeaderName, HeaderValue), String> {
+    let bad = || format!("`header` needs NAME:VALUE, not `{}`", head(text));
+    let (name, value) = text.split_once(':').ok_or_else(bad)?;
+    let name: HeaderName = name.parse().map_err(|_| bad())?;
+    if [names::CONTENT_LENGTH, names::TRANSFER_ENCODING, names::CONNECTION].contains(&name) {
+        return Err(format!("`{name}` frames the answer and can't be set"));
+    }
+    Ok((name, HeaderValue::from_bytes(&unescaped(value)?).map_err(|_| bad())?))
+}
+
+/// The bytes of a text in which `%XX` is the byte of this number.
+fn unescaped(text: &str) -> Result<Vec<u8>, String> {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let Some((first, after)) = rest.split_first() {
+        rest = after;
+        if *first != b'%' {
+            bytes.push(*first);
+            continue;
+        }
+        let digits = rest.split_at_checked(2).filter(|(digits, _)| digits.iter().all(u8::is_ascii_hexdigit));
+        let byte = digits.and_then(|(digits, _)| u8::from_str_radix(str::from_utf8(digits).ok()?, 16).ok());
+        let (Some(byte), Some((_, after))) = (byte, digits) else {
+            return Err(format!("a lone % in `{}`: write %25", head(text)));
+        };
+        bytes.push(byte);
+        rest = after;
+    }
+    Ok(bytes)
+}
+
 fn head(text: &str) -> String {
     text.chars().take(30).collect()
 }
@@ -205,7 +251,8 @@ mod tests {
         let words = "tokens=200 pace_ms=10 per_delta=3 reasoning=50 tool=get_weather args={\"city\":\"Paris\"} status=429 \
                      error=insufficient_quota retry_after=2 first_ms=500 silent_ms=60000 cut_after_bytes=100 \
                      reset_after_bytes=101 split=1 gzip=1 trailers=1 crlf=1 no_usage=1 error_midstream=1 failed=1 cache_read=10 \
-                     cache_write=11 echo=1 pad_bytes=100000 unicode=1 runaway=1";
+                     cache_write=11 echo=1 pad_bytes=100000 unicode=1 runaway=1 header=retry-after:-1 header=\"x-a:b, c\" \
+                     no_limit_headers=1 body=%7B%22a%22:%20%25%7D";
         let expected = Directive {
             tokens: Some(200),
             reasoning: Some(50),
@@ -217,6 +264,12 @@ mod tests {
             retry_after: Some(2),
             first_ms: Some(500),
             silent_ms: Some(60_000),
+            headers: vec![
+                (names::RETRY_AFTER, HeaderValue::from_static("-1")),
+                (HeaderName::from_static("x-a"), HeaderValue::from_static("b, c")),
+            ],
+            no_limit_headers: true,
+            body: Some(Bytes::from_static(b"{\"a\": %}")),
             cut_after_bytes: Some(100),
             reset_after_bytes: Some(101),
             split: Some(1),
@@ -262,6 +315,10 @@ mod tests {
             ("[[sim args={}]]", "must follow"),
             ("[[sim tool=a args={]]", "bad JSON"),
             ("[[sim lonely]]", "key=value"),
+            ("[[sim header=retry-after]]", "NAME:VALUE"),
+            ("[[sim header=a:b%0d%0ac:d]]", "NAME:VALUE"),
+            ("[[sim header=Content-Length:1]]", "frames the answer"),
+            ("[[sim body=100%]]", "lone %"),
         ] {
             let error = Directive::find(words).err().unwrap_or_default();
             assert!(error.contains(complaint), "{words}: {error}");

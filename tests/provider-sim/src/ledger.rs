@@ -75,6 +75,8 @@ pub struct Entry {
     pub status: Option<u16>,
     /// When the headers were first seen, before any of the body was read.
     pub started_unix_us: u64,
+    /// When the answer's head was given to be sent.
+    pub answered_unix_us: Option<u64>,
     pub ended_unix_us: Option<u64>,
     /// Cached tokens included.
     pub prompt_tokens: u64,
@@ -98,6 +100,7 @@ pub struct Entry {
     pub ended: Option<Ended>,
     pub http_version: &'static str,
     pub client_request_id: Option<String>,
+    pub idempotency_key: Option<String>,
     pub header_names: Vec<String>,
     pub body_sha256: Option<String>,
     pub response_id: Option<String>,
@@ -121,6 +124,7 @@ impl Entry {
             stream: false,
             status: None,
             started_unix_us: unix_us(),
+            answered_unix_us: None,
             ended_unix_us: None,
             prompt_tokens: 0,
             completion_tokens: 0,
@@ -139,6 +143,7 @@ impl Entry {
             ended: None,
             http_version: "HTTP/1.1",
             client_request_id: None,
+            idempotency_key: None,
             header_names: Vec::new(),
             body_sha256: None,
             response_id: None,

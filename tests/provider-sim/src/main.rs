@@ -14,6 +14,7 @@ mod endpoint;
 mod faults;
 mod frames;
 mod ledger;
+mod limits;
 mod listing;
 mod models;
 mod multipart;

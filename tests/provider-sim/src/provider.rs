@@ -19,13 +19,13 @@ pub struct ApiError {
     pub code: Option<Cow<'static, str>>,
     pub param: Option<String>,
     pub message: String,
-    /// Seconds for the `retry-after` header.
-    pub retry_after: Option<u64>,
+    /// When to try again, for the headers.
+    pub retry_after_ms: Option<u64>,
 }
 
 impl ApiError {
     pub fn new(status: u16, kind: impl Into<Cow<'static, str>>, message: impl Into<String>) -> Self {
-        ApiError { status, kind: kind.into(), code: None, param: None, message: message.into(), retry_after: None }
+        ApiError { status, kind: kind.into(), code: None, param: None, message: message.into(), retry_after_ms: None }
     }
 
     /// 400 `invalid_request_error`, which both providers have.
@@ -41,7 +41,7 @@ impl ApiError {
         ApiError { param: Some(param.into()), ..self }
     }
 
-    pub fn retry_after(self, seconds: Option<u64>) -> Self {
-        ApiError { retry_after: seconds, ..self }
+    pub fn retry_after_ms(self, retry_after_ms: Option<u64>) -> Self {
+        ApiError { retry_after_ms, ..self }
     }
 }

@@ -1,14 +1,16 @@
 //! The headers around every answer.
 
+use bytes::Bytes;
 use hyper::header::{self as names, HeaderMap, HeaderName, HeaderValue};
 use hyper::{Response, StatusCode};
 
 use crate::anthropic;
 use crate::body::SimBody;
 use crate::call::{Ready, Shape};
-use crate::credentials::Quota;
+use crate::directive::Directive;
 use crate::frames;
 use crate::ledger::Ended;
+use crate::limits::Quota;
 use crate::openai;
 use crate::provider::{ApiError, Provider};
 use crate::text::{duration, identifier, rfc3339, unix_us};
@@ -26,6 +28,11 @@ pub struct Reply {
     pub quota: Option<Quota>,
     /// Scripted milliseconds before the headers.
     pub wait_ms: Option<u64>,
+    /// Headers of the script.
+    headers: Vec<(HeaderName, HeaderValue)>,
+    no_limit_headers: bool,
+    /// What the script has for the body of an error.
+    body: Option<Bytes>,
 }
 
 impl Reply {
@@ -34,28 +41,43 @@ impl Reply {
             Provider::Openai => identifier("req_", 32),
             Provider::Anthropic => identifier("req_011", 21),
         };
-        Reply { provider, request_id, quota: None, wait_ms: None }
+        Reply { provider, request_id, quota: None, wait_ms: None, headers: Vec::new(), no_limit_headers: false, body: None }
+    }
+
+    /// Takes from the script what it says of the head, and of an error's body.
+    pub fn obey(&mut self, script: &Directive) {
+        self.wait_ms = script.first_ms;
+        self.headers.clone_from(&script.headers);
+        self.no_limit_headers = script.no_limit_headers;
+        self.body.clone_from(&script.body);
     }
 
     pub fn document(&self, mut ticket: Ticket, text: String) -> Response<SimBody> {
-        ticket.status = Some(200);
-        self.with_headers(SimBody::plain(text.into(), ticket, Ended::Complete), StatusCode::OK, JSON)
+        ticket.answered(200);
+        let mut response = self.with_headers(SimBody::plain(text.into(), ticket, Ended::Complete), StatusCode::OK, JSON);
+        self.scripted(response.headers_mut());
+        response
     }
 
     pub fn refuse(&self, mut ticket: Ticket, error: &ApiError) -> Response<SimBody> {
-        let text = match self.provider {
-            Provider::Openai => openai::error::body(error),
-            Provider::Anthropic => anthropic::error::body(error, &self.request_id),
-        };
-        ticket.status = Some(error.status);
+        let body = self.body.clone().unwrap_or_else(|| match self.provider {
+            Provider::Openai => openai::error::body(error).into(),
+            Provider::Anthropic => anthropic::error::body(error, &self.request_id).into(),
+        });
+        ticket.answered(error.status);
         let status = StatusCode::from_u16(error.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-        let mut response = self.with_headers(SimBody::plain(text.into(), ticket, Ended::Error), status, JSON);
-        if let Some(seconds) = error.retry_after {
-            response.headers_mut().insert(names::RETRY_AFTER, seconds.into());
+        let mut response = self.with_headers(SimBody::plain(body, ticket, Ended::Error), status, JSON);
+        let headers = response.headers_mut();
+        if let Some(ms) = error.retry_after_ms.filter(|_| !self.no_limit_headers) {
+            headers.insert(names::RETRY_AFTER, ms.div_ceil(1000).into());
+            if self.provider == Provider::Openai {
+                put(headers, "retry-after-ms", ms.into());
+            }
         }
         if error.status == 529 {
-            put(response.headers_mut(), "x-should-retry", HeaderValue::from_static("true"));
+            put(headers, "x-should-retry", HeaderValue::from_static("true"));
         }
+        self.scripted(headers);
         response
     }
 
@@ -66,8 +88,7 @@ impl Reply {
             frames::with_crlf(&mut frames);
         }
         let gzip = script.gzip && frames::with_gzip(&mut frames).is_ok();
-        ticket.status = Some(200);
-        ticket.shared().ledger.update(ticket.seq, |entry| entry.status = Some(200));
+        ticket.answered(200);
         let (kind, announce) = match shape {
             Shape::Json => (JSON, true),
             Shape::Text => (HeaderValue::from_static("text/plain; charset=utf-8"), true),
@@ -86,7 +107,23 @@ impl Reply {
         if script.trailers {
             headers.insert(names::TRAILER, HeaderValue::from_static("x-sim-trailer"));
         }
+        self.scripted(headers);
         response
+    }
+
+    /// Sets the headers of the script; one that it has several times is sent so.
+    fn scripted(&self, headers: &mut HeaderMap) {
+        for (name, _) in &self.headers {
+            headers.remove(name);
+        }
+        for (name, value) in &self.headers {
+            headers.append(name, value.clone());
+        }
+    }
+
+    /// Where the account stands, if the answer is to say so.
+    fn told(&self) -> Option<Quota> {
+        self.quota.filter(|_| !self.no_limit_headers)
     }
 
     fn with_headers(&self, body: SimBody, status: StatusCode, kind: HeaderValue) -> Response<SimBody> {
@@ -109,7 +146,7 @@ impl Reply {
         put(headers, "openai-version", HeaderValue::from_static("2020-10-01"));
         let cookie = format!("{}; path=/; HttpOnly; Secure; SameSite=None", identifier("__cf_bm=", 40));
         headers.insert(names::SET_COOKIE, text(&cookie));
-        let Some(quota) = self.quota else { return };
+        let Some(quota) = self.told() else { return };
         let reset = text(&duration(quota.reset_ms));
         put(headers, "x-ratelimit-limit-requests", quota.limit_requests.into());
         put(headers, "x-ratelimit-limit-tokens", quota.limit_tokens.into());
@@ -122,7 +159,7 @@ impl Reply {
     fn anthropic(&self, headers: &mut HeaderMap) {
         put(headers, "request-id", text(&self.request_id));
         put(headers, "anthropic-organization-id", HeaderValue::from_static("00000000-0000-4000-8000-000000000000"));
-        let Some(quota) = self.quota else { return };
+        let Some(quota) = self.told() else { return };
         let reset = text(&rfc3339((unix_us() / 1000 + quota.reset_ms).div_ceil(1000)));
         put(headers, "anthropic-ratelimit-requests-limit", quota.limit_requests.into());
         put(headers, "anthropic-ratelimit-requests-remaining", quota.remaining_requests.into());

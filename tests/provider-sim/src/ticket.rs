@@ -7,6 +7,7 @@ use crate::credentials::Credential;
 use crate::ledger::{End, Ended};
 use crate::models::{Model, Usage};
 use crate::shared::Shared;
+use crate::text::unix_us;
 
 /// What the provider charges if the answer goes to its end.
 #[derive(Debug)]
@@ -27,7 +28,7 @@ pub struct Ticket {
     pub seq: u64,
     endpoint: Option<&'static str>,
     pub credential: Option<Arc<Credential>>,
-    pub status: Option<u16>,
+    status: Option<u16>,
     tag: Option<Arc<str>>,
     pub bill: Option<Bill>,
     closed: bool,
@@ -56,6 +57,12 @@ impl Ticket {
 
     pub fn violation(&self, what: String) {
         self.shared.ledger.violation(Some(self.seq), what);
+    }
+
+    /// The answer's head is about to be sent.
+    pub fn answered(&mut self, status: u16) {
+        self.status = Some(status);
+        self.shared.ledger.update(self.seq, |entry| (entry.status, entry.answered_unix_us) = (Some(status), Some(unix_us())));
     }
 
     /// Writes down how it ended; only the first time counts.

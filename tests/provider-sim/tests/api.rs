@@ -123,10 +123,25 @@ fn wrong_keys_states_and_models_are_refused_in_shape() -> Outcome {
     let unknown = json!({"model": "gpt-nope", "messages": [{"role": "user", "content": "hi"}]});
     assert_eq!(sim.chat(OPENAI, &unknown)?.status, 404);
     assert_eq!(sim.send("GET", "/v1/batches", OPENAI, "")?.status, 404);
-    for (state, status) in [("insufficient_quota", 429), ("overloaded", 503), ("invalid", 401), ("ok", 200)] {
-        sim.control("PATCH", "/control/credentials/o", Some(&json!({"state": state})))?;
-        assert_eq!(sim.chat(OPENAI, &chat("hi"))?.status, status, "{state}");
+    let states = [
+        ("insufficient_quota", (429, "insufficient_quota"), (400, "invalid_request_error")),
+        ("overloaded", (503, "server_error"), (529, "overloaded_error")),
+        ("invalid", (401, "invalid_request_error"), (401, "authentication_error")),
+        ("forbidden", (403, "invalid_request_error"), (403, "permission_error")),
+    ];
+    for (state, openai, anthropic) in states {
+        for id in ["o", "c"] {
+            sim.control("PATCH", &format!("/control/credentials/{id}"), Some(&json!({"state": state})))?;
+        }
+        for (answer, (status, kind)) in
+            [(sim.chat(OPENAI, &chat("hi"))?, openai), (sim.messages(ANTHROPIC, &claude("hi", false))?, anthropic)]
+        {
+            assert_eq!((answer.status, &answer.json()?["error"]["type"]), (status, &json!(kind)), "{state}");
+            assert_eq!(answer.header("retry-after").or(answer.header("x-ratelimit-remaining-requests")), None, "{state}");
+        }
     }
+    sim.control("PATCH", "/control/credentials/o", Some(&json!({"state": "ok"})))?;
+    assert_eq!(sim.chat(OPENAI, &chat("hi"))?.status, 200);
     let totals = sim.totals()?;
     let what = totals["violations"].to_string();
     assert!(what.contains("unknown_secret: header authorization"), "{what}");
@@ -147,6 +162,91 @@ fn requests_and_tokens_per_minute_are_enforced() -> Outcome {
     assert_eq!((refused.status, &refused.json()?["error"]["type"]), (429, &json!("tokens")));
     assert!(refused.header("retry-after").is_some());
     assert_eq!(sim.last_entry()?["cost_nanodollars"], 0);
+    Ok(())
+}
+
+#[test]
+fn limits_are_shared_by_an_account_s_credentials() -> Outcome {
+    let sim = Sim::start()?;
+    sim.credentials(&json!([
+        {"id": "o", "provider": "openai", "secret": "sk-openai-test", "account": "both", "rpm": 1, "window_ms": 600_000},
+        {"id": "p", "provider": "openai", "secret": "sk-openai-more", "account": "both"},
+        {"id": "q", "provider": "openai", "secret": "sk-openai-else"},
+    ]))?;
+    let auth = |secret: &str| format!("authorization: Bearer {secret}\r\n");
+    let status = |secret: &str| sim.chat(&auth(secret), &chat("hi")).map(|answer| answer.status);
+    assert_eq!((status("sk-openai-test")?, status("sk-openai-more")?, status("sk-openai-else")?), (200, 429, 200));
+    sim.control("PATCH", "/control/credentials/o", Some(&json!({"rpm": null, "limited_for_ms": 600_000})))?;
+    assert_eq!((status("sk-openai-more")?, status("sk-openai-else")?), (429, 200));
+    assert_eq!(sim.send("GET", "/v1/files", &auth("sk-openai-more"), "")?.status, 429);
+    let shown = sim.control("GET", "/control/credentials", None)?["credentials"].take();
+    assert_eq!((&shown[0]["requests"], &shown[1]["requests"], &shown[2]["requests"]), (&json!(1), &json!(3), &json!(2)));
+    assert_eq!(
+        (&shown[0]["window_ms"], &shown[2]["window_ms"], &shown[2]["limited_for_ms"]),
+        (&json!(600_000), &json!(60_000), &Value::Null)
+    );
+    assert!((1..=600_000).contains(&shown[1]["limited_for_ms"].as_u64().unwrap_or(0)), "{shown}");
+    sim.control("PATCH", "/control/credentials/p", Some(&json!({"limited_for_ms": null})))?;
+    assert_eq!(status("sk-openai-test")?, 200);
+    Ok(())
+}
+
+#[test]
+fn a_limited_account_is_told_when_its_limit_ends() -> Outcome {
+    let sim = Sim::start()?;
+    for id in ["o", "c"] {
+        sim.control("PATCH", &format!("/control/credentials/{id}"), Some(&json!({"limited_for_ms": 599_900})))?;
+    }
+    let refused = sim.chat(OPENAI, &chat("hi"))?;
+    assert_eq!((refused.status, &refused.json()?["error"]["code"]), (429, &json!("rate_limit_exceeded")));
+    let ms: u64 = refused.header("retry-after-ms").ok_or("no retry-after-ms")?.parse()?;
+    assert!((540_000..=599_900).contains(&ms), "{ms}");
+    assert_eq!(refused.header("retry-after").map(str::to_owned), Some(ms.div_ceil(1000).to_string()));
+    assert_eq!(refused.header("x-ratelimit-remaining-requests"), Some("0"));
+    assert_eq!(refused.header("x-ratelimit-reset-requests").map(str::to_owned), Some(format!("9m{}s", ms / 1000 - 540)));
+    let refused = sim.messages(ANTHROPIC, &claude("hi", false))?;
+    assert_eq!((refused.status, &refused.json()?["error"]["type"]), (429, &json!("rate_limit_error")));
+    let seconds: u64 = refused.header("retry-after").ok_or("no retry-after")?.parse()?;
+    assert!((540..=600).contains(&seconds), "{seconds}");
+    assert_eq!((refused.header("retry-after-ms"), refused.header("anthropic-ratelimit-requests-remaining")), (None, Some("0")));
+    let count = json!({"model": "claude-haiku-4-5", "messages": [{"role": "user", "content": "hi"}]});
+    assert_eq!(sim.send("POST", "/v1/messages/count_tokens", ANTHROPIC, &count.to_string())?.status, 429);
+    Ok(())
+}
+
+#[test]
+fn the_script_s_headers_and_body_go_before_the_simulator_s_own() -> Outcome {
+    let sim = Sim::start()?;
+    let fault = r#"status=429 retry_after=7 header=Retry-After:-1 header="retry-after:Wed, 21 Oct 2026 07:28:00 GMT" header=x-a:b%20c%ff"#;
+    sim.control("POST", "/control/faults", Some(&json!({"sim": fault})))?;
+    let answer = sim.chat(OPENAI, &chat("hi"))?;
+    let given: Vec<&str> = answer.head.lines().filter(|line| line.starts_with("retry-after: ")).collect();
+    assert_eq!(given, ["retry-after: -1", "retry-after: Wed, 21 Oct 2026 07:28:00 GMT"]);
+    assert_eq!((answer.header("retry-after-ms"), answer.header("x-a")), (Some("7000"), Some("b c\u{fffd}")));
+    let answer = sim.chat(OPENAI, &chat("[[sim header=x-ratelimit-remaining-requests:3 header=content-type:text/plain]]"))?;
+    assert_eq!((answer.status, answer.header("x-ratelimit-remaining-requests")), (200, Some("3")));
+    assert_eq!(answer.header("content-type"), Some("text/plain"));
+    let answer = sim.chat(OPENAI, &chat("[[sim status=429 retry_after=7 no_limit_headers=1 body=%3Chtml%3E%20slow%5d%5d]]"))?;
+    assert_eq!((answer.status, answer.text().as_str(), answer.whole), (429, "<html> slow]]", true));
+    assert!(!answer.head.contains("retry-after") && !answer.head.contains("ratelimit"), "{}", answer.head);
+    let answer = sim.messages(ANTHROPIC, &claude("[[sim no_limit_headers=1 body=nothing]]", true))?;
+    assert!(answer.status == 200 && !answer.head.contains("ratelimit") && answer.text().contains("message_stop"));
+    Ok(())
+}
+
+#[test]
+fn the_books_say_when_the_head_was_sent_and_under_which_idempotency_key() -> Outcome {
+    let sim = Sim::start()?;
+    let auth = format!("{OPENAI}idempotency-key: once\r\n");
+    let statuses = ["first_ms=30", "status=429", "first_ms=30 tokens=0"].map(|words| (words, chat(&format!("[[sim {words}]]"))));
+    for (words, body) in statuses {
+        sim.chat(&auth, &body)?;
+        let entry = sim.last_entry()?;
+        let at = |name: &str| entry[name].as_u64().ok_or_else(|| format!("{words}: no {name}"));
+        let waited = if words.starts_with("first_ms") { 30_000 } else { 0 };
+        assert!(at("started_unix_us")? + waited <= at("answered_unix_us")? && at("answered_unix_us")? <= at("ended_unix_us")?, "{entry}");
+        assert_eq!(entry["idempotency_key"], "once");
+    }
     Ok(())
 }
 

@@ -26,6 +26,10 @@ pub fn bad_key(bearer: bool) -> ApiError {
     ApiError::new(401, "authentication_error", if bearer { "Invalid bearer token" } else { "invalid x-api-key" })
 }
 
+pub fn forbidden() -> ApiError {
+    ApiError::new(403, "permission_error", "Your API key does not have permission to use the specified resource.")
+}
+
 pub fn insufficient_quota() -> ApiError {
     ApiError::invalid(
         "Your credit balance is too low to access the Anthropic API. Please go to Plans & Billing to upgrade or \
@@ -39,7 +43,7 @@ pub fn rate_limited(what: &'static str, limit: u64, wait_ms: u64) -> ApiError {
         "This request would exceed your organization's rate limit of {limit} {what} per minute. For details, refer to: \
          https://docs.claude.com/en/api/rate-limits."
     );
-    ApiError::new(429, "rate_limit_error", message).retry_after(Some(wait_ms.div_ceil(1000).max(1)))
+    ApiError::new(429, "rate_limit_error", message).retry_after_ms(Some(wait_ms))
 }
 
 pub fn overloaded() -> ApiError {
@@ -70,22 +74,23 @@ pub fn scripted(directive: &Directive, model: &str) -> Option<ApiError> {
         (None, Some(_)) => 400,
         (None, None) => return None,
     };
+    let retry_after_ms = directive.retry_after.map(|seconds| seconds.saturating_mul(1000));
     let mut error = match (status, directive.error.as_deref()) {
         (_, Some("insufficient_quota")) => insufficient_quota(),
         (_, Some(kind)) => ApiError::new(status, kind.to_owned(), "Scripted error."),
         (401, _) => bad_key(false),
         (402, _) => ApiError::new(402, "billing_error", "Your account has a billing issue."),
-        (403, _) => ApiError::new(403, "permission_error", "Your API key does not have permission."),
+        (403, _) => forbidden(),
         (404, _) => model_not_found(model),
         (413, _) => ApiError::new(413, "request_too_large", "Request exceeds the maximum size"),
-        (429, _) => rate_limited("requests", 50, directive.retry_after.unwrap_or(1) * 1000),
+        (429, _) => rate_limited("requests", 50, retry_after_ms.unwrap_or(1000)),
         (504, _) => ApiError::new(504, "timeout_error", "Request timed out"),
         (529, _) => overloaded(),
         (500.., _) => ApiError::new(500, "api_error", "Internal server error"),
         _ => ApiError::invalid("Scripted error."),
     };
     error.status = if directive.status.is_none() { error.status } else { status };
-    error.retry_after = directive.retry_after;
+    error.retry_after_ms = retry_after_ms;
     Some(error)
 }
 

@@ -1,6 +1,7 @@
 //! Errors as OpenAI words them.
 
 use crate::directive::Directive;
+use crate::limits::Exceeded;
 use crate::models::{Kind, Model};
 use crate::provider::ApiError;
 use crate::text::quoted;
@@ -55,15 +56,23 @@ pub fn insufficient_quota() -> ApiError {
     .code("insufficient_quota")
 }
 
-/// `what` is `requests` or `tokens`; `wait_ms` is how long until the window turns.
-pub fn rate_limited(model: &str, what: &'static str, limit: u64, wait_ms: u64) -> ApiError {
+/// A restricted key without the right that the request needs.
+pub fn forbidden() -> ApiError {
+    let message = "You have insufficient permissions for this operation. Missing scopes: model.request. Check that you have the correct \
+                   role in your organization (Reader, Writer, Owner) and project (Member, Owner), and if you're using a restricted API \
+                   key, that it has the necessary scopes.";
+    ApiError::new(403, "invalid_request_error", message)
+}
+
+pub fn rate_limited(model: &str, exceeded: Exceeded) -> ApiError {
+    let Exceeded { what, limit, used, requested, wait_ms } = exceeded;
     let short = if what == "requests" { "RPM" } else { "TPM" };
     let message = format!(
-        "Rate limit reached for {model} in organization org-sim on {what} per min ({short}): Limit {limit}. Please try \
-         again in {}. Visit https://platform.openai.com/account/rate-limits to learn more.",
+        "Rate limit reached for {model} in organization org-sim on {what} per min ({short}): Limit {limit}, Used {used}, Requested \
+         {requested}. Please try again in {}. Visit https://platform.openai.com/account/rate-limits to learn more.",
         crate::text::duration(wait_ms)
     );
-    ApiError::new(429, what, message).code("rate_limit_exceeded").retry_after(Some(wait_ms.div_ceil(1000).max(1)))
+    ApiError::new(429, what, message).code("rate_limit_exceeded").retry_after_ms(Some(wait_ms))
 }
 
 pub fn overloaded() -> ApiError {
@@ -148,10 +157,13 @@ pub fn scripted(directive: &Directive, key: &str, model: (&str, &str)) -> Option
         (None, Some(_)) => 400,
         (None, None) => return None,
     };
-    let limit = || rate_limited(model.1, "requests", 500, directive.retry_after.unwrap_or(1) * 1000);
+    let retry_after_ms = directive.retry_after.map(|seconds| seconds.saturating_mul(1000));
+    let wait_ms = retry_after_ms.unwrap_or(1000);
+    let limit = || rate_limited(model.1, Exceeded { what: "requests", limit: 500, used: 500, requested: 1, wait_ms });
     let mut error = match (status, directive.error.as_deref()) {
         (_, Some("insufficient_quota")) => insufficient_quota(),
         (_, Some("invalid_api_key")) | (401, None) => bad_key(key),
+        (403, None) => forbidden(),
         (_, Some("model_not_found")) | (404, None) => model_not_found(model.0),
         (_, Some("rate_limit_exceeded")) | (429, None) => limit(),
         (503, _) => overloaded(),
@@ -162,7 +174,7 @@ pub fn scripted(directive: &Directive, key: &str, model: (&str, &str)) -> Option
         }
     };
     error.status = status;
-    error.retry_after = directive.retry_after;
+    error.retry_after_ms = retry_after_ms;
     Some(error)
 }
 
