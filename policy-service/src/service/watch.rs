@@ -384,6 +384,7 @@ fn is_in_shadow(key: &KeyRow, organisation: &Organisation) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::patch::LimitsPatch;
     use crate::config::{self, Budget, Credential};
     use crate::service::Admitted;
     use crate::service::access::Principal;
@@ -610,7 +611,10 @@ mod tests {
         let (second, _) = bed.admit(&token).await;
         let since = bed.now().await;
         let reserved = bed.service().key(&who(), &key).await.unwrap().account.sums(Window::Total).reserved;
-        let lower = |cap: i64| KeyPatch { budgets: Some(budget(&Nanodollars(cap).to_usd())), ..KeyPatch::default() };
+        let lower = |cap: i64| KeyPatch {
+            limits: LimitsPatch { budgets: Some(Some(budget(&Nanodollars(cap).to_usd()))), ..LimitsPatch::default() },
+            ..KeyPatch::default()
+        };
         bed.service().update_key(&who(), &key, None, &lower(reserved.0)).await.unwrap();
         bed.service().update_key(&who(), &key, None, &lower(reserved.0 - 1)).await.unwrap();
         let (end, since) = bed.next(&since).await;
