@@ -24,4 +24,5 @@ pub mod ring;
 pub mod token;
 pub mod trace;
 pub mod usage;
+pub mod verdict;
 pub mod watch;
