@@ -3,7 +3,7 @@
 
 use crate::credentials::{CREDENTIAL_HEADERS, NETWORK_HEADERS};
 use crate::edge::{PlanCredential, Try};
-use crate::gate::{Headers, Permit, header};
+use crate::gate::{Headers, Permit, Refused, header};
 use crate::keyring::{At, Keyring, Unusable};
 use crate::operation::AuthScheme;
 use crate::refusal::{Code, Refusal};
@@ -30,6 +30,8 @@ pub struct Flight {
     hold_until_ms: Option<u64>,
     /// The body can be sent once more.
     replayable: bool,
+    /// The caller has been told already why nothing more is tried.
+    told: bool,
 }
 
 /// What the gate needs to know of the headers of a provider's answer.
@@ -102,7 +104,7 @@ impl Flight {
     pub fn new(permit: Permit, replayable: bool) -> Self {
         let places = permit.plan().targets.first().map_or(0, |target| target.credentials.len());
         let tried = vec![false; places];
-        Flight { permit, tries: Vec::new(), tried, answer: None, refusal: None, hold_until_ms: None, replayable }
+        Flight { permit, tries: Vec::new(), tried, answer: None, refusal: None, hold_until_ms: None, replayable, told: false }
     }
 
     fn pool(&self) -> &[PlanCredential] {
@@ -279,6 +281,31 @@ impl Flight {
         self.answer.take()
     }
 
+    pub fn permit(&self) -> &Permit {
+        &self.permit
+    }
+
+    /// The router has no body for another try after all.
+    pub fn cannot_be_replayed(&mut self) {
+        self.replayable = false;
+    }
+
+    /// The caller has been told why nothing more is tried.
+    pub fn tell(&mut self) {
+        self.told = true;
+    }
+
+    pub fn was_told(&self) -> bool {
+        self.told
+    }
+
+    /// What the caller is told in place of the provider's answer, if nothing more is tried.
+    pub fn refused(&self) -> Option<Refused> {
+        let refusal = self.refusal.clone()?;
+        let dialect = self.permit.target().provider.dialect;
+        Some(Refused { refusal, dialect, request_id: self.permit.id(), asked: true })
+    }
+
     /// Why nothing more is tried, if the caller is to be told so in place of the provider's answer.
     pub fn refusal(&self) -> Option<&Refusal> {
         self.refusal.as_ref()
@@ -290,6 +317,11 @@ impl Flight {
         if let Some(last) = self.tries.last_mut() {
             last.is_free = true;
         }
+    }
+
+    /// The last try was sent, and nobody knows what became of it.
+    pub fn fail(&mut self, refusal: Refusal) {
+        self.refusal = Some(refusal);
     }
 
     /// Whether what comes of the last try's answer is decided.

@@ -179,13 +179,13 @@ class Stack:
     """One Envoy, one policy service, one simulator."""
 
     def __init__(self, directory=None, concurrency=1, hold_ttl=3900, sim_options=(), render_options=(), envoy_bin=None, envoy_minor=40,
-                 filter_module=None, service_env=None):
+                 filter_module=None, service_env=None, rotation="router"):
         self.owned = directory is None
         self.directory = Path(directory or tempfile.mkdtemp(prefix="keyward-e2e-"))
         self.concurrency, self.hold_ttl = concurrency, hold_ttl
         self.sim_options, self.render_options = sim_options, render_options
         self.envoy_bin, self.envoy_minor = envoy_bin or ENVOY_BIN, envoy_minor
-        self.filter_module, self.service_env = filter_module, service_env or {}
+        self.filter_module, self.service_env, self.rotation = filter_module, service_env or {}, rotation
         self.sim = Simulator("sim", self.directory)
         self.service = Part("service", self.directory)
         self.envoy = Part("envoy", self.directory)
@@ -243,7 +243,7 @@ class Stack:
             [KEYWARD_BIN, "envoy", "render", "--envoy", str(self.envoy_minor), *providers, *ca, "--listen", f"127.0.0.1:{self.listen_port}",
              "--envoy-admin", f"127.0.0.1:{self.envoy_admin_port}", "--policy", f"127.0.0.1:{self.edge_port}",
              "--edge-token-file", str(self.directory / "data/edge-token"), "--filter", str(module),
-             "--access-log", str(self.directory / "access.log"), *self.render_options], check=True, capture_output=True, text=True)
+             "--access-log", str(self.directory / "access.log"), "--rotation", self.rotation, *self.render_options], check=True, capture_output=True, text=True)
         config.write_text(rendered.stdout)
         self.spawn_envoy(config)
 

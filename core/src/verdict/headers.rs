@@ -3,23 +3,28 @@
 
 use super::time::{plain, plain_ms, wait};
 use crate::gate::Headers;
+use serde::{Deserialize, Serialize};
 
 /// Headers that are looked at, and limits that are kept: far more than any provider sends.
 const MAX_HEADERS: usize = 256;
 const MAX_LIMITS: usize = 32;
 
 /// What the account has left for this model, as the provider's headers tell. Of several limits of a kind, the one nearest its end.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Room {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub requests: Option<Left>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tokens: Option<Left>,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Left {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub limit: Option<u64>,
     pub remaining: u64,
     /// Milliseconds from now until the limit is whole again.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reset_ms: Option<u64>,
 }
 
