@@ -107,6 +107,8 @@ pub fn verdict(status: u16, headers: &Headers<'_>, body: &[u8], now_ms: u64) -> 
         return Some(exhausted(if of_key { Scope::Credential } else { Scope::Account }, headers, &says, now_ms));
     }
     match status {
+        // One caller's request must not take the key away from all.
+        429 if says.has(Hint::Request) => None,
         429 if says.has(Hint::Overloaded) => Some(overloaded(headers, now_ms)),
         429 if says.has(Hint::PerDay) => Some(exhausted(Scope::Model, headers, &says, now_ms)),
         429 => Some(rate_limited(headers, &says, now_ms)),

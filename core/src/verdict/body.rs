@@ -80,7 +80,7 @@ const CODES: [(&str, Hint); 36] = [
 
 /// How messages begin that have no telling code. Only the beginning is the provider's for sure: what follows may be the caller's.
 /// "You exceeded your current quota" isn't among them: Gemini says it also of a minute's.
-const BEGINNINGS: [(&str, Hint); 10] = [
+const BEGINNINGS: [(&str, Hint); 11] = [
     ("your credit balance is too low", Hint::Exhausted),
     ("you have reached your specified api usage limits", Hint::Exhausted),
     ("you have reached your specified workspace api usage limits", Hint::Exhausted),
@@ -92,6 +92,8 @@ const BEGINNINGS: [(&str, Hint); 10] = [
     // A file or cache of another account, or of none, asked for with a good key.
     ("you do not have permission to access the file", Hint::Request),
     ("cachedcontent not found", Hint::Request),
+    // A 429 of OpenAI's that no waiting helps: the one request is above the limit of a whole minute.
+    ("request too large for", Hint::Request),
 ];
 
 const ANYWHERE: [(&str, Hint); 3] = [
