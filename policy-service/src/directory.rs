@@ -1,6 +1,6 @@
 //! Every organisation's configuration as it stands, held in memory: admissions read it, edits replace it.
 
-use crate::config::{self, Document, Kind, Pool, RouteTarget};
+use crate::config::{Document, Kind, Pool, RouteTarget};
 use crate::prices::OwnPrices;
 use keyward_core::admission::Allow;
 use keyward_core::limits::{Enforce, Limits};
@@ -53,14 +53,12 @@ impl InForce {
     /// `None`: a document that was never checked.
     pub fn of(document: &Document) -> Option<Self> {
         let settings = document.organisation.clone().unwrap_or_default();
-        let limits = |budgets: &_, quotas: &_, rates: &_| config::parse_limits(budgets, quotas, rates).ok();
-        let mut in_force = InForce { organisation: limits(&settings.budgets, &settings.quotas, &settings.rates)?, ..InForce::default() };
+        let mut in_force = InForce { organisation: settings.limits().ok()?, ..InForce::default() };
         for (name, team) in &document.teams {
-            in_force.teams.insert(name.clone(), limits(&team.budgets, &team.quotas, &team.rates)?);
+            in_force.teams.insert(name.clone(), team.limits().ok()?);
         }
         for (name, policy) in &document.policies {
-            let limits = limits(&policy.budgets, &policy.quotas, &policy.rates)?;
-            in_force.policies.insert(name.clone(), PolicyInForce { limits, enforce: policy.enforce.into() });
+            in_force.policies.insert(name.clone(), PolicyInForce { limits: policy.limits().ok()?, enforce: policy.enforce.into() });
         }
         Some(in_force)
     }

@@ -2,7 +2,7 @@
 
 use super::api::{Admin, Json, List, Page, Params, Path, Precondition, etag, page};
 use super::error::Problem;
-use super::keys::{present, some};
+use crate::config::patch::{present, some};
 use crate::config::{Credential, Kind};
 use crate::directory::{Meta, Organisation};
 use crate::service::access::{Permission, Principal};

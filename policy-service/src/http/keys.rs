@@ -3,7 +3,8 @@
 use super::api::{Admin, Json, List, Params, Path, Precondition, etag, page};
 use super::error::Problem;
 use super::standing::Standing;
-use crate::config::{Allow, Budget, ChangeRates, Enforce, Quota, Rates, written};
+use crate::config::patch::{ChangeRates, LimitsPatch, present, some};
+use crate::config::{Allow, Budget, Enforce, Quota, Rates, written};
 use crate::directory::Organisation;
 use crate::service::access::Principal;
 use crate::service::keys::{AllowPatch, FieldsPatch, KeyPatch, KeySpec};
@@ -14,7 +15,7 @@ use axum::response::{IntoResponse, Response};
 use keyward_core::admission::{self, Status};
 use keyward_core::limits::Window;
 use keyward_core::money::Nanodollars;
-use serde::{Deserialize, Deserializer, Serialize};
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::router::OpenApiRouter;
@@ -133,16 +134,6 @@ fn allow_patch(change: Option<ChangeAllow>) -> AllowPatch {
 #[serde(rename_all = "lowercase")]
 enum Thawed {
     Active,
-}
-
-/// Tells `null` from absent.
-pub(super) fn present<'de, T: Deserialize<'de>, D: Deserializer<'de>>(from: D) -> Result<Option<Option<T>>, D::Error> {
-    Option::deserialize(from).map(Some)
-}
-
-/// Takes no `null`.
-pub(super) fn some<'de, T: Deserialize<'de>, D: Deserializer<'de>>(from: D) -> Result<Option<T>, D::Error> {
-    T::deserialize(from).map(Some)
 }
 
 /// A key without its token.
@@ -316,9 +307,7 @@ async fn change_key(
         team: body.team,
         policy: body.policy,
         allow: body.allow.map(allow_patch),
-        budgets: body.budgets.map(Option::unwrap_or_default),
-        quotas: body.quotas.map(Option::unwrap_or_default),
-        rates: body.rates,
+        limits: LimitsPatch { budgets: body.budgets, quotas: body.quotas, rates: body.rates },
         enforce: body.enforce.map(Into::into),
         expires_in: body.expires_in,
         tags: body.tags.map(fields_patch),

@@ -2,8 +2,8 @@
 
 use super::api::{Admin, Json, Precondition, etag};
 use super::error::Problem;
-use super::keys::present;
-use crate::config::{Budget, ChangeRates, Kind, ORGANISATION_OBJECT, OrganisationSettings, Quota, merge_rates};
+use crate::config::patch::{ChangeRates, LimitsPatch, present};
+use crate::config::{Budget, Kind, ORGANISATION_OBJECT, OrganisationSettings, Quota};
 use crate::directory::Organisation;
 use crate::service::access::{Permission, Principal};
 use crate::service::{ServiceError, moment};
@@ -155,12 +155,9 @@ async fn change_organisation(
     let organisation = admin.service.organisation(&who.organisation)?;
     let before = version(&organisation);
     let mut settings = organisation.document.organisation.clone().unwrap_or_default();
-    settings.budgets = body.budgets.map_or(settings.budgets, Option::unwrap_or_default);
-    settings.quotas = body.quotas.map_or(settings.quotas, Option::unwrap_or_default);
+    let limits = LimitsPatch { budgets: body.budgets, quotas: body.quotas, rates: body.rates };
+    limits.apply(&mut settings.budgets, &mut settings.quotas, &mut settings.rates);
     settings.webhook = body.webhook.unwrap_or(settings.webhook);
-    if let Some(change) = body.rates {
-        settings.rates = merge_rates(change.as_ref(), settings.rates);
-    }
     // Whatever was expected, it must still be what was merged into.
     if expected.version().is_some_and(|version| version != before) {
         return Err(expected.failed(ServiceError::Stale(before)));

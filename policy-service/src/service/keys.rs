@@ -2,7 +2,8 @@
 
 use super::access::{Permission, Principal};
 use super::{Service, ServiceError, millis, now_ms};
-use crate::config::{self, Budget, ChangeRates, Quota, Rates, merge_rates, written};
+use crate::config::patch::LimitsPatch;
+use crate::config::{self, Budget, Quota, Rates, written};
 use crate::store::{KeyOutcome, KeyRow, KeyUpdate, NewKey, Rotation};
 use crate::vault::random;
 use keyward_core::admission::{Allow, Status};
@@ -41,10 +42,7 @@ pub struct KeyPatch {
     pub team: Option<Option<String>>,
     pub policy: Option<Option<String>>,
     pub allow: Option<AllowPatch>,
-    pub budgets: Option<Vec<Budget>>,
-    pub quotas: Option<Vec<Quota>>,
-    /// `Some(None)`: none any more.
-    pub rates: Option<Option<ChangeRates>>,
+    pub limits: LimitsPatch,
     pub enforce: Option<Enforce>,
     /// From now; `Some(None)`: never.
     pub expires_in: Option<Option<String>>,
@@ -298,10 +296,10 @@ fn patched(mut row: KeyRow, patch: &KeyPatch, now: u64) -> Result<KeyRow, Servic
         row.allow.models = allow.models.clone().unwrap_or(row.allow.models);
         row.allow.endpoints = allow.endpoints.clone().unwrap_or(row.allow.endpoints);
     }
-    if patch.budgets.is_some() || patch.quotas.is_some() || patch.rates.is_some() {
-        let (budgets, quotas, rates) = written(&row.limits);
-        let rates = patch.rates.as_ref().map_or(rates, |change| merge_rates(change.as_ref(), rates));
-        row.limits = limits(patch.budgets.as_ref().unwrap_or(&budgets), patch.quotas.as_ref().unwrap_or(&quotas), &rates)?;
+    if !patch.limits.is_empty() {
+        let (mut budgets, mut quotas, mut rates) = written(&row.limits);
+        patch.limits.apply(&mut budgets, &mut quotas, &mut rates);
+        row.limits = limits(&budgets, &quotas, &rates)?;
     }
     row.enforce = patch.enforce.unwrap_or(row.enforce);
     if let Some(expires_in) = &patch.expires_in {
