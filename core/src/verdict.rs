@@ -114,6 +114,8 @@ pub fn verdict(status: u16, headers: &Headers<'_>, body: &[u8], now_ms: u64) -> 
         429 => Some(rate_limited(headers, &says, now_ms)),
         // A key of narrow permissions still serves what it is for.
         401 => Some(rejected(if says.has(Hint::LacksScope) { Scope::Model } else { Scope::Credential })),
+        // A page is not the API's answer: a firewall before it may have taken offence at what one caller wrote.
+        403 if body.trim_ascii_start().starts_with(b"<") => None,
         403 => {
             let of_key = [Hint::Denied, Hint::BadKey, Hint::LacksScope].into_iter().any(|hint| says.has(hint));
             (!says.anything || of_key && !says.has(Hint::Request)).then(|| rejected(Scope::Model))

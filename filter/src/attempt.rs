@@ -212,7 +212,9 @@ fn write(edits: &RequestEdits, on: Direction) -> bool {
     for name in edits.remove.iter().filter(|name| on != Direction::Own || *name != ROUTED_BY) {
         host::remove_header(Map::RequestHeaders, name);
     }
-    edits.set.iter().all(|(name, value)| host::set_header(Map::RequestHeaders, name, value))
+    let written = edits.set.iter().all(|(name, value)| host::set_header(Map::RequestHeaders, name, value));
+    // The gate's own try goes where its host leads: in a mesh, routes are by host.
+    written && (on != Direction::Own || host::clear_route_cache())
 }
 
 /// Called on every tick, after all that is done in the root's own name: tries go on whose time has come.

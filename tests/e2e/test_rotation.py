@@ -3,6 +3,9 @@ and a key that said that it is out is left alone. The trials of soak_rotation.py
 
 import contextlib
 import copy
+import json
+import os
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +17,7 @@ from money import Books
 from rotation import CLAUDE, DEATHS, GPT, answers_findings, one_by_one_findings, too_late, tries_findings
 
 # Who repeats a try: Envoy's router, or the gate by callouts of its own.
-ROTATIONS = ["router"]
+ROTATIONS = ["router", "callout"]
 
 
 def passes(trial):
@@ -67,6 +70,70 @@ def test_an_overloaded_provider_is_passed_on(rotating, model):
 
 def test_large_bodies_rotate_up_to_the_limit(rotating):
     passes(rotation.large_bodies(rotating(3)))
+
+
+def test_a_body_that_may_pass_but_not_twice_has_one_try(rotating):
+    """Where larger bodies are let in than are kept for another try, the caller is told so honestly."""
+    stack = rotating(2, render_options=("--max-body-bytes", str(20 << 20)))
+    key_id, token = stack.new_key("5.00")
+    served = rotation.run(stack, [Ask((key_id, token), picture=11 << 20)], timeout=60)[0]
+    assert served.status == 200 and len(stack.sim.ledger()) == 1
+    for name in stack.credential_ids:
+        stack.sim.patch(name, limited_for_ms=60_000)
+    answer = rotation.run(stack, [Ask((key_id, token), picture=11 << 20)], timeout=60)[0]
+    assert (answer.status, answer.reason, len(stack.sim.ledger())) == (429, "pool_exhausted", 2), "one try"
+    assert b"too large to be sent again" in answer.body
+    true, charged, _ = stack.books(key_id)
+    assert true == charged > 0
+
+
+def test_a_pool_rotates_over_tls_and_http2(tmp_path):
+    certificates = tmp_path / "tls"
+    certificates.mkdir()
+    options = ("--tls-dir", str(certificates), "--host", "api.openai.com", "--host", "api.anthropic.com")
+    keys = pool(3)
+    with Stack(sim_options=options, credentials=keys) as stack:
+        key_id, token = stack.new_key("1.00")
+        for key in keys[:2]:
+            stack.sim.fault("status=429 retry_after=30", count=100, credential=key["id"])
+        for stream in (False, True) * 4:
+            assert stack.chat(token, stream=stream)[0] == 200
+        calls = stack.sim.ledger()
+        assert [call["status"] for call in calls].count(429) <= 2 and calls[-1]["credential"] == keys[2]["id"]
+        true, charged, _ = stack.books(key_id)
+        assert true == charged > 0
+
+
+@pytest.mark.skipif("TRAP_FILTER" not in os.environ, reason="needs the filter that can be made to trap")
+def test_a_cooled_key_stays_cooled_when_the_vm_is_lost():
+    """The state is the process's: a VM that starts anew finds it."""
+    keys = pool(2)
+    with Stack(concurrency=1, filter_module=os.environ["TRAP_FILTER"], credentials=keys) as stack:
+        key_id, token = stack.new_key("1.00")
+        stack.sim.patch(keys[0]["id"], limited_for_ms=60_000)
+        while not [call for call in stack.sim.ledger() if call["status"] == 429]:
+            assert stack.chat(token)[0] == 200
+        for _ in range(3):
+            with contextlib.suppress(OSError):
+                stack.chat(token, headers={"x-test-trap": "1"})
+            time.sleep(0.2)
+            for _ in range(4):
+                assert stack.chat(token)[0] == 200
+        calls = stack.sim.ledger()
+        assert [call["credential"] for call in calls if call["status"] == 429] == [keys[0]["id"]], "asked once, in all VMs"
+        assert len([call for call in calls if call["status"] == 200]) >= 12
+
+
+def test_what_the_provider_says_of_the_router_is_not_heard():
+    """A provider that answers in Keyward's own headers moves nobody to try again."""
+    keys = pool(3)
+    with Stack(concurrency=1, credentials=keys) as stack:
+        key_id, token = stack.new_key("1.00")
+        stack.sim.fault("status=500 header=x-keyward-retry:1", count=1, provider="openai")
+        status, headers, _ = stack.chat(token)
+        assert (status, headers["x-keyward-attempts"], len(stack.sim.ledger())) == (500, "1", 1)
+        status, headers, body = stack.chat(token, "[[sim header=x-keyward-attempts:9 header=x-keyward-reason:revoked]]")
+        assert (status, headers["x-keyward-attempts"], headers.get("x-keyward-reason")) == (200, "1", None) and json.loads(body)
 
 
 @MODELS
