@@ -16,7 +16,7 @@ PYTHON := .venv/bin/python
 
 .PHONY: help
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # --- Preparing -------------------------------------------------------------------------------------------------------
 
@@ -109,6 +109,10 @@ soak-money: build envoy venv ## Lay every kind of demand on budgets and limits f
 	@$(WITH_BINARIES) $(PYTHON) tests/e2e/soak_money.py $(TRIALS)
 	@echo "A million steps of the ledger against the reference"
 	KEYWARD_LEDGER_STEPS=1000000 cargo test --release -p keyward-policy-service --test store model::
+
+.PHONY: soak-rotation
+soak-rotation: build envoy venv ## Take keys of pools out in every way, at full size; TRIALS=names for some
+	@$(WITH_BINARIES) $(PYTHON) tests/e2e/soak_rotation.py $(TRIALS)
 
 .PHONY: lint
 lint: rust-targets ## Check format, lints, licenses and sources; ADVISORIES=1 adds known vulnerabilities

@@ -183,6 +183,9 @@ struct RenderOptions {
     /// Gateways of yours in front of the listener; only they may reach it
     #[arg(long, default_value_t = 0)]
     trusted_hops: u32,
+    /// Who tries again when a provider has turned a try away
+    #[arg(long, value_enum, default_value_t = envoy::Rotation::Router)]
+    rotation: envoy::Rotation,
 }
 
 #[derive(Subcommand)]
@@ -285,6 +288,7 @@ fn rendering(options: RenderOptions) -> Result<Rendering, String> {
         rendering.listen_tls = Some(envoy::ListenTls { certificate: certificate.display().to_string(), key: key.display().to_string() });
     }
     rendering.trusted_hops = options.trusted_hops;
+    rendering.rotation = options.rotation;
     Ok(rendering)
 }
 

@@ -66,6 +66,15 @@ pub struct ListenTls {
     pub key: String,
 }
 
+/// Who tries again when a provider has turned a try away.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Rotation {
+    /// Envoy's router, with a filter on each provider cluster; answers stream
+    Router,
+    /// The gate, by callouts: only the listener has a filter; what was tried again comes whole
+    Callout,
+}
+
 /// Everything the configuration depends on.
 #[derive(Debug, Clone, Template)]
 #[template(path = "envoy.yaml")]
@@ -88,6 +97,7 @@ pub struct Rendering {
     pub max_body: u64,
     pub body_limit: u64,
     pub providers: Vec<Endpoint>,
+    pub rotation: Rotation,
 }
 
 impl Rendering {
@@ -111,6 +121,7 @@ impl Rendering {
             max_body,
             body_limit: max_body + BODY_SLACK,
             providers: Endpoint::public(Path::new(CA_FILES[0])),
+            rotation: Rotation::Router,
         }
     }
 
@@ -173,10 +184,15 @@ mod tests {
 
     /// What people copy is what the command renders.
     #[test]
-    fn the_example_is_up_to_date() {
-        let rendered = Rendering::example(*VERSIONS.end()).yaml().unwrap();
-        let file = std::fs::read_to_string("envoy/envoy.yaml").unwrap();
-        assert_eq!(rendered.trim_end(), file.trim_end(), "run: keyward envoy render > envoy/envoy.yaml");
+    fn the_examples_are_up_to_date() {
+        for (rotation, file, how) in [
+            (Rotation::Router, "envoy/envoy.yaml", "keyward envoy render > envoy/envoy.yaml"),
+            (Rotation::Callout, "envoy/listener-only.yaml", "keyward envoy render --rotation callout > envoy/listener-only.yaml"),
+        ] {
+            let rendered = Rendering { rotation, ..Rendering::example(*VERSIONS.end()) }.yaml().unwrap();
+            let kept = std::fs::read_to_string(file).unwrap();
+            assert_eq!(rendered.trim_end(), kept.trim_end(), "run: {how}");
+        }
     }
 
     #[test]

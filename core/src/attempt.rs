@@ -3,7 +3,7 @@
 
 use crate::credentials::{CREDENTIAL_HEADERS, NETWORK_HEADERS};
 use crate::edge::{PlanCredential, Try};
-use crate::gate::{Headers, Permit, header};
+use crate::gate::{Headers, Permit, Refused, header};
 use crate::keyring::{At, Keyring, Unusable};
 use crate::operation::AuthScheme;
 use crate::refusal::{Code, Refusal};
@@ -30,6 +30,8 @@ pub struct Flight {
     hold_until_ms: Option<u64>,
     /// The body can be sent once more.
     replayable: bool,
+    /// The caller has been told already why nothing more is tried.
+    told: bool,
 }
 
 /// What the gate needs to know of the headers of a provider's answer.
@@ -102,7 +104,7 @@ impl Flight {
     pub fn new(permit: Permit, replayable: bool) -> Self {
         let places = permit.plan().targets.first().map_or(0, |target| target.credentials.len());
         let tried = vec![false; places];
-        Flight { permit, tries: Vec::new(), tried, answer: None, refusal: None, hold_until_ms: None, replayable }
+        Flight { permit, tries: Vec::new(), tried, answer: None, refusal: None, hold_until_ms: None, replayable, told: false }
     }
 
     fn pool(&self) -> &[PlanCredential] {
@@ -125,7 +127,7 @@ impl Flight {
         let in_order = self.permit.plan().in_order;
         let place = match ring.choose(shared, self.at(), self.pool(), &self.tried, in_order, now_ms) {
             Ok(place) => place,
-            Err(unusable) => match self.can_wait(unusable, now_ms) {
+            Err(_) => match self.can_wait(ring, shared, now_ms) {
                 Some(until_ms) => return Begun::Wait { until_ms },
                 None => {
                     let refusal = self.exhausted(ring, shared, now_ms);
@@ -174,12 +176,19 @@ impl Flight {
         Begun::Stop
     }
 
-    /// Until when the request waits for a credential, if its policy lets it.
-    fn can_wait(&mut self, unusable: Option<Unusable>, now_ms: u64) -> Option<u64> {
+    /// Until when the request waits for a credential, if its policy lets it. Then those that were tried before count again.
+    fn can_wait(&mut self, ring: &mut Keyring, shared: &impl SharedData, now_ms: u64) -> Option<u64> {
         let wait_ms = Some(self.permit.plan().wait_ms).filter(|wait_ms| *wait_ms > 0)?;
         let deadline_ms = *self.hold_until_ms.get_or_insert(now_ms.saturating_add(wait_ms));
-        let until_ms = now_ms.saturating_add(unusable?.wait_ms.max(1));
-        (until_ms <= deadline_ms).then_some(until_ms)
+        let until_ms = match ring.look(shared, self.at(), self.pool(), &[], now_ms) {
+            Ok(()) => now_ms,
+            Err(unusable) => now_ms.saturating_add(unusable?.wait_ms.max(1)),
+        };
+        if until_ms > deadline_ms {
+            return None;
+        }
+        self.tried.fill(false);
+        Some(until_ms)
     }
 
     /// What the caller is told when no credential is left.
@@ -266,7 +275,7 @@ impl Flight {
         }
         match ring.look(shared, self.at(), self.pool(), &self.tried, now_ms) {
             Ok(()) => Next::Retry,
-            Err(unusable) if self.can_wait(unusable, now_ms).is_some() => Next::Retry,
+            Err(_) if self.can_wait(ring, shared, now_ms).is_some() => Next::Retry,
             Err(_) => {
                 self.refusal = Some(self.exhausted(ring, shared, now_ms));
                 Next::Pass
@@ -277,6 +286,31 @@ impl Flight {
     /// The head of the last try's answer, once: `None` means that the answer in hand is not the provider's.
     pub fn hand_over(&mut self) -> Option<AnswerHead> {
         self.answer.take()
+    }
+
+    pub fn permit(&self) -> &Permit {
+        &self.permit
+    }
+
+    /// The router has no body for another try after all.
+    pub fn cannot_be_replayed(&mut self) {
+        self.replayable = false;
+    }
+
+    /// The caller has been told why nothing more is tried.
+    pub fn tell(&mut self) {
+        self.told = true;
+    }
+
+    pub fn was_told(&self) -> bool {
+        self.told
+    }
+
+    /// What the caller is told in place of the provider's answer, if nothing more is tried.
+    pub fn refused(&self) -> Option<Refused> {
+        let refusal = self.refusal.clone()?;
+        let dialect = self.permit.target().provider.dialect;
+        Some(Refused { refusal, dialect, request_id: self.permit.id(), asked: true })
     }
 
     /// Why nothing more is tried, if the caller is to be told so in place of the provider's answer.
@@ -290,6 +324,11 @@ impl Flight {
         if let Some(last) = self.tries.last_mut() {
             last.is_free = true;
         }
+    }
+
+    /// The last try was sent, and nobody knows what became of it.
+    pub fn fail(&mut self, refusal: Refusal) {
+        self.refusal = Some(refusal);
     }
 
     /// Whether what comes of the last try's answer is decided.
@@ -342,5 +381,186 @@ impl Flight {
             ms: t.answered_ms.unwrap_or_else(|| now_ms.saturating_sub(t.started_ms)),
         };
         self.tries.iter().map(record).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::edge::{Plan, Secret};
+    use crate::gate::Answering;
+    use crate::gate::tests::{admitted_at, plan};
+    use crate::ring::shared::Shared;
+    #[cfg(target_arch = "wasm32")]
+    use wasm_bindgen_test::wasm_bindgen_test as test;
+
+    /// One Envoy process, and a request in it.
+    struct Air {
+        shared: Shared,
+        ring: Keyring,
+        now_ms: u64,
+        flight: Flight,
+        answering: Answering,
+    }
+
+    impl Air {
+        fn new(credentials: usize, change: impl FnOnce(&mut Plan)) -> Self {
+            let mut plan = plan(None);
+            let credential = |n| PlanCredential { id: format!("cred_{n}"), secret: Secret(format!("sk-{n}")), account: None };
+            plan.targets[0].credentials = (0..credentials).map(credential).collect();
+            plan.in_order = true;
+            change(&mut plan);
+            let (answering, flight) = admitted_at(&[], r#"{"model":"gpt-4o"}"#, plan).forward(true);
+            Air { shared: Shared::default(), ring: Keyring::default(), now_ms: 1_000, flight, answering }
+        }
+
+        fn begin(&mut self) -> Begun {
+            self.flight.begin(&mut self.ring, &self.shared, &[], self.now_ms)
+        }
+
+        /// Begins a try that must be sent, and gives its credential.
+        fn sent(&mut self) -> String {
+            match self.begin() {
+                Begun::Go(edits) => edits.set.iter().find(|(name, _)| *name == "authorization").unwrap().1.to_string(),
+                other => panic!("{other:?}"),
+            }
+        }
+
+        fn answer(&mut self, status: &str, headers: &[(&str, &str)], body: &str) -> Next {
+            let mut all: Vec<(&[u8], &[u8])> = vec![(b":status", status.as_bytes())];
+            all.extend(headers.iter().map(|(name, value)| (name.as_bytes(), value.as_bytes())));
+            let clocks = Clocks { now_ms: self.now_ms, unix_ms: 1_700_000_000_000 + self.now_ms };
+            match self.flight.answered(&mut self.ring, &self.shared, &all, clocks).1 {
+                Next::ReadBody => self.flight.judge(&mut self.ring, &self.shared, &all, body.as_bytes(), clocks),
+                next => next,
+            }
+        }
+
+        fn limited(&mut self, seconds: &str) -> Next {
+            self.answer("429", &[("retry-after", seconds)], "{}")
+        }
+
+        fn refused(&self) -> (Code, Option<u64>) {
+            let refusal = self.flight.refusal().unwrap();
+            (refusal.code, refusal.retry_after_ms)
+        }
+    }
+
+    #[test]
+    fn each_credential_is_tried_once_and_the_last_answer_passes() {
+        let mut air = Air::new(12, |_| {});
+        for n in 0..11 {
+            assert_eq!((air.sent(), air.limited("9")), (format!("Bearer sk-{n}"), Next::Retry));
+            air.now_ms += 2;
+        }
+        assert_eq!((air.sent(), air.answer("200", &[], "")), ("Bearer sk-11".to_owned(), Next::Pass));
+        let tries = air.flight.tries(air.now_ms);
+        assert_eq!((tries.len(), tries[0].status, tries[11].status), (12, Some(429), Some(200)));
+        assert!(air.flight.may_have_been_sent());
+        let edits = air.answering.headers(&mut air.flight).unwrap();
+        assert!(edits.set.contains(&("x-keyward-attempts", "12".to_owned())));
+    }
+
+    #[test]
+    fn when_all_are_limited_the_soonest_is_told_and_nothing_is_charged() {
+        let mut air = Air::new(3, |_| {});
+        for (seconds, next) in [("30", Next::Retry), ("4", Next::Retry), ("60", Next::Pass)] {
+            air.sent();
+            assert_eq!(air.limited(seconds), next);
+        }
+        assert_eq!((air.refused(), air.flight.may_have_been_sent()), ((Code::PoolExhausted, Some(4_000)), false));
+        assert_eq!(air.answering.headers(&mut air.flight).unwrap_err().refusal.code, Code::PoolExhausted);
+        // Another request, a moment later: the provider is not asked at all.
+        let mut other = Air { shared: air.shared, now_ms: 2_500, ..Air::new(3, |_| {}) };
+        assert_eq!(other.begin(), Begun::Stop);
+        assert_eq!((other.refused(), other.flight.tries(0).len()), ((Code::PoolExhausted, Some(2_500)), 0));
+    }
+
+    #[test]
+    fn a_policy_may_let_it_wait_so_long_and_no_longer() {
+        let mut air = Air::new(2, |plan| plan.wait_ms = 5_000);
+        air.sent();
+        assert_eq!(air.limited("3"), Next::Retry);
+        air.sent();
+        assert_eq!(air.limited("4"), Next::Retry, "there is time for the first one again");
+        assert_eq!(air.begin(), Begun::Wait { until_ms: 4_000 });
+        air.now_ms = 4_000;
+        assert_eq!((air.sent(), air.limited("1")), ("Bearer sk-0".to_owned(), Next::Retry));
+        assert_eq!(air.begin(), Begun::Wait { until_ms: 5_000 });
+        air.now_ms = 5_000;
+        assert_eq!((air.sent(), air.limited("1")), ("Bearer sk-0".to_owned(), Next::Retry), "the second one is usable");
+        assert_eq!((air.sent(), air.limited("2")), ("Bearer sk-1".to_owned(), Next::Retry));
+        air.now_ms = 6_000;
+        assert_eq!((air.sent(), air.limited("3")), ("Bearer sk-0".to_owned(), Next::Pass), "5 s are over before the next one is usable");
+        assert_eq!(air.refused().0, Code::PoolExhausted);
+        let mut late = Air { shared: air.shared, now_ms: 5_000, ..Air::new(1, |plan| plan.wait_ms = 500) };
+        late.ring.cool(&late.shared, At { provider: "openai", model: "gpt-4o" }, &late.flight.pool()[0].clone(), limit(9_000), 5_000);
+        assert_eq!(late.begin(), Begun::Stop, "longer than the policy lets it");
+    }
+
+    fn limit(wait_ms: u64) -> crate::verdict::Verdict {
+        crate::verdict::Verdict { state: State::RateLimited, scope: crate::verdict::Scope::Model, wait_ms, told: true }
+    }
+
+    #[test]
+    fn what_is_tried_again_and_what_is_not() {
+        let quota = r#"{"error":{"code":"insufficient_quota","message":"You exceeded your current quota"}}"#;
+        for (status, body, next) in [
+            ("429", quota, Next::Retry),
+            ("401", r#"{"error":{"code":"invalid_api_key"}}"#, Next::Retry),
+            ("403", "", Next::Retry),
+            ("529", r#"{"type":"error","error":{"type":"overloaded_error"}}"#, Next::Pass),
+            ("503", "", Next::Pass),
+            ("500", "", Next::Pass),
+            ("400", r#"{"error":{"message":"bad"}}"#, Next::Pass),
+            ("404", "", Next::Pass),
+            ("200", "", Next::Pass),
+        ] {
+            let mut air = Air::new(2, |_| {});
+            air.sent();
+            assert_eq!(air.answer(status, &[], body), next, "{status} {body}");
+            assert_eq!(air.flight.may_have_been_sent(), next == Next::Pass);
+            assert!(air.flight.refusal().is_none());
+        }
+    }
+
+    #[test]
+    fn a_rejected_credential_is_not_the_callers_fault() {
+        let mut air = Air::new(1, |_| {});
+        air.sent();
+        assert_eq!(air.answer("401", &[], ""), Next::Pass);
+        let refused = air.answering.headers(&mut air.flight).unwrap_err();
+        assert_eq!(refused.answer().status, 502);
+        // Envoy's own 401 would not be the provider's.
+        let mut own = Air::new(1, |_| {});
+        own.sent();
+        assert!(own.answering.headers(&mut own.flight).is_ok());
+    }
+
+    #[test]
+    fn connections_that_never_came_about_cost_nothing_and_end() {
+        let mut air = Air::new(2, |_| {});
+        for _ in 0..MAX_UNCONNECTED {
+            assert_eq!(air.sent(), "Bearer sk-0", "the key is as good as before");
+        }
+        assert_eq!(air.begin(), Begun::Stop);
+        assert_eq!((air.refused().0, air.flight.may_have_been_sent()), (Code::ProviderUnreachable, false));
+        // Of a try that was sent and never answered nobody knows: it keeps its charge, whatever was tried before.
+        let mut unknown = Air::new(2, |_| {});
+        unknown.sent();
+        unknown.limited("1");
+        unknown.sent();
+        unknown.flight.try_is_over(&mut unknown.ring);
+        assert!(unknown.flight.may_have_been_sent() && !unknown.flight.was_answered());
+        assert_eq!(unknown.flight.status(), None);
+    }
+
+    #[test]
+    fn what_cannot_be_sent_again_is_said_so() {
+        let mut air = Air::new(2, |_| {});
+        air.flight.cannot_be_replayed();
+        air.sent();
+        assert_eq!(air.limited("1"), Next::Pass);
+        assert!(air.flight.refusal().unwrap().message.contains("too large"));
     }
 }

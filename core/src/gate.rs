@@ -470,7 +470,7 @@ pub fn cluster(provider: &Provider) -> &'static str {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::attempt::{Begun, Clocks, Next, RequestEdits};
     use crate::edge::{PlanCredential, PlanTarget, Secret};
@@ -509,7 +509,7 @@ mod tests {
         asking_at(extra, body).unwrap().admit_request(VmId([1; 16]), String::new(), false).ask
     }
 
-    fn plan(clamp: Option<u64>) -> Plan {
+    pub(crate) fn plan(clamp: Option<u64>) -> Plan {
         let credential = PlanCredential { id: "cred_a".into(), secret: Secret("sk-real".into()), account: None };
         let target = PlanTarget { provider: "openai".into(), model: Some("gpt-4o".into()), credentials: vec![credential] };
         Plan {
@@ -532,7 +532,7 @@ mod tests {
         admitted_at(&[], body, plan(None))
     }
 
-    fn admitted_at(extra: &[(&str, &str)], body: &str, plan: Plan) -> Admitted {
+    pub(crate) fn admitted_at(extra: &[(&str, &str)], body: &str, plan: Plan) -> Admitted {
         match asking_at(extra, body).unwrap().answered(Some(AdmitAnswer { plan: Some(plan), ..AdmitAnswer::default() })).unwrap() {
             Decided::Forward(admitted) => *admitted,
             Decided::Answer(told) => panic!("{told:?}"),

@@ -257,3 +257,226 @@ impl Keyring {
         &mut self.rooms
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::edge::Secret;
+    use crate::ring::shared::Shared;
+    use crate::verdict::Left;
+    use proptest::prelude::*;
+    #[cfg(target_arch = "wasm32")]
+    use wasm_bindgen_test::wasm_bindgen_test as test;
+
+    const AT: At<'_> = At { provider: "openai", model: "gpt-4o" };
+
+    fn pool(ids: &[&str]) -> Vec<PlanCredential> {
+        ids.iter().map(|id| PlanCredential { id: (*id).to_owned(), secret: Secret(format!("sk-{id}")), account: None }).collect()
+    }
+
+    fn limited(wait_ms: u64, told: bool) -> Verdict {
+        Verdict { state: State::RateLimited, scope: Scope::Model, wait_ms, told }
+    }
+
+    fn choose(ring: &mut Keyring, shared: &Shared, pool: &[PlanCredential], now_ms: u64) -> Result<usize, Option<Unusable>> {
+        let chosen = ring.choose(shared, AT, pool, &[], false, now_ms);
+        if let Ok(place) = chosen {
+            ring.done(pool[place].account());
+        }
+        chosen
+    }
+
+    #[test]
+    fn a_key_cooled_by_one_vm_is_cooled_for_all_at_once_until_its_time() {
+        let shared = Shared::default();
+        let (mut one, mut other) = (Keyring::default(), Keyring::default());
+        let two = pool(&["a", "b"]);
+        one.cool(&shared, AT, &two[0], limited(5_000, true), 1_000);
+        for now_ms in [1_000, 3_000, 5_999] {
+            for _ in 0..4 {
+                assert_eq!(choose(&mut other, &shared, &two, now_ms), Ok(1));
+            }
+        }
+        assert!((0..4).any(|_| choose(&mut other, &shared, &two, 6_000) == Ok(0)), "its time is over");
+        let alone = &two[..1];
+        let wait = Unusable { wait_ms: 4_000, state: State::RateLimited };
+        assert_eq!(choose(&mut other, &shared, alone, 2_000), Err(Some(wait)));
+        // Another model of the same account, and the VM's successor after a trap.
+        let at = At { model: "gpt-4o-mini", ..AT };
+        assert_eq!(Keyring::default().choose(&shared, at, alone, &[], false, 2_000), Ok(0));
+        assert_eq!(choose(&mut Keyring::default(), &shared, alone, 2_000), Err(Some(wait)));
+    }
+
+    /// "never shortened by an older answer", and the worse state stands.
+    #[test]
+    fn the_longer_deadline_and_the_worse_state_win() {
+        let shared = Shared::default();
+        let mut ring = Keyring::default();
+        let one = pool(&["a"]);
+        let wait = |ring: &mut Keyring, now_ms| choose(ring, &shared, &one, now_ms).unwrap_err().map(|u| (u.state, u.wait_ms));
+        ring.cool(&shared, AT, &one[0], limited(30_000, true), 0);
+        ring.cool(&shared, AT, &one[0], limited(2_000, true), 100);
+        assert_eq!(wait(&mut ring, 1_000), Some((State::RateLimited, 29_000)));
+        let spent = Verdict { state: State::Exhausted, scope: Scope::Model, wait_ms: 600_000, told: false };
+        ring.cool(&shared, AT, &one[0], spent, 1_000);
+        ring.cool(&shared, AT, &one[0], limited(900_000, true), 2_000);
+        assert_eq!(wait(&mut ring, 2_000), Some((State::Exhausted, 599_000)));
+    }
+
+    #[test]
+    fn scopes_reach_as_far_as_they_say() {
+        let shared = Shared::default();
+        let mut all = pool(&["a", "b", "c"]);
+        for credential in &mut all[..2] {
+            credential.account = Some("org/openai/shared".to_owned());
+        }
+        let usable = |ring: &mut Keyring, model| -> Vec<usize> {
+            let at = At { model, ..AT };
+            (0..3).filter(|n| ring.look(&shared, at, &all[*n..=*n], &[], 10).is_ok()).collect()
+        };
+        let mut ring = Keyring::default();
+        assert_eq!(usable(&mut ring, "gpt-4o"), [0, 1, 2]);
+        ring.cool(&shared, AT, &all[0], limited(1_000, true), 0);
+        assert_eq!((usable(&mut ring, "gpt-4o"), usable(&mut ring, "o3")), (vec![2], vec![0, 1, 2]), "the account's limit of one model");
+        ring.cool(&shared, AT, &all[2], Verdict { state: State::Rejected, scope: Scope::Credential, wait_ms: 1_000, told: false }, 0);
+        assert_eq!((usable(&mut ring, "gpt-4o"), usable(&mut ring, "o3")), (vec![], vec![0, 1]));
+        ring.cool(&shared, AT, &all[1], Verdict { state: State::Exhausted, scope: Scope::Account, wait_ms: 1_000, told: true }, 0);
+        assert_eq!(usable(&mut ring, "o3"), [0; 0], "an account without money has none for any model");
+    }
+
+    #[test]
+    fn one_overloaded_answer_stops_nothing_unless_the_provider_asks_for_time() {
+        let shared = Shared::default();
+        let (mut ring, all) = (Keyring::default(), pool(&["a", "b"]));
+        let overloaded = |told| Verdict { state: State::Overloaded, scope: Scope::Provider, wait_ms: 3_000, told };
+        ring.cool(&shared, AT, &all[0], overloaded(false), 0);
+        assert!(choose(&mut ring, &shared, &all, 1).is_ok());
+        assert_eq!(ring.report(1).len(), 1, "it is told all the same");
+        ring.cool(&shared, AT, &all[0], overloaded(true), 0);
+        assert_eq!(choose(&mut ring, &shared, &all, 1), Err(Some(Unusable { wait_ms: 2_999, state: State::Overloaded })));
+    }
+
+    #[test]
+    fn after_a_guess_one_request_probes_and_the_others_wait() {
+        let shared = Shared::default();
+        let (mut one, mut other, alone) = (Keyring::default(), Keyring::default(), pool(&["a"]));
+        one.cool(&shared, AT, &alone[0], limited(2_000, false), 0);
+        assert_eq!(choose(&mut one, &shared, &alone, 2_000), Ok(0), "the probe");
+        assert!(choose(&mut other, &shared, &alone, 2_001).is_err());
+        assert!(choose(&mut one, &shared, &alone, 2_001).is_err());
+        // It works: all may go on. A try that had begun before the state was found out says nothing.
+        other.worked(&shared, AT, &alone[0], 0, 2_100);
+        assert!(choose(&mut one, &shared, &alone, 2_101).is_err());
+        other.worked(&shared, AT, &alone[0], 2_000, 2_100);
+        assert_eq!((choose(&mut one, &shared, &alone, 2_101), choose(&mut other, &shared, &alone, 2_101)), (Ok(0), Ok(0)));
+        // It does not: the next one is a while later.
+        one.cool(&shared, AT, &alone[0], limited(2_000, false), 3_000);
+        assert_eq!(choose(&mut one, &shared, &alone, 5_000), Ok(0));
+        one.cool(&shared, AT, &alone[0], limited(2_000, false), 5_010);
+        assert!(choose(&mut other, &shared, &alone, 7_000).is_err());
+        assert_eq!(choose(&mut other, &shared, &alone, 7_010), Ok(0));
+        // A probe that never comes back is not waited for for ever.
+        assert_eq!(choose(&mut one, &shared, &alone, 7_010 + table::PROBE_MS), Ok(0));
+    }
+
+    #[test]
+    fn the_account_that_has_most_left_is_taken() {
+        let shared = Shared::default();
+        let (mut one, mut other, all) = (Keyring::default(), Keyring::default(), pool(&["a", "b", "c"]));
+        let left = |limit, remaining| Some(Left { limit: Some(limit), remaining, reset_ms: Some(60_000) });
+        let room = |requests, tokens| Room { requests: left(100, requests), tokens: left(10_000, tokens) };
+        for (place, room) in [room(10, 9_000), room(80, 100), room(50, 5_000)].into_iter().enumerate() {
+            one.has_left(&shared, AT, &all[place], room, true, 0);
+        }
+        assert!((0..5).all(|_| choose(&mut other, &shared, &all, 10) == Ok(2)));
+        // What runs already counts as taken: of 50 places 42 run, so the one with ten has more.
+        let running: Vec<usize> = (0..60).map(|_| other.choose(&shared, AT, &all, &[], false, 10).unwrap()).collect();
+        assert!(running[..40].iter().all(|place| *place == 2) && running.contains(&0), "{running:?}");
+        // Nothing left, and nothing else usable: it is tried rather than refused.
+        one.has_left(&shared, AT, &all[0], room(0, 0), true, 20);
+        assert_eq!(choose(&mut one, &shared, &all[..1], 30), Ok(0));
+        // Figures of a window that is over say nothing.
+        let later: std::collections::HashSet<usize> = (0..6).map(|_| choose(&mut one, &shared, &all, 70_000).unwrap()).collect();
+        assert!(later.len() > 1, "{later:?}");
+        assert_eq!(other.choose(&shared, AT, &all, &[], true, 10), Ok(0), "a sticky choice asks nobody");
+    }
+
+    /// Without figures, a crowd spreads over all accounts.
+    #[test]
+    fn equals_share() {
+        let shared = Shared::default();
+        let (mut ring, all) = (Keyring::default(), pool(&["a", "b", "c", "d"]));
+        let mut taken = [0; 4];
+        for _ in 0..40 {
+            taken[ring.choose(&shared, AT, &all, &[], false, 0).unwrap()] += 1;
+        }
+        assert_eq!(taken, [10; 4]);
+    }
+
+    #[test]
+    fn news_goes_out_once_and_comes_in_from_others() {
+        let shared = Shared::default();
+        let (mut ring, one) = (Keyring::default(), pool(&["a"]));
+        ring.cool(&shared, AT, &one[0], Verdict { state: State::Rejected, scope: Scope::Credential, wait_ms: 86_400_000, told: false }, 0);
+        let report = ring.report(1_000);
+        let expected = Cooled { name: "c/a".into(), state: Some(State::Rejected), ms: 86_399_000, probe: true };
+        assert_eq!((report.as_slice(), ring.report(1_000).len()), ([expected].as_slice(), 0));
+        ring.not_reported(report, 1_000);
+        assert_eq!(ring.report(1_000).len(), 1, "a report that did not arrive is made again");
+
+        let elsewhere = Shared::default();
+        let mut far = Keyring::default();
+        far.heard(&elsewhere, &[Cooled { name: "m/a/gpt-4o".into(), state: Some(State::RateLimited), ms: 700, probe: false }], 50);
+        assert_eq!(choose(&mut far, &elsewhere, &one, 100), Err(Some(Unusable { wait_ms: 650, state: State::RateLimited })));
+        far.heard(&elsewhere, &[Cooled { name: "m/a/gpt-4o".into(), state: None, ms: 0, probe: false }], 100);
+        assert_eq!(choose(&mut far, &elsewhere, &one, 100), Ok(0));
+    }
+
+    #[test]
+    fn a_name_is_the_callers_and_the_table_stays_small() {
+        let shared = Shared::default();
+        let (mut ring, one) = (Keyring::default(), pool(&["a"]));
+        let long = "x".repeat(1_000_000);
+        ring.cool(&shared, At { model: &long, ..AT }, &one[0], limited(10_000, true), 0);
+        assert!(ring.look(&shared, At { model: &long, ..AT }, &one, &[], 1).is_err());
+        for n in 0..2_000 {
+            ring.cool(&shared, At { model: &format!("model {n}\n\"\u{7f}"), ..AT }, &one[0], limited(20_000 + n, true), 0);
+        }
+        assert!(shared.read(TABLE).unwrap().0.len() < 200_000);
+        assert!(ring.look(&shared, At { model: "model 1999\n\"\u{7f}", ..AT }, &one, &[], 1).is_err());
+        shared.write(TABLE, b"\xff{garbage", 0);
+        assert_eq!(choose(&mut ring, &shared, &one, 1), Ok(0), "what can't be read keeps nobody from anything");
+    }
+
+    proptest! {
+        /// Whatever happens, in whatever order and by however many VMs: no credential is chosen that some VM has been told to
+        /// leave alone, and where a choice is refused every credential has a reason, whose end is named.
+        #[test]
+        fn no_vm_uses_what_another_has_cooled(steps in prop::collection::vec((0..3usize, 0..4usize, 0..5u8, 1..5_000u64), 1..80)) {
+            let shared = Shared::default();
+            let all = pool(&["a", "b", "c", "d"]);
+            let mut rings = [Keyring::default(), Keyring::default(), Keyring::default()];
+            let mut until = [0u64; 4];
+            let mut now_ms = 0;
+            for (vm, place, what, ms) in steps {
+                let ring = &mut rings[vm];
+                match what {
+                    0 | 1 => {
+                        ring.cool(&shared, AT, &all[place], limited(ms, true), now_ms);
+                        until[place] = until[place].max(now_ms + ms);
+                    }
+                    2 => now_ms += ms,
+                    // An answer to a try that began before any of this.
+                    3 => ring.worked(&shared, AT, &all[place], 0, now_ms),
+                    _ => match choose(ring, &shared, &all, now_ms) {
+                        Ok(chosen) => prop_assert!(until[chosen] <= now_ms, "{chosen} is cooled until {}, it is {now_ms}", until[chosen]),
+                        Err(unusable) => {
+                            let first = until.iter().min().copied().unwrap_or_default();
+                            prop_assert_eq!(unusable.map(|unusable| now_ms + unusable.wait_ms), Some(first));
+                        }
+                    },
+                }
+            }
+        }
+    }
+}

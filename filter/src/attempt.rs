@@ -1,9 +1,12 @@
 //! The attempt: Envoy's callbacks of one try, on the provider cluster's own filter chain.
 
+use crate::gate::send;
 use crate::host::{self, Buffer, Map};
+use crate::metrics;
 use crate::settlements::ProcessData;
-use crate::vm::{SharedFlight, Vm, vm};
+use crate::vm::{REASON, SharedFlight, Vm, vm};
 use keyward_core::attempt::{Begun, MAX_ERROR_BODY, Next, RequestEdits};
+use keyward_core::gate::Refused;
 use keyward_core::operation::Dialect;
 use keyward_core::refusal::{Code, Refusal};
 use proxy_wasm::traits::{Context, HttpContext};
@@ -33,9 +36,11 @@ pub struct Paused {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Direction {
+pub enum Direction {
     /// No credential is usable yet.
     Request,
+    /// The same, and the try is the gate's own.
+    Own,
     /// The body of an error has not come.
     Response,
 }
@@ -46,15 +51,14 @@ impl AttemptStream {
     }
 
     fn pause(&self, flight: &SharedFlight, until_ms: u64, on: Direction) {
-        let paused = Paused { context: self.context, flight: flight.clone(), until_ms, on };
-        self.vm.paused.borrow_mut().push(paused);
+        pause(&self.vm, self.context, flight, until_ms, on);
     }
 
     /// The answer can be judged. `Pass` goes on with whatever it is.
     fn judge(&mut self, body: &[u8]) {
         self.reads_body = false;
         if let Some(flight) = &self.flight {
-            judge(&self.vm, flight, body);
+            judge_for_router(&self.vm, flight, body);
         }
     }
 }
@@ -66,16 +70,19 @@ impl HttpContext for AttemptStream {
         self.flight = self.vm.flight_of_stream();
         let Some(flight) = self.flight.clone() else {
             // No permit, or a VM that was reloaded under the request: nothing leaves.
-            refuse();
+            refuse(None);
             return Action::Pause;
         };
-        match begin(&self.vm, &flight) {
-            Some(until_ms) => {
+        match begin(&self.vm, &flight, Direction::Request) {
+            Start::Sent => Action::Continue,
+            Start::Wait(until_ms) => {
                 self.pause(&flight, until_ms, Direction::Request);
                 Action::Pause
             }
-            None if flight.borrow().refusal().is_some() => Action::Pause,
-            None => Action::Continue,
+            Start::Stopped => {
+                refuse(flight.borrow().refused());
+                Action::Pause
+            }
         }
     }
 
@@ -132,48 +139,82 @@ impl HttpContext for AttemptStream {
     }
 }
 
-/// Begins a try on the request in hand. Gives the time to look again, if it has to wait.
-fn begin(vm: &Vm, flight: &SharedFlight) -> Option<u64> {
+/// Lets a stream stand still until a time.
+pub fn pause(vm: &Vm, context: u32, flight: &SharedFlight, until_ms: u64, on: Direction) {
+    vm.paused.borrow_mut().push(Paused { context, flight: flight.clone(), until_ms, on });
+}
+
+/// How a try has begun.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Start {
+    Sent,
+    /// Until when to wait.
+    Wait(u64),
+    /// The flight says why.
+    Stopped,
+}
+
+/// Begins a try on the request in hand, which the gate makes itself or an attempt of its own.
+pub fn begin(vm: &Vm, flight: &SharedFlight, on: Direction) -> Start {
     let map = host::headers(Map::RequestHeaders);
     let begun = flight.borrow_mut().begin(&mut vm.keyring.borrow_mut(), &ProcessData, &map.pairs(), host::monotonic_ms());
     match begun {
+        Begun::Go(edits) if write(&edits, on) => Start::Sent,
+        Begun::Wait { until_ms } => Start::Wait(until_ms),
         // Headers that could not be written: nothing leaves.
-        Begun::Go(edits) if write(&edits) => None,
-        Begun::Wait { until_ms } => Some(until_ms),
         Begun::Go(_) => {
             flight.borrow_mut().give_up(Refusal::new(Code::PolicyUnavailable, "the request could not be forwarded; nothing left"));
-            refuse();
-            None
+            Start::Stopped
         }
-        Begun::Stop => {
-            refuse();
-            None
-        }
+        Begun::Stop => Start::Stopped,
     }
 }
 
-/// Judges the answer in hand and marks it for the router, if another try is to be made.
-fn judge(vm: &Vm, flight: &SharedFlight, body: &[u8]) {
+/// Judges the answer in hand.
+pub fn judge(vm: &Vm, flight: &SharedFlight, body: &[u8]) -> Next {
     let map = host::headers(Map::ResponseHeaders);
-    let next = flight.borrow_mut().judge(&mut vm.keyring.borrow_mut(), &ProcessData, &map.pairs(), body, host::clocks());
-    if next == Next::Retry {
+    flight.borrow_mut().judge(&mut vm.keyring.borrow_mut(), &ProcessData, &map.pairs(), body, host::clocks())
+}
+
+/// Judges the answer in hand and marks it for the router, if another try is to be made.
+fn judge_for_router(vm: &Vm, flight: &SharedFlight, body: &[u8]) {
+    if judge(vm, flight, body) == Next::Retry {
         host::set_header(Map::ResponseHeaders, RETRY, "1");
     }
 }
 
-/// Ends the try where it is. What the caller is told is the gate's to say.
-fn refuse() {
-    let refusal = Refusal::new(Code::PolicyUnavailable, "this request was not admitted").retry_after(1);
-    let answer = refusal.answer(Dialect::OpenAi, "");
-    let headers: Vec<(&str, &str)> = answer.headers.iter().map(|(n, v)| (*n, v.as_str())).collect();
-    host::send_response(answer.status, &headers, &answer.body);
+/// Refuses a request that waited.
+fn stop(paused: &Paused) {
+    let refused = paused.flight.borrow().refused();
+    if let (Direction::Own, Some(refused)) = (paused.on, &refused) {
+        // The gate sees its own answer pass, and must not answer again.
+        paused.flight.borrow_mut().tell();
+        let code = refused.refusal.code.name();
+        metrics::refused(code);
+        host::set_filter_state(REASON, code);
+    }
+    refuse(refused);
 }
 
-fn write(edits: &RequestEdits) -> bool {
-    for name in &edits.remove {
+/// Ends the try where it is. Downstream, the gate sees the answer pass and says the same.
+fn refuse(refused: Option<Refused>) {
+    let answer = refused.map_or_else(
+        || Refusal::new(Code::PolicyUnavailable, "this request was not admitted").retry_after(1).answer(Dialect::OpenAi, ""),
+        |refused| refused.answer(),
+    );
+    send(&answer);
+}
+
+/// Puts the headers of a try into the request in hand.
+fn write(edits: &RequestEdits, on: Direction) -> bool {
+    // Without it the router finds no route; the route takes it out.
+    const ROUTED_BY: &[u8] = b"x-forwarded-proto";
+    for name in edits.remove.iter().filter(|name| on != Direction::Own || *name != ROUTED_BY) {
         host::remove_header(Map::RequestHeaders, name);
     }
-    edits.set.iter().all(|(name, value)| host::set_header(Map::RequestHeaders, name, value))
+    let written = edits.set.iter().all(|(name, value)| host::set_header(Map::RequestHeaders, name, value));
+    // The gate's own try goes where its host leads: in a mesh, routes are by host.
+    written && (on != Direction::Own || host::clear_route_cache())
 }
 
 /// Called on every tick, after all that is done in the root's own name: tries go on whose time has come.
@@ -189,17 +230,17 @@ pub fn tick(vm: &Vm, root: u32) {
             continue;
         }
         match paused.on {
-            Direction::Request => match begin(vm, &paused.flight) {
-                Some(until_ms) => {
+            Direction::Request | Direction::Own => match begin(vm, &paused.flight, paused.on) {
+                Start::Sent => host::resume_request(),
+                Start::Wait(until_ms) => {
                     paused.until_ms = until_ms;
                     vm.paused.borrow_mut().push(paused);
                 }
-                None if paused.flight.borrow().refusal().is_some() => {}
-                None => host::resume_request(),
+                Start::Stopped => stop(&paused),
             },
             Direction::Response => {
                 if !paused.flight.borrow().is_judged() {
-                    judge(vm, &paused.flight, b"");
+                    judge_for_router(vm, &paused.flight, b"");
                     host::resume_response();
                 }
             }

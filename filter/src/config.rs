@@ -3,6 +3,7 @@
 use keyward_core::gate::Limits;
 use keyward_core::watch::POLL_TIMEOUT_MS;
 use serde::Deserialize;
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 /// What to do with a request that carries no virtual key.
@@ -56,6 +57,16 @@ impl TryFrom<String> for Span {
     }
 }
 
+/// Who tries again when a provider has turned a try away.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Rotation {
+    /// Envoy's router; each provider cluster has the attempt as its upstream filter. Answers stream.
+    Router,
+    /// The gate, by callouts; nothing but the listener is changed. What was rotated comes whole.
+    Callout,
+}
+
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
@@ -70,6 +81,13 @@ pub struct Config {
     /// Streams that one worker has open at a time, agents without a valid key included.
     pub max_streams: u64,
     pub on_lost_watch: OnLostWatch,
+    pub rotation: Rotation,
+    /// Envoy's clusters by provider, where they don't have the provider's name. Only for `rotation: callout`: callouts go there.
+    pub clusters: BTreeMap<String, String>,
+    /// Longest that a callout to a provider may take, in milliseconds.
+    pub callout_timeout_ms: u64,
+    /// Bodies of up to so many bytes are sent again; of larger ones there is one try.
+    pub max_replay_bytes: u64,
 }
 
 impl Default for Config {
@@ -82,6 +100,10 @@ impl Default for Config {
             max_waiting_bytes: 256 * 1024 * 1024,
             max_streams: 10_000,
             on_lost_watch: OnLostWatch::Finish,
+            rotation: Rotation::Router,
+            clusters: BTreeMap::new(),
+            callout_timeout_ms: 600_000,
+            max_replay_bytes: 10 * 1024 * 1024,
         }
     }
 }
@@ -97,6 +119,15 @@ impl Config {
 
     pub fn limits(&self) -> Limits {
         Limits { max_body_bytes: self.max_body_bytes }
+    }
+
+    /// The cluster that callouts to a provider go to.
+    pub fn cluster<'a>(&'a self, provider: &'a str) -> &'a str {
+        self.clusters.get(provider).map_or(provider, String::as_str)
+    }
+
+    pub fn callout_timeout(&self) -> Duration {
+        Duration::from_millis(self.callout_timeout_ms)
     }
 
     pub fn admit_timeout(&self) -> Duration {

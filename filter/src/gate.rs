@@ -1,7 +1,13 @@
 //! The gate: Envoy's callbacks of a downstream stream, turned into the stages of `keyward_core::gate`.
 
+mod own;
+
+use self::own::Own;
+use crate::attempt::{self, Direction, Start};
+use crate::config::Rotation;
 use crate::host::{self, Buffer, Map};
 use crate::metrics;
+use crate::replay::Replay;
 use crate::vm::{FLIGHT, KEY, REASON, SharedFlight, TARGET, Vm, vm};
 use crate::watching::Running;
 use keyward_core::body::{Splice, splice_piece, spliced_length};
@@ -32,6 +38,8 @@ enum Stage {
         flight: SharedFlight,
         id: RequestId,
         replaced: bool,
+        /// The tries are the gate's own.
+        own: Option<Box<Own>>,
     },
     /// Refused, or already settled.
     Over,
@@ -153,13 +161,18 @@ impl GateStream {
         let id = admitted.permit.id();
         let cluster = gate::cluster(admitted.permit.target().provider);
         let expires_ms = admitted.permit.plan().expires_ms;
+        let config = self.vm.config();
+        let calls_out = config.rotation == Rotation::Callout;
+        let length = spliced_length(admitted.body_bytes, &admitted.splices);
+        let replayable = length <= config.max_replay_bytes;
         let ready = write_body(&admitted.splices, admitted.body_bytes, self.announced)
             && host::set_filter_state(KEY, &admitted.permit.plan().key)
             && host::set_filter_state(FLIGHT, id.to_string())
             && host::set_filter_state(TARGET, cluster)
             && host::clear_route_cache();
         self.vm.wait_with(std::mem::take(&mut self.waiting), 0);
-        let (answering, flight) = admitted.forward(true);
+        let has_pool = admitted.permit.plan().targets.first().is_some_and(|target| target.credentials.len() > 1);
+        let (answering, flight) = admitted.forward(replayable);
         if !ready {
             // Nothing has left: the reservation goes back.
             self.settle(gate::void(id, 0, host::now_ms()));
@@ -171,8 +184,63 @@ impl GateStream {
             self.vm.watching.borrow_mut().sent(running, expires_ms);
         }
         let flight = self.vm.take_off(id, flight);
-        self.stage = Stage::Answering { answering: Box::new(answering), flight, id, replaced: false };
+        let mut own = None;
+        if calls_out {
+            let replay = if replayable && has_pool { Replay::keep(&self.vm, config.cluster(cluster), length) } else { None };
+            if replay.is_none() {
+                flight.borrow_mut().cannot_be_replayed();
+            }
+            own = Some(Box::new(Own::new(replay)));
+        }
+        self.stage = Stage::Answering { answering: Box::new(answering), flight: flight.clone(), id, replaced: false, own };
+        if calls_out {
+            match attempt::begin(&self.vm, &flight, Direction::Own) {
+                Start::Sent => {}
+                Start::Wait(until_ms) => return attempt::pause(&self.vm, self.context, &flight, until_ms, Direction::Own),
+                Start::Stopped => {
+                    self.refuse_flight();
+                    return;
+                }
+            }
+        }
         host::resume_request();
+    }
+
+    /// The headers of an answer that is for the caller.
+    fn show_headers(&mut self, end_of_stream: bool) -> Action {
+        let Stage::Answering { answering, flight, replaced, .. } = &mut self.stage else { return Action::Continue };
+        if *replaced {
+            return Action::Continue;
+        }
+        if flight.borrow().was_told() {
+            *replaced = true;
+            return Action::Continue;
+        }
+        // The try saw the same headers a moment ago; without it, Envoy made the answer up.
+        let edits = answering.headers(&mut flight.borrow_mut());
+        match edits {
+            Ok(edits) => {
+                for name in edits.remove {
+                    host::remove_header(Map::ResponseHeaders, name.as_bytes());
+                }
+                for (name, value) in edits.set {
+                    host::set_header(Map::ResponseHeaders, name, &value);
+                }
+                if end_of_stream {
+                    answering.ended();
+                }
+                match &self.running {
+                    Some(running) if end_of_stream => running.over(),
+                    Some(running) => running.shows(answering.has_events()),
+                    None => {}
+                }
+                Action::Continue
+            }
+            Err(refused) => {
+                *replaced = true;
+                self.refuse(&refused)
+            }
+        }
     }
 
     /// The tick has answered in the provider's place, or cut the stream: whatever comes is no more to be looked at.
@@ -185,7 +253,8 @@ impl GateStream {
     }
 }
 
-fn send(answer: &Answer) {
+/// Answers in the provider's place.
+pub fn send(answer: &Answer) {
     let headers: Vec<(&str, &str)> = answer.headers.iter().map(|(n, v)| (*n, v.as_str())).collect();
     host::send_response(answer.status, &headers, &answer.body);
 }
@@ -210,8 +279,14 @@ fn write_body(splices: &[Splice], length: u64, announced: bool) -> bool {
 }
 
 impl Context for GateStream {
-    fn on_http_call_response(&mut self, _token: u32, _headers: usize, body_size: usize, _trailers: usize) {
+    fn on_http_call_response(&mut self, token: u32, headers: usize, body_size: usize, _trailers: usize) {
         let ended = self.was_ended();
+        if let Stage::Answering { own: Some(own), .. } = &mut self.stage {
+            if own.replay.as_mut().is_some_and(|replay| replay.answered(token)) && !ended {
+                self.own_answered(headers > 0, body_size);
+            }
+            return;
+        }
         let (asking, since) = match self.take() {
             // A permit for a request that has been ended meanwhile is void.
             Stage::Asking { asking, since } if !ended => (asking, since),
@@ -322,40 +397,20 @@ impl HttpContext for GateStream {
         if self.was_ended() {
             return Action::Continue;
         }
-        let Stage::Answering { answering, flight, replaced, .. } = &mut self.stage else { return Action::Continue };
-        if *replaced {
-            return Action::Continue;
+        if matches!(self.stage, Stage::Answering { replaced: false, own: Some(_), .. })
+            && let Some(action) = self.judge_own(end_of_stream)
+        {
+            return action;
         }
-        // The attempt saw the same headers a moment ago; without it, Envoy made the answer up.
-        let edits = answering.headers(&mut flight.borrow_mut());
-        match edits {
-            Ok(edits) => {
-                for name in edits.remove {
-                    host::remove_header(Map::ResponseHeaders, name.as_bytes());
-                }
-                for (name, value) in edits.set {
-                    host::set_header(Map::ResponseHeaders, name, &value);
-                }
-                if end_of_stream {
-                    answering.ended();
-                }
-                match &self.running {
-                    Some(running) if end_of_stream => running.over(),
-                    Some(running) => running.shows(answering.has_events()),
-                    None => {}
-                }
-                Action::Continue
-            }
-            Err(refused) => {
-                *replaced = true;
-                self.refuse(&refused)
-            }
-        }
+        self.show_headers(end_of_stream)
     }
 
     fn on_http_response_body(&mut self, size: usize, end_of_stream: bool) -> Action {
         if self.was_ended() {
             return Action::Continue;
+        }
+        if let Some(action) = self.judge_own_body(size, end_of_stream) {
+            return action;
         }
         let Stage::Answering { answering, replaced: false, .. } = &mut self.stage else { return Action::Continue };
         let piece = if size == 0 { Vec::new() } else { host::buffer(Buffer::ResponseBody, 0, size).unwrap_or_default() };
@@ -412,7 +467,10 @@ impl HttpContext for GateStream {
                 }
                 self.settle(gate::void(asking.id(), self.elapsed_ms(), host::now_ms()));
             }
-            Stage::Answering { mut answering, flight, id, replaced } => {
+            Stage::Answering { mut answering, flight, id, replaced, own } => {
+                if let Some(replay) = own.and_then(|own| own.replay) {
+                    replay.let_go(&self.vm);
+                }
                 if let Some(code) = ending {
                     answering.break_off(code);
                 }

@@ -13,6 +13,7 @@ pub enum Map {
     RequestHeaders = 0,
     RequestTrailers = 1,
     ResponseHeaders = 2,
+    CallResponseHeaders = 6,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -264,7 +265,8 @@ pub fn reset_response() {
 }
 
 /// Answers in the provider's place.
-pub fn send_response(status: u16, headers: &[(&str, &str)], body: &str) -> bool {
+pub fn send_response(status: u16, headers: &[(&str, &str)], body: impl AsRef<[u8]>) -> bool {
+    let body = body.as_ref();
     let headers = serialize_pairs(headers);
     let details = "keyward";
     // SAFETY: the host copies everything during the call; -1 means no gRPC status.

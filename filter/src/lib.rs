@@ -9,6 +9,7 @@ mod gate;
 mod host;
 mod load;
 mod metrics;
+mod replay;
 mod settlements;
 mod vm;
 mod watching;

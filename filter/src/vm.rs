@@ -46,10 +46,14 @@ pub struct Vm {
     waiting_bytes: Cell<u64>,
     held_bytes: Cell<usize>,
     streams: Cell<u64>,
+    kept_bytes: Cell<u64>,
 }
 
 /// Bytes of answers that all streams of a VM may hold back together; beyond, answers pass unheld.
 const MAX_HELD: usize = 8 * 1024 * 1024;
+
+/// Bytes of request bodies that a VM keeps to send them again by itself; beyond, requests have one try.
+const MAX_KEPT: u64 = 20 * 1024 * 1024;
 
 thread_local! {
     static VM: Rc<Vm> = Rc::default();
@@ -125,6 +129,20 @@ impl Vm {
         let total = self.waiting_bytes.get().saturating_sub(before).saturating_add(after);
         self.waiting_bytes.set(total);
         total <= self.config().max_waiting_bytes
+    }
+
+    /// Takes room for a body that is kept; `false`: there is none.
+    pub fn keep(&self, bytes: u64) -> bool {
+        let total = self.kept_bytes.get().saturating_add(bytes);
+        let fits = total <= MAX_KEPT;
+        if fits {
+            self.kept_bytes.set(total);
+        }
+        fits
+    }
+
+    pub fn let_go(&self, bytes: u64) {
+        self.kept_bytes.set(self.kept_bytes.get().saturating_sub(bytes));
     }
 
     /// Counts a stream; `false` when the worker has as many as its memory is meant for.

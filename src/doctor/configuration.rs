@@ -74,6 +74,11 @@ impl Plugin {
         self.setting("policy_cluster").and_then(|v| v.as_str().map(str::to_owned)).unwrap_or_else(|| POLICY_CLUSTER.to_owned())
     }
 
+    /// The gate puts the credential in by itself: no cluster has an attempt.
+    pub fn calls_out(&self) -> bool {
+        self.setting("rotation").is_some_and(|rotation| rotation == "callout")
+    }
+
     /// Largest body, in bytes.
     pub fn max_body(&self) -> Option<u64> {
         self.setting("max_body_bytes")?.as_u64()

@@ -5,7 +5,9 @@ each key has really cost. What came of each is an Answer; nothing here knows wha
 """
 
 import asyncio
+import base64
 import json
+import random
 import time
 from dataclasses import dataclass, field
 
@@ -17,7 +19,8 @@ WHOLE_ENDS = (b"data: [DONE]", b"message_stop", b"response.completed")
 @dataclass(frozen=True)
 class Ask:
     """One request as a client means it. key: its id and token. leave: seconds after which the client is gone, counted from the
-    sending; leave_bytes: the same, by bytes of the answer's body."""
+    sending; leave_bytes: the same, by bytes of the answer's body. picture: bytes of one that the chat shows; headers: further ones, as
+    (name, value)."""
 
     key: tuple
     directive: str = "tokens=20"
@@ -26,9 +29,11 @@ class Ask:
     stream: bool = False
     n: int | None = None
     pad: int = 0
+    picture: int = 0
     leave: float | None = None
     leave_bytes: int | None = None
     more: dict = field(default_factory=dict)
+    headers: tuple = ()
 
     def wire(self, port):
         """The request's bytes."""
@@ -38,6 +43,11 @@ class Ask:
         headers = [f"authorization: Bearer {token}"]
         if self.model.startswith("text-embedding"):
             path, body["input"], body["user"] = "/v1/embeddings", content, key_id
+        elif self.picture:
+            url = f"data:image/png;base64,{base64.b64encode(random.Random(self.picture).randbytes(self.picture * 3 // 4)).decode()}"
+            parts = [{"type": "text", "text": content}, {"type": "image_url", "image_url": {"url": url}}]
+            path = "/v1/chat/completions"
+            body |= {"messages": [{"role": "user", "content": parts}], "user": key_id}
         elif self.model.startswith("claude"):
             path, headers = "/v1/messages", [f"x-api-key: {token}", "anthropic-version: 2023-06-01"]
             body |= {"messages": [{"role": "user", "content": content}], "metadata": {"user_id": key_id}, "max_tokens": self.max_tokens or 400}
@@ -51,6 +61,7 @@ class Ask:
         if self.n is not None:
             body["n"] = self.n
         data = json.dumps(body).encode()
+        headers += [f"{name}: {value}" for name, value in self.headers]
         head = [f"POST {path} HTTP/1.1", f"host: 127.0.0.1:{port}", *headers, "content-type: application/json", f"content-length: {len(data)}",
                 "connection: close"]
         return "\r\n".join(head).encode() + b"\r\n\r\n" + data
@@ -69,6 +80,8 @@ class Answer:
     whole: bool = False
     left: bool = False
     error: str | None = None
+    # When each piece of the body came, as the connection gave them.
+    arrivals: list = field(default_factory=list)
 
     @property
     def key_id(self):
@@ -118,6 +131,8 @@ class Exchange(asyncio.Protocol):
             length = self.answer.headers.get("content-length")
             self.expected = int(length) if length else None
             data, self.head = self.head[at + 4:], b""
+        if data:
+            self.answer.arrivals.append(time.time())
         self.seen += len(data)
         if len(self.answer.body) < KEPT:
             self.answer.body += data[:KEPT - len(self.answer.body)]

@@ -31,6 +31,12 @@ CREDENTIALS = [
 ]
 
 
+def pool(size, provider="openai", **limits):
+    """`size` credentials of one provider, each of an account of its own. limits: what the simulator's accounts have (rpm, window_ms ...)."""
+    start = {"openai": "sk-proj-", "anthropic": "sk-ant-api03-"}[provider]
+    return [{"id": f"{provider}-{n}", "provider": provider, "secret": f"{start}Pool{n:03}Rv9Kq3Wz7Ty5Bx1Md8Hc6Nf", **limits} for n in range(1, size + 1)]
+
+
 TAKEN = set()
 
 
@@ -136,11 +142,13 @@ class Part:
 class Simulator(Part):
     """The provider, and the oracle."""
 
+    credentials = CREDENTIALS
+
     def start(self, *options):
         self.spawn([SIM_BIN, "--listen", "127.0.0.1:0", "--control", "127.0.0.1:0", *options], stdout=subprocess.PIPE)
         ready = self.ready_line()
         self.api, self.control, self.ca = ready["api"], ready["control"], ready["ca"]
-        self.put("/control/credentials", CREDENTIALS)
+        self.put("/control/credentials", self.credentials)
 
     def request(self, method, path, body=None):
         status, _, data = call(self.control, method, path, body)
@@ -155,6 +163,10 @@ class Simulator(Part):
 
     def fault(self, sim, count=1, **where):
         self.request("POST", "/control/faults", {"sim": sim, "count": count, **where})
+
+    def patch(self, credential, **changes):
+        """Changes what a credential meets: `state`, `limited_for_ms`, limits of its account."""
+        self.request("PATCH", f"/control/credentials/{credential}", changes)
 
     def totals(self):
         return self.get("/control/totals")
@@ -179,20 +191,25 @@ class Stack:
     """One Envoy, one policy service, one simulator."""
 
     def __init__(self, directory=None, concurrency=1, hold_ttl=3900, sim_options=(), render_options=(), envoy_bin=None, envoy_minor=40,
-                 filter_module=None, service_env=None):
+                 filter_module=None, service_env=None, credentials=None, rotation="router"):
+        """credentials: as the simulator takes them, all of them stored here as well; rotation: by whom a try is repeated."""
         self.owned = directory is None
         self.directory = Path(directory or tempfile.mkdtemp(prefix="keyward-e2e-"))
         self.concurrency, self.hold_ttl = concurrency, hold_ttl
         self.sim_options, self.render_options = sim_options, render_options
         self.envoy_bin, self.envoy_minor = envoy_bin or ENVOY_BIN, envoy_minor
         self.filter_module, self.service_env = filter_module, service_env or {}
+        self.credentials, self.rotation = credentials or CREDENTIALS, rotation
+        # What the service calls each of them, by the simulator's name.
+        self.credential_ids = {}
         self.sim = Simulator("sim", self.directory)
+        self.sim.credentials = self.credentials
         self.service = Part("service", self.directory)
         self.envoy = Part("envoy", self.directory)
         self.edge_port, self.admin_port = free_port(), free_port()
         self.listen_port, self.envoy_admin_port = free_port(), free_port()
         self.admin_token = None
-        self.secrets = [c["secret"] for c in CREDENTIALS]
+        self.secrets = [c["secret"] for c in self.credentials]
         self.tokens = []
 
     # --- life ------------------------------------------------------------------------------------------------------
@@ -201,8 +218,9 @@ class Stack:
         try:
             self.sim.start(*self.sim_options)
             self.start_service()
-            for credential in CREDENTIALS:
-                self.admin("POST", "/v1/credentials", {"provider": credential["provider"], "label": credential["id"], "secret": credential["secret"]})
+            for credential in self.credentials:
+                spec = {name: credential[name] for name in ("provider", "secret", "account") if name in credential}
+                self.credential_ids[credential["id"]] = self.admin("POST", "/v1/credentials", {**spec, "label": credential["id"]})["id"]
             self.start_envoy()
         except BaseException:
             self.__exit__(*sys.exc_info())
@@ -243,7 +261,7 @@ class Stack:
             [KEYWARD_BIN, "envoy", "render", "--envoy", str(self.envoy_minor), *providers, *ca, "--listen", f"127.0.0.1:{self.listen_port}",
              "--envoy-admin", f"127.0.0.1:{self.envoy_admin_port}", "--policy", f"127.0.0.1:{self.edge_port}",
              "--edge-token-file", str(self.directory / "data/edge-token"), "--filter", str(module),
-             "--access-log", str(self.directory / "access.log"), *self.render_options], check=True, capture_output=True, text=True)
+             "--access-log", str(self.directory / "access.log"), "--rotation", self.rotation, *self.render_options], check=True, capture_output=True, text=True)
         config.write_text(rendered.stdout)
         self.spawn_envoy(config)
 

@@ -385,6 +385,14 @@ def refusal_findings(books, allowed=frozenset(LIMITS), unrecorded=frozenset(("po
             yield f"{answer.key_id}: {answer.req} was answered with {answer.status} and not admitted"
 
 
+def exact_findings(books):
+    """Each request was charged what it cost, to the nanodollar: for demand that nobody cuts short."""
+    charges, costs = books.charges(), books.costs()
+    for req in charges.keys() | costs.keys():
+        if charges.get(req, 0) != costs[req]:
+            yield f"{req} cost {costs[req]} and was charged {charges.get(req, 0)}, not the same"
+
+
 def all_findings(books, once=True, clock_is_true=True, allowed=frozenset(LIMITS)):
     """Every check of the books at rest."""
     return [*few(ends_findings(books, once)), *few(provider_findings(books, clock_is_true)), *few(cap_findings(books, clock_is_true)), *few(figure_findings(books)),

@@ -9,8 +9,8 @@ import pytest
 import trials
 from demand import Answer, Ask, all_at_once
 from harness import Stack
-from money import (Books, Party, all_findings, exact_limiter, least_within, mean_in_flight, most_in_flight, most_within, nanodollars, sample_findings, usd,
-                   window_start)
+from money import (Books, Party, all_findings, exact_findings, exact_limiter, least_within, mean_in_flight, most_in_flight, most_within, nanodollars,
+                   sample_findings, usd, window_start)
 
 
 def passes(trial):
@@ -209,6 +209,16 @@ def test_forged_books_are_found_out(forge, told):
     forge(books)
     found = all_findings(books)
     assert any(told in finding for finding in found), found
+
+
+def test_a_charge_that_is_not_the_cost_is_found_out():
+    """Only where every answer comes to its end: honest books may charge more than a cut stream has cost."""
+    books = honest()
+    assert list(exact_findings(books)) == ["2 cost 30 and was charged 40, not the same"]
+    books.calls[1]["cost_nanodollars"] = 40
+    assert list(exact_findings(books)) == []
+    books.calls.append(call("9", "a", 1))
+    assert list(exact_findings(books)) == ["9 cost 1 and was charged 0, not the same"]
 
 
 def test_a_late_settlement_is_one_only_where_it_is_expected():

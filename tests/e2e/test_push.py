@@ -23,13 +23,6 @@ def fleet():
         yield stack
 
 
-@pytest.fixture(scope="module")
-def one():
-    """One Envoy with one worker, to be broken."""
-    with Stack(concurrency=1) as stack:
-        yield stack
-
-
 @pytest.fixture
 def reader():
     with Reader() as reader:
@@ -39,7 +32,7 @@ def reader():
 @pytest.fixture(autouse=True)
 def nothing_left_that_must_not(request):
     yield
-    for name in ("fleet", "one"):
+    for name in ("fleet", "fresh"):
         if name in request.fixturenames:
             assert request.getfixturevalue(name).sim.totals()["violations"] == []
 
@@ -272,26 +265,26 @@ def test_a_permit_that_comes_after_the_revocation_is_void(reader, dialect):
         assert stack.last_seq() == seq
 
 
-def test_revoked_in_the_middle_of_a_run_of_short_requests(one):
-    key = one.new_key("50.00")
+def test_revoked_in_the_middle_of_a_run_of_short_requests(fresh):
+    key = fresh.new_key("50.00")
     stopped = threading.Event()
     results = []
 
     def ask():
         while not stopped.is_set():
-            results.append(one.chat(key[1], "[[sim tokens=2]]", timeout=10)[:2])
+            results.append(fresh.chat(key[1], "[[sim tokens=2]]", timeout=10)[:2])
 
     threads = [threading.Thread(target=ask) for _ in range(6)]
     for thread in threads:
         thread.start()
     wait_for("requests", lambda: len(results) > 40)
-    revoke(one, key[0])
+    revoke(fresh, key[0])
     stopped.set()
     for thread in threads:
         thread.join()
     assert {status for status, _ in results} <= {200, 401}
     assert {headers["x-keyward-reason"] for status, headers in results if status == 401} <= {"revoked"}
-    one.books(key[0])
+    fresh.books(key[0])
 
 
 # --- the SDKs ----------------------------------------------------------------------------------------------------------
@@ -324,46 +317,46 @@ def test_the_sdks_raise_it(fleet):
 # --- what can break meanwhile ------------------------------------------------------------------------------------------
 
 
-def test_a_revocation_just_before_the_service_is_killed_is_not_forgotten(one, reader):
+def test_a_revocation_just_before_the_service_is_killed_is_not_forgotten(fresh, reader):
     """The service dies with the news still in its memory, and is back: its first answer tells everything."""
     for _ in range(3):
-        key, bystander = one.new_key("50.00"), one.new_key("50.00")
-        stream, other = reader.open(one.listen_port, key), reader.open(one.listen_port, bystander)
+        key, bystander = fresh.new_key("50.00"), fresh.new_key("50.00")
+        stream, other = reader.open(fresh.listen_port, key), reader.open(fresh.listen_port, bystander)
         reader.wait_flowing([stream, other])
         # The gate hears nothing until after the restart: its question is held by a service that stands still, and then dies.
-        revoke(one, key[0])
-        one.service.kill()
-        one.start_service()
+        revoke(fresh, key[0])
+        fresh.service.kill()
+        fresh.start_service()
         reader.wait_closed([stream])
         assert stream.ended_by() == "revoked" and not other.closed
-        revoke(one, bystander[0])
+        revoke(fresh, bystander[0])
         reader.wait_closed([other])
         assert other.ended_by() == "revoked"
-        assert ends_of(one, key[0])[2] == ["ended:revoked"]
+        assert ends_of(fresh, key[0])[2] == ["ended:revoked"]
 
 
-def test_a_service_that_is_away_is_asked_again_and_not_in_a_spin(one, reader):
-    key = one.new_key("50.00")
-    stream = reader.open(one.listen_port, key)
+def test_a_service_that_is_away_is_asked_again_and_not_in_a_spin(fresh, reader):
+    key = fresh.new_key("50.00")
+    stream = reader.open(fresh.listen_port, key)
     reader.wait_flowing([stream])
-    one.service.kill()
-    before = one.stats("keyward_watch_polls_total")["wasmcustom.keyward_watch_polls_total"]
+    fresh.service.kill()
+    before = fresh.stats("keyward_watch_polls_total")["wasmcustom.keyward_watch_polls_total"]
     time.sleep(3)
-    asked = one.stats("keyward_watch_polls_total")["wasmcustom.keyward_watch_polls_total"] - before
+    asked = fresh.stats("keyward_watch_polls_total")["wasmcustom.keyward_watch_polls_total"] - before
     # Every half second; a spin would be thousands.
     assert 2 <= asked <= 20
     assert not stream.closed, "by default streams finish"
-    one.start_service()
-    revoke(one, key[0])
+    fresh.start_service()
+    revoke(fresh, key[0])
     reader.wait_closed([stream])
     assert stream.ended_by() == "revoked"
 
 
-def test_the_service_stops_at_once_although_questions_are_held(one):
-    wait_for("a held question", lambda: one.stats("upstream_rq_active")["cluster.keyward_policy.upstream_rq_active"] == 1)
-    one.service.terminate(timeout=4)
-    assert one.service.process.returncode == 0, "it had to be killed"
-    one.start_service()
+def test_the_service_stops_at_once_although_questions_are_held(fresh):
+    wait_for("a held question", lambda: fresh.stats("upstream_rq_active")["cluster.keyward_policy.upstream_rq_active"] == 1)
+    fresh.service.terminate(timeout=4)
+    assert fresh.service.process.returncode == 0, "it had to be killed"
+    fresh.start_service()
 
 
 def test_streams_end_when_the_service_is_lost_for_too_long(tmp_path):

@@ -687,7 +687,8 @@ def test_provider_credential_rejected(fresh, dialect):
     finally:
         fresh.sim.request("PATCH", f"/control/credentials/{credential['id']}", {"state": "ok"})
     true, charged, ends = fresh.books(key_id)
-    assert true == charged == 0 and [end["status"] for end in ends] == [401, 401]
+    # The second one was not even sent: the credential is out until an operator acts.
+    assert true == charged == 0 and sorted(end["status"] for end in ends) == [0, 401]
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
@@ -794,8 +795,8 @@ def test_an_unreachable_provider_costs_nothing():
         for dialect in DIALECTS:
             status, headers, data = ask(stack, dialect, token)
             assert (status, headers["x-keyward-reason"]) == (503, "provider_unreachable")
-            error = json.loads(data)
-            assert error["type"] == "error" and error["error"]["code"] == "provider_unreachable" and error["error"]["message"]
+            error = json.loads(data)["error"]
+            assert error["message"] and (error["code"] == "provider_unreachable" if dialect == OPENAI else error["type"]), error
         stack.settled(key_id)
         key, ends = stack.key(key_id), [e for e in stack.audit(key_id) if e["event"] in ("SETTLED", "VOIDED")]
         assert (key["spent_nanodollars"], key["reserved_nanodollars"], len(ends)) == (0, 0, 2)

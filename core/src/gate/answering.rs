@@ -53,8 +53,8 @@ impl Answering {
     /// The answer's headers have come, of which the flight's last try saw those of the provider.
     pub fn headers(&mut self, flight: &mut Flight) -> Result<HeaderEdits, Refused> {
         let head = flight.hand_over();
-        if let Some(refusal) = flight.refusal() {
-            return Err(Refused { refusal: refusal.clone(), dialect: self.dialect, request_id: self.id, asked: true });
+        if let Some(refused) = flight.refused() {
+            return Err(refused);
         }
         // Without a head, Envoy made the answer up.
         let head = head.unwrap_or_default();

@@ -102,27 +102,11 @@ fn check(provider: &str, secret: &str) -> Result<(), ServiceError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::Credential;
-    use crate::service::access::Principal;
+    use crate::service::bed::{credential, started, who};
     use crate::store::Expect;
-    use crate::{Config, Running, start};
-    use std::path::Path;
-    use std::time::Duration;
 
     const LENT: &str = "sk-proj-Lent4Qw8Zx2Vb6Nm1Kj9Hg5Fd3Sa7Po";
     const STORED: &str = "sk-proj-Stored3Er6Ty9Ui2Op5As8Df1Gh4Jk7";
-
-    async fn service(data: &Path) -> Running {
-        let config = Config {
-            data: data.to_owned(),
-            edge: "127.0.0.1:0".parse().unwrap(),
-            admin: "127.0.0.1:0".parse().unwrap(),
-            origin: "test".to_owned(),
-            hold_ttl: Duration::from_secs(60),
-            kek: None,
-        };
-        start(config).await.unwrap()
-    }
 
     fn loan(provider: &str, label: &str, secret: &str) -> Loan {
         Loan { provider: provider.to_owned(), label: label.to_owned(), account: None, secret: Zeroizing::new(secret.to_owned()) }
@@ -140,15 +124,13 @@ mod tests {
     }
 
     async fn store(service: &Service, secret: &str) -> String {
-        let credential =
-            Credential { provider: "openai".to_owned(), label: String::new(), account: None, from: None, secret: Some(secret.to_owned()) };
-        service.put_credential(&Principal::local("test"), Some("main"), &credential, Expect::Absent).await.unwrap().0
+        service.put_credential(&who(), Some("main"), &credential(secret), Expect::Absent).await.unwrap().0
     }
 
     #[tokio::test]
     async fn lent_credentials_are_used_and_not_stored() {
         let data = tempfile::tempdir().unwrap();
-        let running = service(data.path()).await;
+        let running = started(data.path()).await;
         running.service.lend_credentials(vec![loan("openai", "main", LENT)]).await.unwrap();
         // A later change of what is stored loads everything anew: what is lent stays, and comes last.
         let stored = store(&running.service, STORED).await;
@@ -159,21 +141,20 @@ mod tests {
 
         let refused = running.service.not_lent(&id);
         assert!(matches!(refused, Err(ServiceError::Conflict(text)) if text.contains("vault string") && !text.contains(LENT)));
-        let who = Principal::local("test");
-        running.service.delete_object(&who, Kind::Credential, &stored, Expect::Anything).await.unwrap();
+        running.service.delete_object(&who(), Kind::Credential, &stored, Expect::Anything).await.unwrap();
         assert_eq!(used(&running.service), [("openai".to_owned(), LENT.to_owned())]);
         assert!(running.service.organisation(ORGANISATION).unwrap().document.credentials.is_empty());
         running.stop().await;
 
         // The next start knows nothing of it until it is lent again, then under the same id.
-        let running = service(data.path()).await;
+        let running = started(data.path()).await;
         assert_eq!(used(&running.service), []);
         running.service.lend_credentials(vec![loan("anthropic", "main", LENT), loan("openai", "main", STORED)]).await.unwrap();
         let ids: Vec<String> = running.service.lent().into_iter().map(|lent| lent.id).collect();
         assert_eq!((ids[1] == id, ids[0] == id), (true, false), "provider and label make the id, not the secret");
         running.stop().await;
         let other = tempfile::tempdir().unwrap();
-        let running = service(other.path()).await;
+        let running = started(other.path()).await;
         running.service.lend_credentials(vec![loan("openai", "main", LENT)]).await.unwrap();
         assert_ne!(running.service.lent()[0].id, id, "another installation, another id");
         running.stop().await;
@@ -182,7 +163,7 @@ mod tests {
     #[tokio::test]
     async fn a_loan_that_can_t_be_used_changes_nothing() {
         let data = tempfile::tempdir().unwrap();
-        let running = service(data.path()).await;
+        let running = started(data.path()).await;
         running.service.lend_credentials(vec![loan("openai", "main", LENT)]).await.unwrap();
         for second in [loan("nobody", "x", LENT), loan("openai", "x", ""), loan("openai", "x", "two words"), loan("openai", "main", STORED)]
         {

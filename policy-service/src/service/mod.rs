@@ -1,6 +1,8 @@
 //! What the policy service does, whatever the protocol: admit, settle, keys, configuration, audit.
 
 pub mod access;
+#[cfg(test)]
+mod bed;
 mod configuration;
 pub mod key_states;
 pub mod keys;

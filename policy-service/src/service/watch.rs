@@ -445,17 +445,15 @@ fn is_in_shadow(key: &KeyRow, organisation: &Organisation) -> bool {
 mod tests {
     use super::*;
     use crate::config::patch::LimitsPatch;
-    use crate::config::{self, Budget, Credential};
+    use crate::config::{self, Budget};
     use crate::service::Admitted;
-    use crate::service::access::Principal;
+    use crate::service::bed::{credential, started, who};
     use crate::service::keys::{AllowPatch, KeyPatch, KeySpec};
     use crate::store::Expect;
-    use crate::{Config, start};
     use keyward_core::edge::{AdmitRequest, Plan, VmId};
     use keyward_core::limits::Window;
     use keyward_core::token::VirtualKey;
     use std::future::poll_fn;
-    use std::path::Path;
     use std::pin::pin;
     use std::sync::Arc;
     use std::task::Poll;
@@ -463,18 +461,6 @@ mod tests {
 
     /// Far longer than anything here takes, and shorter than a question is held.
     const SOON: Duration = Duration::from_millis(HOLD_MS - 1_000);
-
-    async fn running(data: &Path) -> crate::Running {
-        let config = Config {
-            data: data.to_owned(),
-            edge: "127.0.0.1:0".parse().unwrap(),
-            admin: "127.0.0.1:0".parse().unwrap(),
-            origin: "test".to_owned(),
-            hold_ttl: Duration::from_secs(60),
-            kek: None,
-        };
-        start(config).await.unwrap()
-    }
 
     struct Bed {
         data: tempfile::TempDir,
@@ -485,14 +471,8 @@ mod tests {
     impl Bed {
         async fn new() -> Self {
             let data = tempfile::tempdir().unwrap();
-            let running = running(data.path()).await;
-            let credential = Credential {
-                provider: "openai".to_owned(),
-                label: String::new(),
-                account: None,
-                from: None,
-                secret: Some("sk-proj-Watched7Qw8Zx2Vb6Nm1Kj9Hg5Fd3Sa".to_owned()),
-            };
+            let running = started(data.path()).await;
+            let credential = credential("sk-proj-Watched7Qw8Zx2Vb6Nm1Kj9Hg5Fd3Sa");
             running.service.put_credential(&who(), Some("main"), &credential, Expect::Absent).await.unwrap();
             Bed { data, running, reqs: 0 }
         }
@@ -547,10 +527,6 @@ mod tests {
         }
     }
 
-    fn who() -> Principal {
-        Principal::local("test")
-    }
-
     fn ends(req: RequestId, code: Code) -> Vec<End> {
         vec![End { req, code }]
     }
@@ -586,7 +562,7 @@ mod tests {
         let since = bed.now().await;
         bed.service().revoke_key(&who(), &key, None).await.unwrap();
         bed.running.stop().await;
-        bed.running = running(bed.data.path()).await;
+        bed.running = started(bed.data.path()).await;
         for place in [Some(since.as_str()), None, Some("nonsense"), Some("")] {
             assert_eq!(bed.service().news(place).await.unwrap().end, ends(req, Code::Revoked), "{place:?}");
         }

@@ -1,0 +1,154 @@
+//! Tries that the gate makes itself (`rotation: callout`).
+
+use super::{GateStream, Stage};
+use crate::attempt;
+use crate::host::{self, Buffer, Map};
+use crate::replay::{self, Replay};
+use crate::settlements::ProcessData;
+use keyward_core::attempt::{Begun, MAX_ERROR_BODY, Next};
+use keyward_core::meter::Passed;
+use keyward_core::refusal::{Code, Refusal};
+use proxy_wasm::types::Action;
+
+/// What the gate has of tries that it makes itself.
+pub(super) struct Own {
+    /// The request, if it can be sent again.
+    pub(super) replay: Option<Replay>,
+    /// What comes of the router's try is not for the caller: an error's headers wait for its body, or a callout is awaited.
+    holds: bool,
+    reads_body: bool,
+}
+
+impl Own {
+    pub(super) fn new(replay: Option<Replay>) -> Self {
+        Own { replay, holds: false, reads_body: false }
+    }
+}
+
+impl GateStream {
+    /// The router's answer to the gate's own first try. `Some`: it is not, or not yet, for the caller.
+    pub(super) fn judge_own(&mut self, end_of_stream: bool) -> Option<Action> {
+        let Stage::Answering { flight, own: Some(own), .. } = &mut self.stage else { return None };
+        if !host::property("response\0code_details").is_some_and(|details| details.starts_with(b"via_upstream")) {
+            return None;
+        }
+        let map = host::headers(Map::ResponseHeaders);
+        let (remove, next) = flight.borrow_mut().answered(&mut self.vm.keyring.borrow_mut(), &ProcessData, &map.pairs(), host::clocks());
+        for name in remove {
+            host::remove_header(Map::ResponseHeaders, &name);
+        }
+        match next {
+            Next::Pass => None,
+            Next::ReadBody if !end_of_stream => {
+                (own.holds, own.reads_body) = (true, true);
+                Some(Action::Pause)
+            }
+            Next::ReadBody => {
+                let next = attempt::judge(&self.vm, flight, b"");
+                self.go_on(next)
+            }
+            Next::Retry => self.go_on(next),
+        }
+    }
+
+    /// What becomes of a try that has been judged. `Some`: another is on its way, or has been refused.
+    fn go_on(&mut self, next: Next) -> Option<Action> {
+        if next != Next::Retry {
+            return None;
+        }
+        let timeout = self.vm.config().callout_timeout();
+        let Stage::Answering { flight, own: Some(own), .. } = &mut self.stage else { return None };
+        own.holds = true;
+        let Some(replay) = &mut own.replay else { return None };
+        let begun = flight.borrow_mut().begin(&mut self.vm.keyring.borrow_mut(), &ProcessData, &replay.pairs(), host::monotonic_ms());
+        match begun {
+            Begun::Go(edits) => {
+                replay.write(&edits);
+                if replay.send(timeout) {
+                    return Some(Action::Pause);
+                }
+                flight.borrow_mut().give_up(Refusal::new(Code::PolicyUnavailable, "the request could not be forwarded").retry_after(1));
+            }
+            // By now another request has taken the last one that was usable.
+            Begun::Wait { .. } => {
+                flight
+                    .borrow_mut()
+                    .give_up(Refusal::new(Code::PoolExhausted, "every credential is at its provider's limit").retry_after(1));
+            }
+            Begun::Stop => {}
+        }
+        self.refuse_flight()
+    }
+
+    /// Tells the caller why nothing more is tried.
+    pub(super) fn refuse_flight(&mut self) -> Option<Action> {
+        let Stage::Answering { flight, replaced, .. } = &mut self.stage else { return None };
+        let refused = flight.borrow().refused()?;
+        *replaced = true;
+        Some(self.refuse(&refused))
+    }
+
+    /// A callout of the gate's own has been answered; without headers, nobody knows what became of it.
+    pub(super) fn own_answered(&mut self, has_headers: bool, body_size: usize) {
+        let Stage::Answering { answering, flight, replaced, own: Some(_), .. } = &mut self.stage else { return };
+        if !has_headers {
+            flight.borrow_mut().fail(Refusal::new(Code::ProviderUnreachable, "the provider did not answer"));
+            self.refuse_flight();
+            return;
+        }
+        let map = host::headers(Map::CallResponseHeaders);
+        let headers = map.pairs();
+        let body = if body_size == 0 { Vec::new() } else { host::buffer(Buffer::CallResponseBody, 0, body_size).unwrap_or_default() };
+        let (remove, next) = {
+            let (mut flight, mut ring) = (flight.borrow_mut(), self.vm.keyring.borrow_mut());
+            let (remove, next) = flight.answered(&mut ring, &ProcessData, &headers, host::clocks());
+            let start = body.get(..body.len().min(MAX_ERROR_BODY)).unwrap_or_default();
+            let next = if next == Next::ReadBody { flight.judge(&mut ring, &ProcessData, &headers, start, host::clocks()) } else { next };
+            (remove, next)
+        };
+        if next == Next::Retry {
+            self.go_on(next);
+            return;
+        }
+        let edits = answering.headers(&mut flight.borrow_mut());
+        *replaced = true;
+        let edits = match edits {
+            Ok(edits) => edits,
+            Err(refused) => {
+                self.refuse(&refused);
+                return;
+            }
+        };
+        let status = flight.borrow().status().unwrap_or(502);
+        let passed = answering.piece(&body, true, usize::MAX);
+        let goes = |name: &[u8]| {
+            replay::is_of_the_connection(name)
+                || remove.iter().any(|other| other == name)
+                || edits.remove.iter().any(|other| other.as_bytes() == name)
+                || edits.set.iter().any(|(other, _)| other.as_bytes() == name)
+        };
+        let kept = headers.iter().filter(|(name, _)| !goes(name));
+        let text = kept.filter_map(|(name, value)| Some((std::str::from_utf8(name).ok()?, std::str::from_utf8(value).ok()?)));
+        let all: Vec<(&str, &str)> = text.chain(edits.set.iter().map(|(name, value)| (*name, value.as_str()))).collect();
+        let body = if let Passed::Instead(other) = passed { other } else { body };
+        if let Some(running) = &self.running {
+            running.over();
+        }
+        host::send_response(status, &all, body);
+    }
+
+    /// The body of a router's answer to the gate's own first try. `Some`: it is not, or not yet, for the caller.
+    pub(super) fn judge_own_body(&mut self, size: usize, end_of_stream: bool) -> Option<Action> {
+        let Stage::Answering { flight, own: Some(own), replaced: false, .. } = &mut self.stage else { return None };
+        if !own.holds {
+            return None;
+        }
+        if !own.reads_body || (!end_of_stream && size < MAX_ERROR_BODY) {
+            return Some(Action::Pause);
+        }
+        (own.holds, own.reads_body) = (false, false);
+        let body = host::buffer(Buffer::ResponseBody, 0, size.min(MAX_ERROR_BODY)).unwrap_or_default();
+        let next = attempt::judge(&self.vm, flight, &body);
+        self.go_on(next).or_else(|| Some(self.show_headers(false)).filter(|action| *action == Action::Pause))
+    }
+}
