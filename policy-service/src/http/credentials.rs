@@ -6,7 +6,7 @@ use crate::config::patch::{present, some};
 use crate::config::{Credential, Kind};
 use crate::directory::{Meta, Organisation};
 use crate::service::access::{Permission, Principal};
-use crate::service::key_states::{RoomNow, StateNow, state_name};
+use crate::service::key_states::{RoomNow, StateNow};
 use crate::service::{Lent, ORGANISATION, ServiceError, now_ms};
 use crate::store::Expect;
 use axum::extract::State;
@@ -128,7 +128,7 @@ impl CredentialView {
         let now = now_ms();
         let later = |ms: u64| instant_text(now.saturating_add(ms));
         let states = states.into_iter().map(|StateNow { state, model, left_ms }| StateView {
-            state: state_name(state),
+            state: state.name(),
             model,
             until: left_ms.map(later),
             remaining_ms: left_ms,

@@ -299,16 +299,6 @@ impl Service {
     }
 }
 
-/// A state's name, as people and metrics have it.
-pub fn state_name(state: State) -> &'static str {
-    match state {
-        State::Overloaded => "overloaded",
-        State::RateLimited => "rate_limited",
-        State::Exhausted => "exhausted",
-        State::Rejected => "rejected",
-    }
-}
-
 /// Whether a state's name is about this credential or its account: then also the model, if it is about one.
 fn concerns<'a>(name: &'a str, id: &str, account: &str) -> Option<Option<&'a str>> {
     let (kind, rest) = name.split_once('/')?;
@@ -360,39 +350,22 @@ fn alarm(name: &str, entry: Option<Entry>, directory: &Directory) -> Option<Alar
 mod tests {
     use super::*;
     use crate::config::{self, Credential};
+    use crate::service::bed::{self, started, who};
     use crate::service::keys::KeySpec;
     use crate::service::{Admitted, ORGANISATION};
     use crate::store::{Expect, admin_chain};
-    use crate::{Config, start};
     use keyward_core::edge::{AdmitAnswer, AdmitRequest, Ask, Plan, RequestId, VmId};
     use keyward_core::keyring::Told;
     use keyward_core::refusal::Refusal;
     use keyward_core::token::VirtualKey;
     use keyward_core::verdict::{Left, Room};
     use keyward_core::watch::WatchAnswer;
-    use std::path::Path;
     use std::time::Duration;
     use tokio::time::timeout;
 
     /// Far longer than anything here takes, and shorter than a question is held.
     const SOON: Duration = Duration::from_secs(4);
     const SECRETS: [&str; 2] = ["sk-proj-First5Hq8Zx2Vb6Nm1Kj9Hg5Fd3Sa", "sk-proj-Second5Hq8Zx2Vb6Nm1Kj9Hg5Fd3S"];
-
-    async fn running(data: &Path) -> crate::Running {
-        let config = Config {
-            data: data.to_owned(),
-            edge: "127.0.0.1:0".parse().unwrap(),
-            admin: "127.0.0.1:0".parse().unwrap(),
-            origin: "test".to_owned(),
-            hold_ttl: Duration::from_secs(60),
-            kek: None,
-        };
-        start(config).await.unwrap()
-    }
-
-    fn who() -> Principal {
-        Principal::local("test")
-    }
 
     struct Bed {
         data: tempfile::TempDir,
@@ -407,7 +380,7 @@ mod tests {
         /// Two credentials `first` and `second`, the second one in a pool with an account to share.
         async fn new() -> Self {
             let data = tempfile::tempdir().unwrap();
-            let running = running(data.path()).await;
+            let running = started(data.path()).await;
             let mut ids = Vec::new();
             for (name, account, secret) in [("first", None, SECRETS[0]), ("second", Some("acme/1"), SECRETS[1])] {
                 ids.push(put(&running.service, name, account, secret).await);
@@ -422,7 +395,7 @@ mod tests {
 
         async fn restart(mut self) -> Self {
             self.running.stop().await;
-            self.running = running(self.data.path()).await;
+            self.running = started(self.data.path()).await;
             self
         }
 
@@ -492,13 +465,7 @@ mod tests {
     }
 
     async fn put(service: &Service, name: &str, account: Option<&str>, secret: &str) -> String {
-        let credential = Credential {
-            provider: "openai".to_owned(),
-            label: String::new(),
-            account: account.map(str::to_owned),
-            from: None,
-            secret: Some(secret.to_owned()),
-        };
+        let credential = Credential { account: account.map(str::to_owned), ..bed::credential(secret) };
         service.put_credential(&who(), Some(name), &credential, Expect::Anything).await.unwrap().1.id
     }
 

@@ -1,6 +1,5 @@
 //! What operators see of the service: gauges that are read when somebody looks, and what a log line may say.
 
-use super::key_states::state_name;
 use super::watch::Changed;
 use super::{InMemory, Service, millis, now_ms};
 use crate::directory::Directory;
@@ -32,7 +31,7 @@ impl Service {
         let unusable = self.unusable();
         for (provider, state) in PROVIDERS.iter().flat_map(|provider| STATES.map(|state| (provider.name, state))) {
             let count = unusable.get(&(provider.to_owned(), state)).copied().unwrap_or(0);
-            gauge!("keyward_credentials_unusable", "provider" => provider, "state" => state_name(state)).set(as_float(count));
+            gauge!("keyward_credentials_unusable", "provider" => provider, "state" => state.name()).set(as_float(count));
         }
         let metrics = handles();
         let ready = matches!(tokio::time::timeout(PATIENCE, self.store.ready()).await, Ok(Ok(())));
