@@ -23,7 +23,7 @@ ALERTS = yaml.safe_load((ROOT / "envoy/alerts.yaml").read_text())
 # Every code that a refusal can have.
 REASONS = set("""
     missing_key unknown_key revoked expired model_not_allowed endpoint_not_allowed state_not_owned unknown_provider unknown_model bad_request
-    unbounded_input body_too_large cap_exhausted cap_reserved quota_exhausted rate_limited concurrency_limited pool_exhausted provider_credential_rejected policy_unavailable audit_unavailable
+    unbounded_input body_too_large cap_exhausted cap_reserved quota_exhausted rate_limited concurrency_limited pool_exhausted provider_credential_rejected provider_unreachable policy_unavailable audit_unavailable
 """.split())
 # Suffixes that say the unit, by the unit of the table.
 SUFFIXES = {"seconds": "seconds", "microseconds": "microseconds", "nanodollars": "nanodollars", "bytes": "bytes"}
