@@ -1,8 +1,9 @@
 //! Every organisation's configuration as it stands, held in memory: admissions read it, edits replace it.
 
-use crate::config::{Document, Kind, Pool, RouteTarget};
+use crate::config::{Affinity, Document, Kind, Pool, RouteTarget};
 use crate::prices::OwnPrices;
 use keyward_core::admission::Allow;
+use keyward_core::edge::{PlanCredential, Secret};
 use keyward_core::limits::{Enforce, Limits};
 use keyward_core::price::{Mode, Price, PriceTable};
 use std::borrow::Cow;
@@ -29,6 +30,9 @@ pub struct Organisation {
     pub order: Vec<String>,
     /// Ids and providers of credentials that are in memory only, after the stored ones.
     pub lent: Vec<(String, String)>,
+    /// By the id of a credential, the account at the provider that it shares with others, named as no other organisation's or
+    /// provider's is. One that is not here has an account to itself.
+    pub accounts: HashMap<String, String>,
     /// What the document's limits mean.
     pub in_force: InForce,
     /// The document's prices, read.
@@ -62,6 +66,12 @@ impl InForce {
         }
         Some(in_force)
     }
+}
+
+/// An account's name that no other organisation or provider has: `ORGANISATION/PROVIDER/NAME`. In the name a slash is written as
+/// `%2F`: what follows it is a model.
+pub fn shared_account(organisation: &str, provider: &str, name: &str) -> String {
+    format!("{organisation}/{provider}/{}", name.replace('%', "%25").replace('/', "%2F"))
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -144,11 +154,9 @@ impl Organisation {
 
     /// Ids of the credentials to try, in order: those of `pool`, or of the pool that the policy names, or all of the provider.
     pub fn credentials(&self, provider: &str, policy: Option<&str>, pool: Option<&str>) -> Result<Vec<String>, NoCredential> {
-        let of_policy = || self.document.policies.get(policy?)?.pools.get(provider).map(String::as_str);
-        let ids: Vec<String> = match pool.or_else(of_policy) {
+        let ids: Vec<String> = match self.pool_name(provider, policy, pool) {
             Some(name) => {
-                let found: Option<&Pool> = self.document.pools.get(name).filter(|pool| pool.provider == provider);
-                let pool = found.ok_or_else(|| NoCredential::Pool(name.to_owned()))?;
+                let pool = self.pool(provider, name).ok_or_else(|| NoCredential::Pool(name.to_owned()))?;
                 pool.credentials.iter().filter_map(|name| self.credential_id(name)).collect()
             }
             None => {
@@ -160,6 +168,43 @@ impl Organisation {
             }
         };
         if ids.is_empty() { Err(NoCredential::None) } else { Ok(ids) }
+    }
+
+    /// Whether each key has an order of its own in which it tries the credentials that it may use.
+    pub fn goes_by_key(&self, provider: &str, policy: Option<&str>, pool: Option<&str>) -> bool {
+        let pool = self.pool_name(provider, policy, pool).and_then(|name| self.pool(provider, name));
+        pool.is_some_and(|pool| pool.affinity == Affinity::Key)
+    }
+
+    /// How long requests of a policy may wait for a credential, in milliseconds.
+    pub fn wait_ms(&self, policy: Option<&str>) -> u64 {
+        policy.and_then(|name| self.document.policies.get(name)).and_then(|policy| policy.wait_ms).unwrap_or(0)
+    }
+
+    fn pool_name<'a>(&'a self, provider: &str, policy: Option<&str>, pool: Option<&'a str>) -> Option<&'a str> {
+        pool.or_else(|| self.document.policies.get(policy?)?.pools.get(provider).map(String::as_str))
+    }
+
+    fn pool(&self, provider: &str, name: &str) -> Option<&Pool> {
+        self.document.pools.get(name).filter(|pool| pool.provider == provider)
+    }
+
+    /// Ids and providers of all credentials.
+    pub fn all_credentials(&self) -> impl Iterator<Item = (&str, &str)> {
+        let provider = |name: &str| self.document.credentials.get(name).map(|credential| credential.provider.as_str());
+        let stored = self.order.iter().filter_map(move |name| Some((self.meta(Kind::Credential, name)?.id.as_str(), provider(name)?)));
+        stored.chain(self.lent.iter().map(|(id, provider)| (id.as_str(), provider.as_str())))
+    }
+
+    /// A credential's name; that of one that is lent is its id.
+    pub fn name_of(&self, id: &str) -> Option<&str> {
+        let stored = self.order.iter().find(|name| self.meta(Kind::Credential, name).is_some_and(|meta| meta.id == id));
+        stored.or_else(|| self.lent.iter().map(|(lent, _)| lent).find(|lent| *lent == id)).map(String::as_str)
+    }
+
+    /// A credential as the gates' names of states have it: without its secret.
+    pub fn plain(&self, id: &str) -> PlanCredential {
+        PlanCredential { id: id.to_owned(), secret: Secret(String::new()), account: self.accounts.get(id).cloned() }
     }
 
     fn credential_id(&self, name: &str) -> Option<String> {

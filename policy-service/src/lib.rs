@@ -219,6 +219,7 @@ async fn sweep(service: Arc<Service>, mut stopped: watch::Receiver<bool>) {
                 if let Err(error) = service.expire().await {
                     tracing::error!(%error, "expired holds could not be charged");
                 }
+                service.tidy_key_states().await;
             }
         }
     }

@@ -43,7 +43,10 @@ pub static TABLE: &[Metric] = &[
     Metric::counter("keyward_edge_polls_total", "calls", &[], "Questions of Envoys for news; each has one open at a time, held for up to 5 s"),
     Metric::counter("keyward_edge_polls_everything_total", "calls", &[], "Questions of Envoys for news that were told all that may not go on: after a start of either side, or from too far behind"),
     Metric::counter("keyward_keys_frozen_total", "keys", &[], "Keys frozen because an actual cost exceeded its hold"),
-    Metric::counter("keyward_alarms_total", "alarms", &["what"], "Alarms: budget, over_hold, frozen"),
+    Metric::counter("keyward_tries_total", "tries", &["provider", "status"], "Tries at providers of requests that ended, by the provider's status; none: no answer came"),
+    Metric::counter("keyward_rotated_requests_total", "requests", &[], "Requests that ended and had taken more than one try"),
+    Metric::gauge("keyward_credentials_unusable", "credentials", &["provider", "state"], "Credentials that at least one model can't be asked with now: overloaded, rate_limited, exhausted, rejected"),
+    Metric::counter("keyward_alarms_total", "alarms", &["what"], "Alarms: budget, over_hold, frozen, credential_rejected, credential_exhausted"),
     Metric::counter("keyward_alarms_sent_total", "alarms", &[], "Alarms that a webhook took"),
     Metric::counter("keyward_alarms_lost_total", "alarms", &[], "Alarms that a webhook did not take within a day; must stay 0"),
     Metric::counter("keyward_records_missing_total", "records", &[], "Records that the gates' chains say should have come and have not; must stay 0"),
@@ -83,6 +86,7 @@ pub struct Handles {
     pub settle_seconds: Histogram,
     pub settlements: Counter,
     pub voids: Counter,
+    pub rotated: Counter,
     pub holds_expired: Counter,
     ends_told: HashMap<Code, Counter>,
     pub watch_polls: Counter,
@@ -159,7 +163,7 @@ impl Handles {
     fn new() -> Self {
         gauge!("keyward_build_info", "version" => env!("CARGO_PKG_VERSION")).set(1.0);
         gauge!("process_start_time_seconds").set(unix_seconds());
-        for what in ["budget", "over_hold", "frozen"] {
+        for what in ["budget", "over_hold", "frozen", "credential_rejected", "credential_exhausted"] {
             counter!("keyward_alarms_total", "what" => what).increment(0);
         }
         let edge_refusal = |code: Code| counter!("keyward_edge_refusals_total", "reason" => code.name());
@@ -177,6 +181,7 @@ impl Handles {
             settle_seconds: histogram!("keyward_settle_duration_seconds"),
             settlements: counter!("keyward_settlements_total"),
             voids: counter!("keyward_voids_total"),
+            rotated: counter!("keyward_rotated_requests_total"),
             holds_expired: counter!("keyward_holds_expired_total"),
             ends_told: ENDS.iter().map(|code| (*code, counter!("keyward_ends_told_total", "reason" => code.name()))).collect(),
             watch_polls: counter!("keyward_edge_polls_total"),
@@ -213,6 +218,17 @@ impl Handles {
             Some(counter) => counter.increment(1),
             None => refusal(code).increment(1),
         }
+    }
+
+    /// Tries at a provider ended with this status, or without any.
+    pub fn tried(&self, provider: &str, status: Option<u16>, count: u64) {
+        let provider = Provider::by_name(provider).map_or(OTHER, |provider| provider.name);
+        let status = match status {
+            None => "none".to_owned(),
+            Some(status @ 100..=599) => status.to_string(),
+            Some(_) => OTHER.to_owned(),
+        };
+        counter!("keyward_tries_total", "provider" => provider, "status" => status).increment(count);
     }
 
     /// A running request was told to end.

@@ -208,7 +208,7 @@ pub enum Credentials {
         #[arg(long)]
         account: Option<String>,
     },
-    /// List credentials, without their secrets
+    /// List credentials, without their secrets: what keeps each from being used, and what is left of its limits
     List {
         #[command(flatten)]
         access: Access,
@@ -235,6 +235,12 @@ pub enum Credentials {
         #[arg(long)]
         account: Option<String>,
     },
+    /// Use a credential again that the provider rejected or said to be used up, by name or id
+    Reset {
+        #[command(flatten)]
+        access: Access,
+        name: String,
+    },
     /// Remove a credential, by name or id
     Remove {
         #[command(flatten)]
@@ -243,7 +249,51 @@ pub enum Credentials {
     },
 }
 
-const CREDENTIAL_COLUMNS: [&str; 7] = ["id", "name", "provider", "label", "account", "source", "managed_by"];
+const CREDENTIAL_COLUMNS: [&str; 9] = ["id", "name", "provider", "label", "account", "source", "state", "until", "left"];
+
+/// Prints credentials; in a table with what people ask first of their states.
+fn show_credentials(access: &Access, value: &Value) -> Result<(), Failure> {
+    if !access.is_table() {
+        return access.print(value, &CREDENTIAL_COLUMNS);
+    }
+    let rows = value.as_array().map_or(std::slice::from_ref(value), Vec::as_slice);
+    let rows: Vec<Value> = rows.iter().map(for_people).collect();
+    access.print(&rows.into(), &CREDENTIAL_COLUMNS)
+}
+
+fn for_people(credential: &Value) -> Value {
+    let mut row = credential.as_object().cloned().unwrap_or_default();
+    if let Some(worst) = credential.pointer("/states/0") {
+        let model = worst.get("model").and_then(Value::as_str).map_or(String::new(), |model| format!(" ({model})"));
+        row.insert("state".to_owned(), format!("{}{model}", text(worst, "state")).into());
+        let left = worst.get("remaining_ms").and_then(Value::as_u64);
+        row.insert("until".to_owned(), left.map_or_else(|| "reset".to_owned(), |ms| format!("in {}", span(ms))).into());
+    }
+    let rooms = credential.get("headroom").and_then(Value::as_array).into_iter().flatten();
+    let left: Vec<String> = rooms.filter_map(headroom).collect();
+    row.insert("left".to_owned(), if left.is_empty() { "-".to_owned() } else { left.join("; ") }.into());
+    row.into()
+}
+
+/// `gpt-4o: 58/60 requests, 149000/150000 tokens`
+fn headroom(of_model: &Value) -> Option<String> {
+    let figure = |what: &str| {
+        let left = of_model.get(what).filter(|left| left.is_object())?;
+        let limit = left.get("limit").and_then(Value::as_u64).map_or(String::new(), |limit| format!("/{limit}"));
+        Some(format!("{}{limit} {what}", text(left, "remaining")))
+    };
+    let figures: Vec<String> = ["requests", "tokens"].into_iter().filter_map(figure).collect();
+    (!figures.is_empty()).then(|| format!("{}: {}", text(of_model, "model"), figures.join(", ")))
+}
+
+/// Milliseconds, in the largest unit that leaves two figures.
+fn span(ms: u64) -> String {
+    match ms.div_ceil(1_000) {
+        seconds @ 0..=119 => format!("{seconds}s"),
+        seconds @ 120..=7_199 => format!("{}m", seconds / 60),
+        seconds => format!("{}h", seconds / 3_600),
+    }
+}
 
 pub fn run_credentials(command: Credentials) -> Result<(), Failure> {
     let at = |name: &str| Ok::<_, Failure>(format!("/v1/credentials/{}", segment(name)?));
@@ -251,10 +301,13 @@ pub fn run_credentials(command: Credentials) -> Result<(), Failure> {
         Credentials::Add { access, provider, name, from_env, label, account } => {
             let secret = secret::read(from_env.as_deref(), &format!("Key of {provider}: "))?;
             let body = json!({ "name": name, "provider": provider, "label": label, "account": account, "secret": secret.as_str() });
-            access.print(&access.client()?.post("/v1/credentials", &body)?, &CREDENTIAL_COLUMNS)
+            show_credentials(&access, &access.client()?.post("/v1/credentials", &body)?)
         }
-        Credentials::List { access } => access.print(&access.client()?.list("/v1/credentials")?, &CREDENTIAL_COLUMNS),
-        Credentials::Show { access, name } => access.print(&access.client()?.get(&at(&name)?)?, &CREDENTIAL_COLUMNS),
+        Credentials::List { access } => show_credentials(&access, &access.client()?.list("/v1/credentials")?),
+        Credentials::Show { access, name } => show_credentials(&access, &access.client()?.get(&at(&name)?)?),
+        Credentials::Reset { access, name } => {
+            show_credentials(&access, &access.client()?.post(&format!("{}/reset", at(&name)?), &json!({}))?)
+        }
         Credentials::Update { access, name, from_env, from_stdin, label, account } => {
             let mut body = Map::new();
             for (field, value) in [("label", label), ("account", account)] {
@@ -265,8 +318,32 @@ pub fn run_credentials(command: Credentials) -> Result<(), Failure> {
             if from_stdin || from_env.is_some() {
                 body.insert("secret".to_owned(), secret::read(from_env.as_deref(), "New secret: ")?.as_str().into());
             }
-            access.print(&access.client()?.patch(&at(&name)?, &body.into())?, &CREDENTIAL_COLUMNS)
+            show_credentials(&access, &access.client()?.patch(&at(&name)?, &body.into())?)
         }
         Credentials::Remove { access, name } => access.client()?.delete(&at(&name)?),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn people_see_what_keeps_a_credential_from_being_used_and_what_is_left() {
+        let state =
+            |state: &str, ms: Value| json!({ "state": state, "model": "gpt-4o", "until": "2026-01-01T00:00:00Z", "remaining_ms": ms });
+        let row = |states: Vec<Value>, headroom: Value| {
+            let row = for_people(&json!({ "state": "x", "until": null, "states": states, "headroom": headroom }));
+            [text(&row, "state"), text(&row, "until"), text(&row, "left")].join(" | ")
+        };
+        let room = json!([{ "model": "gpt-4o", "requests": { "remaining": 58, "limit": 60 }, "tokens": { "remaining": 9, "limit": null } },
+            { "model": "o3", "requests": null, "tokens": null }]);
+        assert_eq!(row(vec![], json!([])), "x | - | -");
+        assert_eq!(
+            row(vec![state("rate_limited", 11_001.into())], room),
+            "rate_limited (gpt-4o) | in 12s | gpt-4o: 58/60 requests, 9 tokens"
+        );
+        assert_eq!(row(vec![state("rejected", Value::Null), state("exhausted", 5.into())], json!([])), "rejected (gpt-4o) | reset | -");
+        assert_eq!([119_000, 120_000, 7_200_000].map(span), ["119s", "2m", "2h"]);
     }
 }

@@ -93,6 +93,7 @@ OPERATIONS = {
     "POST /v1/credentials": (KEEPERS, lambda w: ("/v1/credentials", {"name": w.name(), "provider": "openai", "secret": SECRET})),
     "GET /v1/credentials/{name}": (READERS, lambda w: (f"/v1/credentials/{w.credential()}", None)),
     "PATCH /v1/credentials/{name}": (KEEPERS, lambda w: (f"/v1/credentials/{w.credential()}", {"label": "changed"})),
+    "POST /v1/credentials/{name}/reset": (KEEPERS, lambda w: (f"/v1/credentials/{w.credential()}/reset", None)),
     "DELETE /v1/credentials/{name}": (KEEPERS, lambda w: (f"/v1/credentials/{w.credential()}", None)),
     "GET /v1/config": (READERS, lambda w: ("/v1/config", None)),
     "PUT /v1/config": (KEEPERS, lambda w: ("/v1/config", {"teams": {"applied": {}}})),
@@ -186,7 +187,7 @@ def abroad(service):
 def test_another_organisation_sees_and_changes_nothing_of_ours(operation, world, abroad, request):
     path, body = OPERATIONS[operation][1](world)
     method = operation.split()[0]
-    shown = path.removesuffix("/personal").removesuffix("/rotate").removesuffix("/bundle")
+    shown = path.removesuffix("/personal").removesuffix("/rotate").removesuffix("/bundle").removesuffix("/reset")
     ours = world.admin.ask("GET", shown)[2] if "{" in operation and "/admin-tokens/" not in operation else None
     makes = operation in ("PUT /v1/config", "POST /v1/config/diff") or method in ("PUT", "POST") and "{" not in operation
     if makes or operation.startswith("PUT"):

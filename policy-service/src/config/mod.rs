@@ -12,7 +12,7 @@ pub use self::difference::{Action, Difference, FieldChange, field_changes};
 pub use self::limits::{Budget, Enforce, Quota, Rates, parse_limits, parse_usd, written};
 pub use self::parties::{Allow, OrganisationSettings, Policy, Team};
 pub use self::prices::{LongPrompt, OwnPrice};
-pub use self::supply::{Credential, Pool, ProviderSettings, Route, RouteTarget, check_secret};
+pub use self::supply::{Affinity, Credential, Pool, ProviderSettings, Route, RouteTarget, check_secret};
 
 use keyward_core::limits::Limits;
 use keyward_core::operation::Provider;
@@ -252,7 +252,7 @@ mod tests {
             "teams": {"search": {"max_key_usd": "10.00", "max_expires_in": "30d"}},
             "credentials": {"main": {"provider": "openai", "from": "env:OPENAI_API_KEY"}},
             "pools": {"prod": {"provider": "openai", "credentials": ["main"]}},
-            "policies": {"p": {"pools": {"openai": "prod"}, "budgets": [{"usd": "5.00", "window": "total"}], "expires_in": "10m"}},
+            "policies": {"p": {"pools": {"openai": "prod"}, "budgets": [{"usd": "5.00", "window": "total"}], "expires_in": "10m", "wait_ms": 60_000}},
             "routes": {"fast": {"targets": [{"provider": "openai", "model": "gpt-4o-mini", "pool": "prod"}]}},
             "providers": {"openai": {"url": "http://127.0.0.1:9000", "prices": {"gpt-4o": {"input": "2.50", "output": "10.00"}}}},
         });
@@ -261,7 +261,7 @@ mod tests {
             "teams": {"bad name": {}, "t": {"max_key_usd": "-1", "max_expires_in": "soon", "allow": {"endpoints": ["chat"]}}},
             "credentials": {"main": {"provider": "nobody", "from": "OPENAI_API_KEY", "secret": "vk_x"}},
             "pools": {"prod": {"provider": "openai", "credentials": ["main", "other"]}, "empty": {"provider": "openai", "credentials": []}},
-            "policies": {"p": {"pools": {"openai": "none"}, "budgets": [{"usd": "5.00", "window": "week"}], "quotas": [{"window": "day"}]}},
+            "policies": {"p": {"pools": {"openai": "none"}, "budgets": [{"usd": "5.00", "window": "week"}], "quotas": [{"window": "day"}], "wait_ms": 60_001}},
             "routes": {"fast": {"targets": []}, "slow": {"targets": [{"provider": "x", "model": "", "pool": "none"}]}},
             "providers": {"openai": {"url": "example.com", "prices": {"gpt-4o": {"input": "2,50", "output": "10"}}}, "mine": {}},
         });
@@ -274,6 +274,7 @@ mod tests {
                 "teams.t.max_expires_in",
                 "policies.p.budgets[0].window",
                 "policies.p.quotas[0]",
+                "policies.p.wait_ms",
                 "policies.p.pools.openai",
                 "providers.mine",
                 "providers.openai.url",

@@ -10,6 +10,9 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use utoipa::ToSchema;
 
+/// Longest that a request may be held back for a credential.
+const MOST_WAIT_MS: u64 = 60_000;
+
 /// What may be called. An empty list allows everything.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema, ToSchema)]
 #[serde(default, deny_unknown_fields)]
@@ -157,6 +160,11 @@ pub struct Policy {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(example = "10m")]
     pub expires_in: Option<String>,
+    /// How many milliseconds a request may be held back while no credential of its pool can be used, 0 to 60000; default: 0, it is
+    /// refused at once with the time after which to try again.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(maximum = 60_000)]
+    pub wait_ms: Option<u64>,
     /// Provider to pool. A provider that is not named uses all its credentials.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub pools: BTreeMap<String, String>,
@@ -177,6 +185,9 @@ impl Object for Policy {
         faults.allow(&self.allow);
         faults.limits(self.limits());
         faults.result("expires_in", self.expires_in.as_deref().map(parse_duration).transpose());
+        if self.wait_ms.is_some_and(|wait_ms| wait_ms > MOST_WAIT_MS) {
+            faults.add("wait_ms", format!("must be 0 to {MOST_WAIT_MS}"));
+        }
         for (provider, pool) in &self.pools {
             let field = format!("pools.{provider}");
             match all.pools.get(pool) {

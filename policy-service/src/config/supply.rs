@@ -69,7 +69,8 @@ pub struct Credential {
     pub provider: String,
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub label: String,
-    /// The provider's account whose limits it shares; default: its own.
+    /// The provider's account whose limits it shares: credentials of one provider with the same name here are limited together;
+    /// default: its own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub account: Option<String>,
     /// In the file: where the secret is, `env:NAME` or `file:PATH` (relative to the file). The API shows only this.
@@ -125,8 +126,29 @@ pub fn check_secret(secret: &str) -> Result<(), String> {
 pub struct Pool {
     #[schema(example = "openai")]
     pub provider: String,
-    /// Names (or ids) of credentials, the first is tried first.
+    /// Names of credentials. Each request takes the usable one whose account has most left.
     pub credentials: Vec<String>,
+    /// `key`: each virtual key has an order of its own and stays with the first usable credential of it, so that a provider's prompt
+    /// cache is met again. Default: `none`.
+    #[serde(default, skip_serializing_if = "Affinity::is_none")]
+    pub affinity: Affinity,
+}
+
+/// What a request's credential is chosen by.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Affinity {
+    /// By what the accounts have left.
+    #[default]
+    None,
+    /// By the virtual key.
+    Key,
+}
+
+impl Affinity {
+    fn is_none(&self) -> bool {
+        *self == Affinity::None
+    }
 }
 
 impl Object for Pool {

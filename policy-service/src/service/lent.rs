@@ -2,7 +2,7 @@
 
 use super::{Loaded, ORGANISATION, Service, ServiceError, now_ms};
 use crate::config::{self, Fault, Kind};
-use crate::directory::Directory;
+use crate::directory::{Directory, shared_account};
 use hmac::{Hmac, KeyInit, Mac};
 use keyward_core::hex;
 use sha2::Sha256;
@@ -61,9 +61,11 @@ impl Service {
     /// Adds what is lent, after what is stored.
     pub(super) fn add_lent(&self, directory: &mut Directory, secrets: &mut HashMap<String, Loaded>) {
         let Some(organisation) = directory.organisations.get_mut(ORGANISATION).map(Arc::make_mut) else { return };
-        for Lent { id, provider, secret, .. } in self.lent() {
+        for Lent { id, provider, account, secret, .. } in self.lent() {
+            let account = (account != id).then(|| shared_account(ORGANISATION, &provider, &account));
+            organisation.accounts.extend(account.clone().map(|account| (id.clone(), account)));
             organisation.lent.push((id.clone(), provider));
-            secrets.insert(id, Loaded { secret });
+            secrets.insert(id, Loaded { secret, account });
         }
     }
 

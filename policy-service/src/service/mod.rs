@@ -4,6 +4,7 @@ pub mod access;
 #[cfg(test)]
 mod bed;
 mod configuration;
+pub mod key_states;
 pub mod keys;
 mod lent;
 mod watch;
@@ -13,9 +14,10 @@ mod webhook;
 pub use self::lent::{Lent, Loan};
 
 use self::access::{Permission, Principal};
+use self::key_states::KeyStates;
 use self::watch::{Changed, Watch};
 use crate::config::Fault;
-use crate::directory::{Directory, Organisation};
+use crate::directory::{Directory, Organisation, shared_account};
 use crate::metrics::handles;
 use crate::store::{
     self, Admission, Admit, AuditRow, CredentialRow, Idempotent, Settle, Store, StoreError, UsageQuery, UsageRow, admin_chain,
@@ -104,6 +106,8 @@ impl Roots {
 #[derive(Clone)]
 struct Loaded {
     secret: Zeroizing<String>,
+    /// The account that it shares, as gates name it.
+    account: Option<String>,
 }
 
 /// What admissions work from, replaced whole after every change.
@@ -123,6 +127,7 @@ pub struct Service {
     memory: RwLock<Arc<InMemory>>,
     lent: RwLock<Vec<Lent>>,
     watch: Watch,
+    key_states: KeyStates,
     /// When `/metrics` was last read.
     watched: tokio::sync::Mutex<Option<Instant>>,
     /// Changes are taken into memory in the order in which they happened.
@@ -153,11 +158,13 @@ impl Service {
             memory: RwLock::default(),
             lent: RwLock::default(),
             watch: Watch::new()?,
+            key_states: KeyStates::default(),
             watched: tokio::sync::Mutex::default(),
             reloading: tokio::sync::Mutex::default(),
         };
         service.store.create_organisation(ORGANISATION, "", "keyward start", now_ms()).await?;
         service.reload().await?;
+        service.load_key_states().await?;
         Ok(service)
     }
 
@@ -168,16 +175,21 @@ impl Service {
     /// Takes the stored configuration and credentials into memory.
     async fn reload(&self) -> Result<(), ServiceError> {
         let _one_at_a_time = self.reloading.lock().await;
-        let open = |row: CredentialRow| Ok::<_, ServiceError>((row.id.clone(), Loaded { secret: self.open(&row)? }));
+        let open = |row: CredentialRow| {
+            let account = (row.account != row.id).then(|| shared_account(&row.organisation, &row.provider, &row.account));
+            Ok::<_, ServiceError>((row.id.clone(), Loaded { secret: self.open(&row)?, account }))
+        };
         let secrets = self.store.credentials().await?.into_iter().map(open).collect::<Result<HashMap<_, _>, _>>()?;
         let mut memory = InMemory { directory: Arc::default(), secrets };
         let mut directory = self.store.directory().await?;
         self.add_lent(&mut directory, &mut memory.secrets);
         watched::pools(&directory);
         memory.directory = Arc::new(directory);
+        let (before, after) = (self.memory(), Arc::new(memory));
         if let Ok(mut slot) = self.memory.write() {
-            *slot = Arc::new(memory);
+            *slot = after.clone();
         }
+        self.secrets_changed(&before, &after).await;
         Ok(())
     }
 
@@ -232,13 +244,27 @@ impl Service {
             now,
             expires_ms: now.wall_ms.saturating_add(millis(self.hold_ttl)),
             patient: true,
+            rejected: self.key_states.rejected(),
             request,
         };
         match self.admit_patiently(admit).await {
             Ok(Admission::Admitted(admitted)) => {
                 handles().admitted(&provider, &endpoint);
-                let store::Admitted { key_id, hold, model, credentials, state, answer, expires_ms, output_limit, rev, headroom, prompt } =
-                    *admitted;
+                let store::Admitted {
+                    key_id,
+                    hold,
+                    model,
+                    credentials,
+                    in_order,
+                    wait_ms,
+                    state,
+                    answer,
+                    expires_ms,
+                    output_limit,
+                    rev,
+                    headroom,
+                    prompt,
+                } = *admitted;
                 if !Arc::ptr_eq(&memory.directory, &self.memory().directory) {
                     // Decided by rules that have changed meanwhile, and perhaps written down after all that was running was judged.
                     self.changed(Changed::key(&key_id));
@@ -251,12 +277,11 @@ impl Service {
                     );
                 }
                 let with_secret = |id: String| {
-                    let secret = Secret(memory.secrets.get(&id)?.secret.to_string());
-                    Some(PlanCredential { id, secret, account: None })
+                    let Loaded { secret, account } = memory.secrets.get(&id)?;
+                    Some(PlanCredential { id, secret: Secret(secret.to_string()), account: account.clone() })
                 };
                 let credentials = credentials.into_iter().filter_map(with_secret).collect();
                 let targets = vec![PlanTarget { provider, model, credentials }];
-                let (wait_ms, in_order) = (0, false);
                 let plan = Plan {
                     key: key_id,
                     rev,
@@ -316,9 +341,7 @@ impl Service {
             .next()
             .and_then(BatchHead::parse)
             .ok_or(ServiceError::Invalid("body".to_owned(), "the first line is no batch head".to_owned()))?;
-        for (code, count) in head.news.refusals {
-            handles().edge_refused(&code, count);
-        }
+        self.take_news(head.news).await;
         let (taken, rejected) = self.take_records(lines).await?;
         let edge_key = head.need_key.then(|| EdgeKey::derive(&self.roots.edge_master, head.vm));
         Ok(SettleAnswer { taken, rejected, edge_key })

@@ -79,11 +79,27 @@ struct Told {
     closing: bool,
 }
 
+/// What came after a place.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct After {
+    /// Where to go on.
+    place: u64,
+    end: Vec<End>,
+    /// Names of states of credentials that have changed.
+    states: Vec<String>,
+}
+
 #[derive(Default)]
 struct State {
-    /// The newest news, oldest first.
-    log: VecDeque<End>,
+    /// The newest ends, oldest first, each with its number.
+    log: VecDeque<(u64, End)>,
     in_log: HashSet<RequestId>,
+    /// Names of states of credentials that have changed, by the number of the last change.
+    states: BTreeMap<u64, String>,
+    /// Where each of them stands there.
+    in_states: HashMap<String, u64>,
+    /// The newest number that is not in the log any more.
+    forgotten: u64,
     changed: Changed,
     /// When which keys have to be judged because they, or tokens of theirs, expire then.
     due: BTreeMap<u64, BTreeSet<String>>,
@@ -111,30 +127,71 @@ impl Watch {
     }
 
     /// What came after a place. `None`: the log does not go back so far.
-    fn after(&self, place: u64) -> Option<WatchAnswer> {
+    fn after(&self, place: u64) -> Option<After> {
         let state = self.state();
         let last = self.told.borrow().last;
-        let missing = usize::try_from(last.checked_sub(place)?).ok()?;
-        let from = state.log.len().checked_sub(missing)?;
-        let end: Vec<End> = state.log.iter().skip(from).take(MAX_ANSWER).copied().collect();
-        Some(WatchAnswer { since: self.at(place + end.len() as u64), end, cooled: Vec::new() })
+        if place > last || place < state.forgotten {
+            return None;
+        }
+        let from = state.log.partition_point(|(number, _)| *number <= place);
+        let ends = state.log.range(from..).map(|(number, end)| (*number, Ok(*end)));
+        let states = state.states.range(place + 1..).map(|(number, name)| (*number, Err(name.clone())));
+        // Each of the two is in order; one more than an answer holds says that there are more.
+        let mut news: Vec<(u64, Result<End, String>)> = ends.take(MAX_ANSWER + 1).chain(states.take(MAX_ANSWER + 1)).collect();
+        news.sort_by_key(|(number, _)| *number);
+        let is_all = news.len() <= MAX_ANSWER;
+        news.truncate(MAX_ANSWER);
+        let mut after = After { place: news.last().map(|(number, _)| *number).filter(|_| !is_all).unwrap_or(last), ..After::default() };
+        for (_, one) in news {
+            match one {
+                Ok(end) => after.end.push(end),
+                Err(name) => after.states.push(name),
+            }
+        }
+        Some(after)
+    }
+
+    /// Names of states that have changed lately.
+    fn changed_states(&self) -> Vec<String> {
+        self.state().states.values().cloned().collect()
+    }
+
+    /// States of credentials have changed. How, is looked up when it is told: only the newest counts.
+    pub fn tell_states(&self, names: Vec<String>) {
+        let mut state = self.state();
+        let mut last = self.told.borrow().last;
+        for name in names {
+            last += 1;
+            if let Some(before) = state.in_states.insert(name.clone(), last) {
+                state.states.remove(&before);
+            }
+            state.states.insert(last, name);
+            if state.states.len() > MAX_LOG
+                && let Some((number, name)) = state.states.pop_first()
+            {
+                state.in_states.remove(&name);
+                state.forgotten = state.forgotten.max(number);
+            }
+        }
+        self.told.send_modify(|now| now.last = last);
     }
 
     /// Adds what has not been told yet.
     fn tell(&self, ends: Vec<End>) {
         let mut state = self.state();
-        let mut told = 0;
+        let (last, mut told) = (self.told.borrow().last, 0);
         for end in ends {
             if !state.in_log.insert(end.req) {
                 continue;
             }
-            state.log.push_back(end);
             told += 1;
+            state.log.push_back((last + told, end));
             handles().told_to_end(end.code);
             if state.log.len() > MAX_LOG
-                && let Some(oldest) = state.log.pop_front()
+                && let Some((number, oldest)) = state.log.pop_front()
             {
                 state.in_log.remove(&oldest.req);
+                state.forgotten = state.forgotten.max(number);
             }
         }
         if told > 0 {
@@ -224,8 +281,10 @@ impl Service {
         let until = Instant::now() + Duration::from_millis(HOLD_MS);
         loop {
             let closing = told.borrow_and_update().closing;
-            let Some(answer) = self.watch.after(place) else { return self.everything().await };
-            if closing || !answer.end.is_empty() {
+            let Some(After { place: next, end, states }) = self.watch.after(place) else { return self.everything().await };
+            let cooled = self.key_states.tell(states.iter().map(String::as_str));
+            let answer = WatchAnswer { since: self.watch.at(next), end, cooled };
+            if closing || !answer.end.is_empty() || !answer.cooled.is_empty() {
                 return Ok(answer);
             }
             tokio::select! {
@@ -243,7 +302,8 @@ impl Service {
         let judged = judge(&self.store.running(None).await?, &self.memory().directory, now_ms());
         self.watch.will_be_due(judged.due);
         self.watch.work.notify_one();
-        Ok(WatchAnswer { since: self.watch.at(last), end: judged.end, cooled: Vec::new() })
+        let cooled = self.key_states.everything(self.watch.changed_states().iter().map(String::as_str));
+        Ok(WatchAnswer { since: self.watch.at(last), end: judged.end, cooled })
     }
 
     /// Whoever waits for news is answered now, and nobody waits any more.
@@ -678,6 +738,36 @@ mod tests {
     }
 
     #[test]
+    fn ends_and_states_are_told_in_their_order_and_a_state_once() {
+        let watch = Watch::new().unwrap();
+        let end = |n: usize| End { req: RequestId((n as u128).to_be_bytes()), code: Code::Revoked };
+        let names = |names: &[usize]| names.iter().map(|n| format!("c/{n}")).collect::<Vec<_>>();
+        watch.tell_states(names(&[1, 2]));
+        watch.tell(vec![end(1)]);
+        watch.tell_states(names(&[1]));
+        let after = |place: u64| watch.after(place).unwrap();
+        assert_eq!(after(0), After { place: 4, end: vec![end(1)], states: names(&[2, 1]) });
+        assert_eq!(after(3), After { place: 4, end: vec![], states: names(&[1]) });
+        // An answer that is full goes on where it ended, wherever that is among the two.
+        let many: Vec<usize> = (10..10 + MAX_ANSWER).collect();
+        watch.tell(many.iter().map(|n| end(*n)).collect());
+        watch.tell_states(names(&many));
+        let (mut place, mut ends, mut states) = (4, 0, 0);
+        for _ in 0..2 {
+            let after = after(place);
+            assert_eq!(after.end.len() + after.states.len(), MAX_ANSWER);
+            (place, ends, states) = (after.place, ends + after.end.len(), states + after.states.len());
+        }
+        assert_eq!(
+            (place, ends, states, watch.changed_states().len()),
+            (4 + 2 * MAX_ANSWER as u64, MAX_ANSWER, MAX_ANSWER, 2 + MAX_ANSWER)
+        );
+        // States that change all the time push no end out of the log, and the other way round.
+        (0..MAX_LOG).for_each(|_| watch.tell_states(names(&[1])));
+        assert_eq!((after(2).end.len(), after(place).states), (MAX_ANSWER, names(&[1])));
+    }
+
+    #[test]
     fn a_log_tells_what_it_has_and_owns_up_to_what_it_has_not() {
         let watch = Watch::new().unwrap();
         let end = |n: usize| End { req: RequestId((n as u128).to_be_bytes()), code: Code::Revoked };
@@ -688,7 +778,7 @@ mod tests {
         watch.tell((10..10 + MAX_LOG).map(end).collect());
         assert_eq!(told(1), None, "it does not go back so far");
         let all = watch.after(2).unwrap();
-        assert_eq!((all.end.len(), all.since), (MAX_ANSWER, watch.at(2 + MAX_ANSWER as u64)), "the rest at the next question");
+        assert_eq!((all.end.len(), all.place), (MAX_ANSWER, 2 + MAX_ANSWER as u64), "the rest at the next question");
         watch.tell(vec![end(1)]);
         assert_eq!(told(2 + MAX_LOG as u64), Some(vec![end(1)]), "what has left the log can be told again");
     }

@@ -1,20 +1,24 @@
 //! What operators see of the service: gauges that are read when somebody looks, and what a log line may say.
 
+use super::key_states::state_name;
 use super::watch::Changed;
 use super::{InMemory, Service, millis, now_ms};
 use crate::directory::Directory;
 use crate::metrics::{handles, unix_seconds};
-use crate::store::{Settled, Used};
+use crate::store::{Alarm, Settled, Used};
 use keyward_core::edge::RequestId;
 use keyward_core::operation::PROVIDERS;
 use keyward_core::refusal::{Code, Refusal};
 use keyward_core::trace::TraceContext;
+use keyward_core::verdict::State;
 use metrics::gauge;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 /// Readings closer together than this show the same: whoever can read must not be able to keep the database busy.
 const AT_MOST_EVERY: Duration = Duration::from_secs(1);
+/// What keeps a credential from being used.
+const STATES: [State; 4] = [State::Overloaded, State::RateLimited, State::Exhausted, State::Rejected];
 /// A store that takes longer to write is not ready.
 const PATIENCE: Duration = Duration::from_secs(2);
 
@@ -24,6 +28,11 @@ impl Service {
         let mut last = self.watched.lock().await;
         if last.is_some_and(|last| last.elapsed() < AT_MOST_EVERY) {
             return;
+        }
+        let unusable = self.unusable();
+        for (provider, state) in PROVIDERS.iter().flat_map(|provider| STATES.map(|state| (provider.name, state))) {
+            let count = unusable.get(&(provider.to_owned(), state)).copied().unwrap_or(0);
+            gauge!("keyward_credentials_unusable", "provider" => provider, "state" => state_name(state)).set(as_float(count));
         }
         let metrics = handles();
         let ready = matches!(tokio::time::timeout(PATIENCE, self.store.ready()).await, Ok(Ok(())));
@@ -57,10 +66,11 @@ impl Service {
         metrics.records_repeated.increment(settled.repeated);
         metrics.records_unknown.increment(settled.unknown);
         self.count_used(&settled.used);
-        for alarm in &settled.alarms {
-            metrics::counter!("keyward_alarms_total", "what" => alarm.what.clone()).increment(1);
-            tracing::warn!(organisation = alarm.organisation, what = alarm.what, detail = %alarm.detail, "alarm");
+        metrics.rotated.increment(settled.rotated);
+        for ((provider, status), count) in &settled.tries {
+            metrics.tried(provider, *status, *count);
         }
+        raised(&settled.alarms);
         for key in &settled.frozen {
             self.changed(Changed::key(key));
         }
@@ -93,6 +103,14 @@ impl InMemory {
     fn names(&self, provider: &str, model: &str) -> bool {
         let routes = self.directory.organisations.values().flat_map(|organisation| organisation.document.routes.values());
         routes.flat_map(|route| &route.targets).any(|target| target.provider == provider && target.model == model)
+    }
+}
+
+/// Counts alarms, and logs them.
+pub(super) fn raised(alarms: &[Alarm]) {
+    for alarm in alarms {
+        metrics::counter!("keyward_alarms_total", "what" => alarm.what.clone()).increment(1);
+        tracing::warn!(organisation = alarm.organisation, what = alarm.what, detail = %alarm.detail, "alarm");
     }
 }
 

@@ -8,11 +8,13 @@ use crate::directory::{NoCredential, Organisation};
 use keyward_core::admission::{self, Hold, KeyState};
 use keyward_core::audit::{self, Event};
 use keyward_core::edge::{Ask, RequestId};
+use keyward_core::keyring::At;
 use keyward_core::limits::{DAY_MS, Enforce, Limits, Moment};
 use keyward_core::models;
 use keyward_core::operation::Provider;
 use keyward_core::refusal::{Code, Headroom, Refusal};
 use keyward_core::reserve::{self, Level, Of};
+use keyward_core::verdict::Scope;
 use rusqlite::{OptionalExtension, params};
 use sha2::{Digest, Sha256};
 use std::borrow::Cow;
@@ -59,6 +61,8 @@ struct Decision {
 struct Target {
     model: Option<String>,
     credentials: Vec<String>,
+    in_order: bool,
+    wait_ms: u64,
     state: bool,
     answer: Option<String>,
 }
@@ -263,7 +267,8 @@ impl Ledger<'_> {
             let message = format!("this model leads to {}, and this endpoint is one of {}", route.provider, ask.provider);
             return Ok(Err(Refusal::new(Code::UnknownModel, message)));
         }
-        let credentials = organisation.credentials(&ask.provider, key.policy.as_deref(), route.and_then(|route| route.pool.as_deref()));
+        let (policy, pool) = (key.policy.as_deref(), route.and_then(|route| route.pool.as_deref()));
+        let credentials = organisation.credentials(&ask.provider, policy, pool);
         if admission::operation(ask).lists_models() {
             let answer = self.models(organisation, &key.state, admit, credentials.is_ok());
             return Ok(answer.map(|answer| Target { answer: Some(answer), ..Target::default() }));
@@ -280,7 +285,18 @@ impl Ledger<'_> {
             References::Refused(refusal) => return Ok(Err(refusal)),
         };
         let model = route.map(|route| route.model.clone()).or_else(|| ask.model.clone());
-        Ok(Ok(Target { model, credentials, state: key.state.allow.state, answer: None }))
+        let at = At { provider: &ask.provider, model: model.as_deref().unwrap_or_default() };
+        let mut credentials: Vec<String> = credentials.into_iter().filter(|id| !is_rejected(organisation, at, id, admit)).collect();
+        if credentials.is_empty() {
+            let message = format!("{} rejected every stored credential that this request could use; an operator has to act", ask.provider);
+            return Ok(Err(Refusal::new(Code::ProviderCredentialRejected, message)));
+        }
+        let in_order = organisation.goes_by_key(&ask.provider, policy, pool);
+        if in_order {
+            credentials.sort_by_cached_key(|id| rank(&key.id, id));
+        }
+        let wait_ms = organisation.wait_ms(policy);
+        Ok(Ok(Target { model, credentials, in_order, wait_ms, state: key.state.allow.state, answer: None }))
     }
 
     /// The models that a key may use, of a provider that can be reached.
@@ -406,6 +422,20 @@ impl Levels<'_> {
     }
 }
 
+/// Whether the provider has said that this credential, or its account with this model, is not to be used.
+fn is_rejected(organisation: &Organisation, at: At<'_>, id: &str, admit: &Admit) -> bool {
+    if admit.rejected.is_empty() {
+        return false;
+    }
+    let credential = organisation.plain(id);
+    [Scope::Credential, Scope::Account, Scope::Model].into_iter().any(|scope| admit.rejected.contains(&at.name(&credential, scope)))
+}
+
+/// A key's own order of credentials (rendezvous hashing): when one goes or comes, the order of the others stays.
+fn rank(key_id: &str, credential: &str) -> [u8; 32] {
+    Sha256::new().chain_update(key_id).chain_update([0]).chain_update(credential).finalize().into()
+}
+
 /// `bounded`: some budget holds the request to its hold.
 fn admitted(
     key: &Found,
@@ -416,7 +446,7 @@ fn admitted(
     headroom: Option<Headroom>,
     bounded: bool,
 ) -> Admission {
-    let Target { model, credentials, state, answer } = target;
+    let Target { model, credentials, in_order, wait_ms, state, answer } = target;
     let expires_ms = key.state.expires_ms.into_iter().chain(key.token_expires_ms).min();
     // Where output has a limit, that is what was held for; without a budget the hold binds nobody.
     let output_limit = Some(hold.output_tokens).filter(|_| bounded && !admission::operation(ask).limits().is_empty());
@@ -425,6 +455,8 @@ fn admitted(
         hold,
         model,
         credentials,
+        in_order,
+        wait_ms,
         state,
         answer,
         expires_ms,

@@ -101,7 +101,8 @@ impl Ledger<'_> {
         self.post(&chain.organisation, what, detail, now, done)
     }
 
-    fn alarm_of_organisation(
+    /// Raises an alarm about what all keys of an organisation share.
+    pub(super) fn alarm_of_organisation(
         &self,
         organisation: &str,
         what: &str,

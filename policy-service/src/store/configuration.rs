@@ -4,7 +4,7 @@
 use super::ledger::{Chain, Ledger, signed, unsigned};
 use super::{CredentialRow, Edit, Edited, Edits, Expect, Idempotent, NewOrganisation, StoreError, TokenRow, admin_chain};
 use crate::config::{self, Credential, Document, Kind};
-use crate::directory::{Directory, InForce, Meta, Organisation};
+use crate::directory::{Directory, InForce, Meta, Organisation, shared_account};
 use crate::prices::OwnPrices;
 use keyward_core::audit::{self, Event};
 use rusqlite::{Connection, OptionalExtension, Row, params};
@@ -93,16 +93,18 @@ pub(super) fn own_prices(db: &Connection, organisation: &str, provider: &str) ->
     Ok(OwnPrices::of(&document))
 }
 
-fn read_credentials(db: &Connection, id: &str, into: &mut Organisation) -> Result<(), StoreError> {
+fn read_credentials(db: &Connection, organisation: &str, into: &mut Organisation) -> Result<(), StoreError> {
     let mut select = db.prepare_cached(
         "SELECT id, name, provider, label, account, source, revision, managed, created_ms, updated_ms
          FROM credentials WHERE organisation = ?1 ORDER BY created_ms, id",
     )?;
-    let mut rows = select.query([id])?;
+    let mut rows = select.query([organisation])?;
     while let Some(row) = rows.next()? {
         let (id, name, account): (String, String, String) = (row.get(0)?, row.get(1)?, row.get(4)?);
         let account = Some(account).filter(|account| *account != id);
         let credential = Credential { provider: row.get(2)?, label: row.get(3)?, account, from: row.get(5)?, secret: None };
+        let shared = credential.account.as_ref().map(|name| shared_account(organisation, &credential.provider, name));
+        into.accounts.extend(shared.map(|account| (id.clone(), account)));
         let meta = Meta {
             id,
             version: unsigned(row.get(6)?),

@@ -4,6 +4,7 @@ mod accounts;
 mod admission;
 mod alarms;
 mod configuration;
+mod key_states;
 mod keys;
 pub mod ledger;
 pub mod objects;
@@ -25,7 +26,8 @@ use keyward_core::money::Nanodollars;
 use keyward_core::price::PriceTable;
 use keyward_core::refusal::{Headroom, Refusal};
 use keyward_core::usage::Usage;
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use keyward_core::verdict::State;
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
 /// What went wrong below. The text is for the log; callers of the API are told only that the store failed.
@@ -199,6 +201,8 @@ pub struct Admit {
     pub expires_ms: u64,
     /// What the request refers to may be in a settlement that has not come yet: say so instead of refusing.
     pub patient: bool,
+    /// Names of states, as the gates have them, of what the provider rejects.
+    pub rejected: Arc<HashSet<String>>,
 }
 
 /// What became of an admission.
@@ -221,6 +225,10 @@ pub struct Admitted {
     pub model: Option<String>,
     /// Ids of the credentials to try, in order: where the request refers to objects, the one that reaches them.
     pub credentials: Vec<String>,
+    /// The first usable of them is to be taken, whatever the others have left.
+    pub in_order: bool,
+    /// How long the request may wait for one to be usable, in milliseconds.
+    pub wait_ms: u64,
     /// The provider may keep what it answers.
     pub state: bool,
     /// The answer, where the service itself gives it.
@@ -258,15 +266,39 @@ pub struct Settled {
     pub nanodollars: i64,
     pub used: Vec<Used>,
     pub alarms: Vec<Alarm>,
+    /// Tries at providers, by provider and status; no status: it never answered.
+    pub tries: BTreeMap<(String, Option<u16>), u64>,
+    /// Requests that took more than one try.
+    pub rotated: u64,
 }
 
 /// Something that a person should look at.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Alarm {
     pub organisation: String,
-    /// `budget`, `over_hold` or `frozen`.
+    /// `budget`, `over_hold`, `frozen`, `credential_rejected` or `credential_exhausted`.
     pub what: String,
     pub detail: serde_json::Value,
+}
+
+/// A state of a credential, its account or a model of that, under the name that the gates give it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KeyState {
+    pub name: String,
+    pub state: State,
+    /// Unix milliseconds; `None`: until an operator acts.
+    pub until_ms: Option<u64>,
+    /// The end is a guess.
+    pub probe: bool,
+}
+
+/// What becomes of a state that is kept.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KeyStateChange {
+    pub name: String,
+    /// `None`: it is forgotten.
+    pub state: Option<KeyState>,
+    pub alarm: Option<Alarm>,
 }
 
 /// What one model was used for, and what it was charged.
@@ -523,6 +555,11 @@ pub trait Store: Send + Sync + 'static {
     async fn due_mail(&self, now_ms: u64, limit: u32) -> Result<Vec<Mail>, StoreError>;
     /// One alarm was sent, or is to be tried again at `next_ms`.
     async fn sent_mail(&self, id: u64, next_ms: Option<u64>) -> Result<(), StoreError>;
+
+    /// The states of credentials that are kept.
+    async fn key_states(&self) -> Result<Vec<KeyState>, StoreError>;
+    /// Keeps states of credentials, or forgets them, and raises the alarms that belong to them: these are given.
+    async fn keep_key_states(&self, changes: Vec<KeyStateChange>, now: Moment) -> Result<Vec<Alarm>, StoreError>;
 
     async fn standing(&self, now_ms: u64) -> Result<Standing, StoreError>;
     /// Whether a write would be durable now.

@@ -119,6 +119,10 @@ impl Ledger<'_> {
             }
             (state::HELD | state::EXPIRED, false) => {
                 objects::settle(self.db, settle, &request.key_id, &request.provider, now.wall_ms)?;
+                for one in &settlement.tries {
+                    *done.tries.entry((request.provider.clone(), one.status)).or_default() += 1;
+                }
+                done.rotated += u64::from(settlement.tries.len() > 1);
                 self.charge(settlement, &request, now, done, tally)?;
                 if request.bounded { self.look_at_budgets(&request, directory, now, done) } else { Ok(()) }
             }

@@ -6,8 +6,9 @@ use super::keys::{KEY_COLUMNS, KEYS, key_row};
 use super::ledger::{Ledger, signed, unsigned};
 use super::outbox;
 use super::{
-    Admission, Admit, AuditRow, CredentialRow, Edited, Edits, Expired, Idempotent, KeyOutcome, KeyRow, KeyUpdate, LedgerKeys, Mail, NewKey,
-    NewOrganisation, Rotation, Running, Settle, Settled, Standing, Store, StoreError, TokenRow, UsageBy, UsageQuery, UsageRow, watched,
+    Admission, Admit, Alarm, AuditRow, CredentialRow, Edited, Edits, Expired, Idempotent, KeyOutcome, KeyRow, KeyState, KeyStateChange,
+    KeyUpdate, LedgerKeys, Mail, NewKey, NewOrganisation, Rotation, Running, Settle, Settled, Standing, Store, StoreError, TokenRow,
+    UsageBy, UsageQuery, UsageRow, key_states, watched,
 };
 use crate::directory::Directory;
 use crate::metrics::handles;
@@ -34,6 +35,7 @@ const MIGRATIONS: &[&str] = &[
     include_str!("kept.sql"),
     include_str!("money.sql"),
     include_str!("watched.sql"),
+    include_str!("key_states.sql"),
 ];
 
 type Apply = Box<dyn Fn(&Ledger<'_>) -> Result<(), StoreError> + Send>;
@@ -385,6 +387,14 @@ impl Store for SqliteStore {
 
     async fn sent_mail(&self, id: u64, next_ms: Option<u64>) -> Result<(), StoreError> {
         self.write(move |ledger| ledger.sent_mail(id, next_ms)).await
+    }
+
+    async fn key_states(&self) -> Result<Vec<KeyState>, StoreError> {
+        self.read(key_states::read).await
+    }
+
+    async fn keep_key_states(&self, changes: Vec<KeyStateChange>, now: Moment) -> Result<Vec<Alarm>, StoreError> {
+        self.write(move |ledger| ledger.keep_key_states(&changes, now)).await
     }
 
     async fn standing(&self, now_ms: u64) -> Result<Standing, StoreError> {

@@ -22,6 +22,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 mod configuration;
+mod key_states;
 mod keys;
 mod limits;
 mod model;
@@ -157,7 +158,15 @@ fn admit(key: u8, req: u8, max: u64, now: u64) -> Admit {
         ..Ask::default()
     };
     let request = AdmitRequest { req: RequestId([req; 16]), vm: VM, node: "n".to_owned(), token: [0; 32], need_key: false, ask };
-    Admit { token_hash: [key; 32], request, directory: Arc::default(), now: Moment::at(now), expires_ms: now + TTL, patient: false }
+    Admit {
+        token_hash: [key; 32],
+        request,
+        directory: Arc::default(),
+        now: Moment::at(now),
+        expires_ms: now + TTL,
+        patient: false,
+        rejected: Arc::default(),
+    }
 }
 
 /// One budget for good.
