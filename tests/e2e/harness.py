@@ -303,6 +303,20 @@ class Stack:
         body = {"model": "gpt-4o-mini", "messages": [{"role": "user", "content": content}], **more}
         return call(self.base, "POST", path, body, {"authorization": f"Bearer {token}", **(headers or {})}, timeout)
 
+    def recover(self):
+        """Every credential is usable again, as after an operator acted: what its provider said of it is forgotten, and Envoy has heard so.
+        Only when all requests are settled: what a gate has yet to tell would stand after it."""
+        for credential in self.admin("GET", "/v1/credentials")["data"]:
+            self.admin("POST", f"/v1/credentials/{credential['id']}/reset")
+        _, token = self.new_key("1.00")
+        claude = {"model": "claude-haiku-4-5", "max_tokens": 5, "messages": [{"role": "user", "content": "Hello"}]}
+        names = {credential["provider"] for credential in self.credentials}
+        if "openai" in names:
+            wait_for("OpenAI's credentials", lambda: self.chat(token)[0] == 200, 5)
+        if "anthropic" in names:
+            wait_for("Anthropic's credentials",
+                     lambda: call(self.base, "POST", "/v1/messages", claude, {"x-api-key": token, "anthropic-version": "2023-06-01"})[0] == 200, 5)
+
     def audit(self, key_id):
         """A key's chain, verified and decoded by the second reading."""
         return audit.verify(self.export(key_id))

@@ -217,6 +217,10 @@ def busy_run(stack):
                 pass
             except Exception as error:
                 assert "IncompleteRead" in type(error).__name__ or "Disconnected" in type(error).__name__, error
+        if directive.startswith(("status=4", "error")):
+            # Or the next one would not reach the provider.
+            stack.settled(key_id)
+            stack.recover()
     # Admin calls, also wrong ones with a secret in them.
     wrong = [("GET", "/v1/keys", None, "Bearer " + token), ("GET", f"/v1/keys/{token}", None, None), ("POST", "/v1/keys", {"label": 5, "allow": token}, None),
              ("POST", "/v1/credentials", {"provider": "openai", "secret": CREDENTIALS[0]["secret"], "more": 1}, None),

@@ -405,12 +405,16 @@ def test_anthropic_refusals_are_the_sdks_own_exceptions(any_stack):
     assert any_stack.last_seq() == seq
 
 
+def rest(stack, error):
+    """A provider that asks for time gets it from everybody: not in the tests that follow."""
+    if "retry-after" in error.response.headers:
+        stack.recover()
+
+
 @pytest.mark.parametrize(("words", "kind", "code"), [
     ("status=400", openai.BadRequestError, None),
     ("status=400 error=context_length_exceeded", openai.BadRequestError, "context_length_exceeded"),
     ("status=404", openai.NotFoundError, "model_not_found"),
-    ("status=429 retry_after=3", openai.RateLimitError, "rate_limit_exceeded"),
-    ("error=insufficient_quota", openai.RateLimitError, "insufficient_quota"),
     ("status=500", openai.InternalServerError, None),
     ("status=503", openai.InternalServerError, None),
     ("status=529", openai.InternalServerError, None),
@@ -423,14 +427,34 @@ def test_openai_errors_of_the_provider_pass_through(any_stack, words, kind, code
     error = raised(kind, lambda: client.chat.completions.create(model="gpt-4o", messages=user(f"[[sim {words}]]"), stream=stream))
     assert type(error) is kind and error.code == code and error.body["message"] and error.body["type"]
     assert "x-keyward-reason" not in error.response.headers and error.response.headers["x-keyward-request-id"]
-    assert error.response.headers.get("retry-after") == ("3" if "retry_after" in words else None)
     assert any_stack.books(key_id)[:2] == (0, 0)
+    rest(any_stack, error)
+
+
+@pytest.mark.parametrize(("words", "retry_after", "retries"), [("status=429 retry_after=3", 3, True), ("error=insufficient_quota", 600, False)])
+def test_a_limit_of_the_provider_is_told_as_the_pools(any_stack, words, retry_after, retries):
+    """With no key left that could serve, SDKs get the 429 that they know, with the time that counts, and a hint where no retry helps."""
+    key_id, token = any_stack.new_key("1.00")
+    try:
+        client, _ = sync_openai(any_stack, token, max_retries=0)
+        error = raised(openai.RateLimitError, lambda: client.chat.completions.create(model="gpt-4o", messages=user(f"[[sim {words}]]")))
+        assert error.code == "pool_exhausted" and error.body["message"] and error.body["type"]
+        assert 0 < int(error.response.headers["retry-after"]) <= retry_after
+        assert (error.response.headers.get("x-should-retry") != "false") == retries
+        if retries:
+            claude, _ = sync_anthropic(any_stack, token, max_retries=0)
+            error = raised(anthropic.RateLimitError,
+                           lambda: claude.messages.create(model="claude-haiku-4-5", max_tokens=9, messages=user(f"[[sim {words}]]")))
+            assert error.body["error"]["type"] == "rate_limit_error" and error.response.headers["x-keyward-reason"] == "pool_exhausted"
+        assert any_stack.books(key_id)[:2] == (0, 0)
+    finally:
+        any_stack.settled(key_id)
+        any_stack.recover()
 
 
 @pytest.mark.parametrize(("words", "kind", "kind_text"), [
     ("status=400", anthropic.BadRequestError, "invalid_request_error"),
     ("status=404", anthropic.NotFoundError, "not_found_error"),
-    ("status=429 retry_after=3", anthropic.RateLimitError, "rate_limit_error"),
     ("status=500", anthropic.InternalServerError, "api_error"),
     ("status=529", anthropic.InternalServerError, "overloaded_error"),
 ])
@@ -441,11 +465,12 @@ def test_anthropic_errors_of_the_provider_pass_through(any_stack, words, kind, k
     assert error.body["error"]["type"] == kind_text and error.body["request_id"] == error.response.headers["request-id"]
     assert "x-keyward-reason" not in error.response.headers
     assert any_stack.books(key_id)[:2] == (0, 0)
+    rest(any_stack, error)
 
 
 def test_a_rejected_stored_credential_is_no_authentication_error(any_stack):
     """The caller's key is fine: a 401 would make SDKs and people look in the wrong place."""
-    _, token = any_stack.new_key("1.00")
+    key_id, token = any_stack.new_key("1.00")
     for name, client, kind, call in [
         ("openai-1", sync_openai(any_stack, token, max_retries=0)[0], openai.InternalServerError,
          lambda c: c.chat.completions.create(model="gpt-4o", messages=user("Hi"))),
@@ -458,6 +483,8 @@ def test_a_rejected_stored_credential_is_no_authentication_error(any_stack):
         finally:
             any_stack.sim.request("PATCH", f"/control/credentials/{name}", {"state": "ok"})
         assert error.status_code == 502 and error.response.headers["x-keyward-reason"] == "provider_credential_rejected"
+    any_stack.settled(key_id)
+    any_stack.recover()
 
 
 def test_the_sdks_retry_of_a_provider_error_succeeds_and_is_paid_once(any_stack):
