@@ -217,6 +217,8 @@ impl Keyring {
                 }
                 None => {
                     self.table.remove(shared, &cooled.name, now_ms, now_ms);
+                    // What was left then is no reason to spare it now.
+                    Rooms::forget(shared, &cooled.name);
                 }
             }
         }
@@ -399,6 +401,22 @@ mod tests {
         let later: std::collections::HashSet<usize> = (0..6).map(|_| choose(&mut one, &shared, &all, 70_000).unwrap()).collect();
         assert!(later.len() > 1, "{later:?}");
         assert_eq!(other.choose(&shared, AT, &all, &[], true, 10), Ok(0), "a sticky choice asks nobody");
+    }
+
+    /// An operator has had it used again: it is, although it had nothing left when it was last heard of.
+    #[test]
+    fn what_an_account_had_left_is_forgotten_with_its_state() {
+        let shared = Shared::default();
+        let (mut ring, all) = (Keyring::default(), pool(&["a", "b"]));
+        let left = |remaining| Room { requests: Some(Left { limit: Some(9), remaining, reset_ms: Some(60_000) }), tokens: None };
+        ring.has_left(&shared, AT, &all[0], left(0), true, 0);
+        ring.has_left(&shared, AT, &all[1], left(5), true, 0);
+        ring.cool(&shared, AT, &all[0], limited(60_000, true), 0);
+        let cleared = |name: String| [Cooled { name, state: None, ms: 0, probe: false }];
+        ring.heard(&shared, &cleared(AT.name(&all[1], Scope::Credential)), 1);
+        assert_eq!(choose(&mut ring, &shared, &all, 1), Ok(1));
+        ring.heard(&shared, &cleared(AT.name(&all[0], Scope::Model)), 1);
+        assert_eq!(choose(&mut ring, &shared, &all, 1), Ok(0));
     }
 
     /// Without figures, a crowd spreads over all accounts.

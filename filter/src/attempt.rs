@@ -54,6 +54,11 @@ impl AttemptStream {
         pause(&self.vm, self.context, flight, until_ms, on);
     }
 
+    /// No credential is usable yet: nothing of the request goes on.
+    fn waits(&self) -> bool {
+        self.vm.paused.borrow().iter().any(|paused| paused.context == self.context && paused.on == Direction::Request)
+    }
+
     /// The answer can be judged. `Pass` goes on with whatever it is.
     fn judge(&mut self, body: &[u8]) {
         self.reads_body = false;
@@ -84,6 +89,15 @@ impl HttpContext for AttemptStream {
                 Action::Pause
             }
         }
+    }
+
+    /// Headers that wait would go on, as they are, with the first part of the body that may pass.
+    fn on_http_request_body(&mut self, _: usize, _: bool) -> Action {
+        if self.waits() { Action::Pause } else { Action::Continue }
+    }
+
+    fn on_http_request_trailers(&mut self, _: usize) -> Action {
+        if self.waits() { Action::Pause } else { Action::Continue }
     }
 
     fn on_http_response_headers(&mut self, _: usize, end_of_stream: bool) -> Action {

@@ -111,7 +111,8 @@ def test_with_every_key_rejected_the_provider_is_not_asked_and_a_new_secret_help
     secret = pool(2)[1]["secret"]
     stack.sim.put("/control/credentials", [{"id": "new", "provider": "openai", "secret": secret}])
     stack.admin("PATCH", f"/v1/credentials/{stack.credential_ids['openai-1']}", {"secret": secret})
-    assert stack.chat(token)[0] == 200 and shown(stack, "openai-1")["state"] == "ok"
+    wait_for("the Envoy to know", lambda: stack.chat(token)[0] == 200, 1)
+    assert shown(stack, "openai-1")["state"] == "ok"
 
 
 def test_another_envoy_hears_of_a_cooled_key_within_a_second(start):
@@ -143,6 +144,7 @@ def test_another_envoy_hears_of_a_cooled_key_within_a_second(start):
     stack.second.spawn(stack.second.command)
     wait_for("the second Envoy", lambda: call(f"http://127.0.0.1:{stack.second_admin_port}", "GET", "/ready")[0] == 200)
     wait_for("it to serve", lambda: chat(stack.ports[1]) == 200)
+    time.sleep(1.0)
     since = stack.last_seq()
     for _ in range(12):
         assert chat(stack.ports[1]) == 200
@@ -226,3 +228,9 @@ def test_a_request_waits_for_a_key_as_long_as_its_policy_says(start):
     status, headers, _ = stack.chat(hasty)
     assert (status, headers["x-keyward-reason"]) == (429, "pool_exhausted")
     assert stack.chat(patient)[0] == 200
+    # A body that comes in many parts waits as well, and none of it leaves with the caller's own headers.
+    stack.sim.patch("openai-1", limited_for_ms=1_500)
+    assert stack.chat(hasty)[0] == 429
+    status, headers, _ = stack.chat(patient, "Hello " * 50_000, max_tokens=10)
+    assert status == 200, headers
+    assert [one for one in stack.sim.ledger() if one["credential"] != "openai-1"] == []

@@ -1,5 +1,6 @@
 //! What accounts have left, as providers tell in the headers of their answers.
 
+use super::table;
 use crate::ring::SharedData;
 use crate::verdict::{Left, Room};
 use serde::{Deserialize, Serialize};
@@ -21,6 +22,9 @@ pub struct Told {
     pub account: String,
     pub model: String,
     pub room: Room,
+    /// Milliseconds since the provider said so: each worker tells what it saw itself, and the newest counts.
+    #[serde(default)]
+    pub age_ms: u64,
 }
 
 /// What stands in a slot.
@@ -34,14 +38,18 @@ struct Noted {
 
 #[derive(Debug, Default)]
 pub struct Rooms {
-    /// Not yet reported.
-    news: HashMap<(String, String), Room>,
+    /// Not yet reported, and since when.
+    news: HashMap<(String, String), (Room, u64)>,
     reported_ms: u64,
 }
 
 fn hash(account: &str, model: &str) -> u64 {
-    let digest = Sha256::new().chain_update(account).chain_update([0]).chain_update(model).finalize();
-    digest.first_chunk().map_or(0, |first| u64::from_be_bytes(*first))
+    hash_of(&table::fitting(format!("m/{account}/{model}")))
+}
+
+/// The same, by the name that states of an account and model have.
+fn hash_of(name: &str) -> u64 {
+    Sha256::digest(name).first_chunk().map_or(0, |first| u64::from_be_bytes(*first))
 }
 
 fn slot(hash: u64) -> Vec<u8> {
@@ -57,7 +65,15 @@ impl Rooms {
             shared.write(&slot(of), &serde_json::to_vec(&noted).unwrap_or_default(), 0);
         }
         if self.news.len() < MAX_KEPT {
-            self.news.insert((account.to_owned(), model.to_owned()), room);
+            self.news.insert((account.to_owned(), model.to_owned()), (room, now_ms));
+        }
+    }
+
+    /// Nothing is known any more of the account and model whose states have this name.
+    pub fn forget(shared: &impl SharedData, name: &str) {
+        let slot = slot(hash_of(name));
+        if name.starts_with("m/") && shared.read(&slot).is_some() {
+            shared.write(&slot, b"", 0);
         }
     }
 
@@ -85,6 +101,12 @@ impl Rooms {
         }
         self.reported_ms = now_ms;
         let news = std::mem::take(&mut self.news);
-        news.into_iter().map(|((account, model), room)| Told { account, model, room }).collect()
+        let told = |((account, model), (room, at_ms)): ((String, String), (Room, u64))| Told {
+            account,
+            model,
+            room,
+            age_ms: now_ms.saturating_sub(at_ms),
+        };
+        news.into_iter().map(told).collect()
     }
 }

@@ -120,7 +120,8 @@ impl Board {
             self.known.clear(name);
             self.must_save(name, None);
         }
-        // A gate may know what is not known here.
+        // A gate may know what is not known here, and goes by what it was told to be left.
+        names.extend(self.known.forget_rooms(account));
         names.extend([format!("c/{id}"), format!("a/{account}")]);
         names.into_iter().collect()
     }
@@ -640,13 +641,18 @@ mod tests {
     async fn what_accounts_have_left_is_shown() {
         let bed = Bed::new().await;
         let left = |remaining| Some(Left { limit: Some(60), remaining, reset_ms: Some(1_000) });
-        let told = |model: &str, remaining| Told {
+        let told = |model: &str, remaining, age_ms| Told {
             account: "org_default/openai/acme%2F1".to_owned(),
             model: model.to_owned(),
             room: Room { requests: left(remaining), tokens: None },
+            age_ms,
         };
         let since = bed.everything().await.since;
-        bed.tell(News { rooms: vec![told("gpt-4o", 58), told("gpt-4o-mini", 3), told("gpt-4o", 57)], ..News::default() }).await;
+        bed.tell(News {
+            rooms: vec![told("gpt-4o", 58, 900), told("gpt-4o-mini", 3, 0), told("gpt-4o", 57, 0), told("gpt-4o", 59, 1_000)],
+            ..News::default()
+        })
+        .await;
         let organisation = bed.service().organisation(ORGANISATION).unwrap();
         let of = |n: usize| {
             let rooms = bed.service().standing_of(&organisation, &bed.ids[n]).1;

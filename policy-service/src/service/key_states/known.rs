@@ -190,11 +190,22 @@ impl Known {
         if told.account.len().saturating_add(told.model.len()) > 4 * LONGEST_NAME {
             return;
         }
-        self.rooms.insert((told.account, told.model), Noted { room: told.room, at_ms: now_ms });
+        let at_ms = now_ms.saturating_sub(told.age_ms);
+        let of = (told.account, told.model);
+        if self.rooms.get(&of).is_some_and(|noted| noted.at_ms > at_ms) {
+            return;
+        }
+        self.rooms.insert(of, Noted { room: told.room, at_ms });
         if self.rooms.len() > MAX_ROOMS {
             let oldest = self.rooms.iter().min_by_key(|(_, noted)| noted.at_ms).map(|(name, _)| name.clone());
             oldest.map(|name| self.rooms.remove(&name));
         }
+    }
+
+    /// Forgets what an account has left. Gives the names that its states with these models have.
+    pub fn forget_rooms(&mut self, account: &str) -> Vec<String> {
+        let gone = self.rooms.extract_if(.., |(of, _), _| of == account);
+        gone.map(|((_, model), _)| format!("m/{account}/{model}")).filter(|name| name.len() <= LONGEST_NAME).collect()
     }
 
     /// What an account has left, by model.
@@ -275,7 +286,7 @@ mod tests {
         known.take(&news("c/bad", State::Rejected, 0), 0);
         for n in 0..2 * MAX_NAMES as u64 {
             known.take(&news(&format!("m/a/{n}"), State::RateLimited, 1_000 + n), 0);
-            let room = Told { account: "a".to_owned(), model: n.to_string(), room: Room::default() };
+            let room = Told { account: "a".to_owned(), model: n.to_string(), room: Room::default(), age_ms: 0 };
             known.note_room(room, n);
         }
         assert_eq!((known.everything(0).len(), known.rooms.len()), (MAX_NAMES, MAX_ROOMS));
