@@ -56,6 +56,12 @@ fn longest_here_ms(state: State) -> u64 {
     if state == State::Rejected { 300_000 } else { u64::MAX }
 }
 
+/// Whether a state keeps a credential from being used. One overloaded answer among many good ones does not, unless the provider asks
+/// for time.
+fn stops(state: State, is_guess: bool) -> bool {
+    state != State::Overloaded || !is_guess
+}
+
 /// One VM's view of all credentials. All times are milliseconds of a monotonic clock that the VMs of a process share.
 #[derive(Debug, Default)]
 pub struct Keyring {
@@ -171,8 +177,7 @@ impl Keyring {
         let name = at.name(credential, verdict.scope);
         let until_ms = now_ms.saturating_add(verdict.wait_ms.min(longest_here_ms(verdict.state)));
         let entry = Entry { state: verdict.state, until_ms, probe: !verdict.told, since_ms: now_ms };
-        // One overloaded answer among many good ones is no reason to stop, unless the provider asks for it.
-        if verdict.told || verdict.state != State::Overloaded {
+        if stops(entry.state, entry.probe) {
             self.table.add(shared, &name, entry, now_ms);
         }
         // The service is told the whole of it; what is kept here ends earlier, so that nothing stays for ever that the service has forgotten.
@@ -211,6 +216,7 @@ impl Keyring {
     pub fn heard(&mut self, shared: &impl SharedData, news: &[Cooled], now_ms: u64) {
         for cooled in news {
             match cooled.state {
+                Some(state) if !stops(state, cooled.probe) => {}
                 Some(state) => {
                     let until_ms = now_ms.saturating_add(cooled.ms.min(longest_here_ms(state)));
                     self.table.add(shared, &cooled.name, Entry { state, until_ms, probe: cooled.probe, since_ms: now_ms }, now_ms);
@@ -353,7 +359,10 @@ mod tests {
         let overloaded = |told| Verdict { state: State::Overloaded, scope: Scope::Provider, wait_ms: 3_000, told };
         ring.cool(&shared, AT, &all[0], overloaded(false), 0);
         assert!(choose(&mut ring, &shared, &all, 1).is_ok());
-        assert_eq!(ring.report(1).len(), 1, "it is told all the same");
+        let report = ring.report(1);
+        assert_eq!(report.len(), 1, "it is told all the same");
+        ring.heard(&shared, &report, 1);
+        assert!(choose(&mut ring, &shared, &all, 1).is_ok(), "nor does it when it comes back as news");
         ring.cool(&shared, AT, &all[0], overloaded(true), 0);
         assert_eq!(choose(&mut ring, &shared, &all, 1), Err(Some(Unusable { wait_ms: 2_999, state: State::Overloaded })));
     }
