@@ -119,7 +119,7 @@ impl Rendering {
             filter: "/etc/keyward/filter.wasm".to_owned(),
             access_log: "/dev/stdout".to_owned(),
             max_body,
-            body_limit: max_body + BODY_SLACK,
+            body_limit: 2 * max_body + BODY_SLACK,
             providers: Endpoint::public(Path::new(CA_FILES[0])),
             rotation: Rotation::Router,
         }
@@ -131,7 +131,7 @@ impl Rendering {
 
     pub fn set_max_body(&mut self, bytes: u64) {
         self.max_body = bytes;
-        self.body_limit = bytes.saturating_add(BODY_SLACK);
+        self.body_limit = bytes.saturating_mul(2).saturating_add(BODY_SLACK);
     }
 }
 

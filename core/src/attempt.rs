@@ -13,6 +13,8 @@ use std::borrow::Cow;
 
 /// Connections that may fail before the provider counts as unreachable.
 const MAX_UNCONNECTED: usize = 3;
+/// Looks for a credential while a request waits: more than there are ticks in the longest wait.
+const MAX_WAITS: usize = 2_000;
 /// Bytes of an error's body that are looked at.
 pub const MAX_ERROR_BODY: usize = 64 * 1024;
 
@@ -32,6 +34,10 @@ pub struct Flight {
     replayable: bool,
     /// The caller has been told already why nothing more is tried.
     told: bool,
+    /// The router was asked for another try, which has not begun.
+    awaits_retry: bool,
+    /// How often it was found that it has to wait.
+    waits: usize,
 }
 
 /// What the gate needs to know of the headers of a provider's answer.
@@ -104,7 +110,18 @@ impl Flight {
     pub fn new(permit: Permit, replayable: bool) -> Self {
         let places = permit.plan().targets.first().map_or(0, |target| target.credentials.len());
         let tried = vec![false; places];
-        Flight { permit, tries: Vec::new(), tried, answer: None, refusal: None, hold_until_ms: None, replayable, told: false }
+        Flight {
+            permit,
+            tries: Vec::new(),
+            tried,
+            answer: None,
+            refusal: None,
+            hold_until_ms: None,
+            replayable,
+            told: false,
+            awaits_retry: false,
+            waits: 0,
+        }
     }
 
     fn pool(&self) -> &[PlanCredential] {
@@ -119,6 +136,7 @@ impl Flight {
     /// Begins a try on a request with these headers.
     pub fn begin(&mut self, ring: &mut Keyring, shared: &impl SharedData, headers: &Headers<'_>, now_ms: u64) -> Begun {
         self.answer = None;
+        self.awaits_retry = false;
         // The router tries again by itself only where no byte was sent.
         self.never_connected(ring);
         if self.tries.iter().filter(|t| t.status.is_none()).count() >= MAX_UNCONNECTED {
@@ -128,8 +146,12 @@ impl Flight {
         let place = match ring.choose(shared, self.at(), self.pool(), &self.tried, in_order, now_ms) {
             Ok(place) => place,
             Err(_) => match self.can_wait(ring, shared, now_ms) {
-                Some(until_ms) => return Begun::Wait { until_ms },
-                None => {
+                // A router that can't connect meanwhile begins anew each time.
+                Some(until_ms) if self.waits < MAX_WAITS => {
+                    self.waits += 1;
+                    return Begun::Wait { until_ms };
+                }
+                _ => {
                     let refusal = self.exhausted(ring, shared, now_ms);
                     return self.stop(refusal);
                 }
@@ -233,7 +255,9 @@ impl Flight {
         });
         let secrets: Vec<&[u8]> = self.pool().iter().map(|credential| credential.secret.0.as_bytes()).collect();
         let repeats = |value: &[u8]| secrets.iter().any(|s| !s.is_empty() && value.windows(s.len()).any(|w| w == *s));
-        let tells = |name: &[u8]| ACCOUNT_HEADERS.iter().any(|other| other.as_bytes() == name) || name.starts_with(b"x-keyward-");
+        // Its x-envoy-* and x-keyward-* would steer our router.
+        let steers = |name: &[u8]| name.starts_with(b"x-keyward-") || name.starts_with(b"x-envoy-");
+        let tells = |name: &[u8]| ACCOUNT_HEADERS.iter().any(|other| other.as_bytes() == name) || steers(name);
         let remove = headers.iter().filter(|(name, value)| tells(name) || repeats(value)).map(|(name, _)| name.to_vec()).collect();
         if status.is_some_and(needs_body) {
             return (remove, Next::ReadBody);
@@ -258,7 +282,9 @@ impl Flight {
             }
             return Next::Pass;
         };
-        ring.cool(shared, self.at(), credential, verdict, now_ms);
+        if verdict.wait_ms > 0 {
+            ring.cool(shared, self.at(), credential, verdict, now_ms);
+        }
         if verdict.state == State::Overloaded {
             return Next::Pass;
         }
@@ -273,14 +299,23 @@ impl Flight {
             self.refusal = Some(Refusal::new(Code::PoolExhausted, message).retry_after(1));
             return Next::Pass;
         }
-        match ring.look(shared, self.at(), self.pool(), &self.tried, now_ms) {
-            Ok(()) => Next::Retry,
-            Err(_) if self.can_wait(ring, shared, now_ms).is_some() => Next::Retry,
-            Err(_) => {
-                self.refusal = Some(self.exhausted(ring, shared, now_ms));
-                Next::Pass
-            }
+        let is_left = ring.look(shared, self.at(), self.pool(), &self.tried, now_ms).is_ok();
+        if is_left || (verdict.wait_ms > 0 && self.can_wait(ring, shared, now_ms).is_some()) {
+            self.awaits_retry = true;
+            return Next::Retry;
         }
+        if verdict.wait_ms == 0 && verdict.state == State::Rejected {
+            let message = "no stored credential may do this at the provider; an operator has to give one the permission";
+            self.refusal = Some(Refusal::new(Code::ProviderCredentialRejected, message));
+        } else {
+            self.exhaust(ring, shared, now_ms);
+        }
+        Next::Pass
+    }
+
+    /// Nothing more is tried: no credential is left.
+    pub fn exhaust(&mut self, ring: &mut Keyring, shared: &impl SharedData, now_ms: u64) {
+        self.refusal = Some(self.exhausted(ring, shared, now_ms));
     }
 
     /// The head of the last try's answer, once: `None` means that the answer in hand is not the provider's.
@@ -308,7 +343,10 @@ impl Flight {
 
     /// What the caller is told in place of the provider's answer, if nothing more is tried.
     pub fn refused(&self) -> Option<Refused> {
-        let refusal = self.refusal.clone()?;
+        // A router that was asked and did not obey (a body that it no longer had) leaves the caller with an answer that is not for it.
+        let ignored =
+            || Refusal::new(Code::PoolExhausted, "a credential was at its limit, and the request could not be tried again").retry_after(1);
+        let refusal = self.refusal.clone().or_else(|| self.awaits_retry.then(ignored))?;
         let dialect = self.permit.target().provider.dialect;
         Some(Refused { refusal, dialect, request_id: self.permit.id(), asked: true })
     }
@@ -329,6 +367,11 @@ impl Flight {
     /// The last try was sent, and nobody knows what became of it.
     pub fn fail(&mut self, refusal: Refusal) {
         self.refusal = Some(refusal);
+    }
+
+    /// How many tries have begun.
+    pub fn number(&self) -> usize {
+        self.tries.len()
     }
 
     /// Whether what comes of the last try's answer is decided.
@@ -508,7 +551,9 @@ mod tests {
         for (status, body, next) in [
             ("429", quota, Next::Retry),
             ("401", r#"{"error":{"code":"invalid_api_key"}}"#, Next::Retry),
-            ("403", "", Next::Retry),
+            ("403", r#"{"error":{"type":"permission_error"}}"#, Next::Retry),
+            ("401", r#"{"error":{"message":"You have insufficient permissions for this operation. Missing scopes: x"}}"#, Next::Retry),
+            ("403", "error code: 1010", Next::Pass),
             ("529", r#"{"type":"error","error":{"type":"overloaded_error"}}"#, Next::Pass),
             ("503", "", Next::Pass),
             ("500", "", Next::Pass),
@@ -553,6 +598,28 @@ mod tests {
         unknown.flight.try_is_over(&mut unknown.ring);
         assert!(unknown.flight.may_have_been_sent() && !unknown.flight.was_answered());
         assert_eq!(unknown.flight.status(), None);
+    }
+
+    /// A key made for other endpoints serves those on: only this request goes to the next.
+    #[test]
+    fn a_permission_that_lacks_is_no_state() {
+        let scopes = r#"{"error":{"message":"You have insufficient permissions for this operation. Missing scopes: api.responses.write"}}"#;
+        let mut air = Air::new(2, |_| {});
+        for next in [Next::Retry, Next::Pass] {
+            air.sent();
+            assert_eq!(air.answer("401", &[], scopes), next);
+        }
+        assert_eq!(air.refused(), (Code::ProviderCredentialRejected, None));
+        let mut other = Air { shared: air.shared, ..Air::new(2, |_| {}) };
+        assert_eq!(other.sent(), "Bearer sk-0");
+    }
+
+    #[test]
+    fn a_router_that_does_not_try_again_shows_nobody_the_limit() {
+        let mut air = Air::new(2, |_| {});
+        air.sent();
+        assert_eq!(air.limited("9"), Next::Retry);
+        assert_eq!(air.answering.headers(&mut air.flight).unwrap_err().refusal.code, Code::PoolExhausted);
     }
 
     #[test]

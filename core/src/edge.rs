@@ -209,7 +209,7 @@ pub struct Cooled {
     /// `None`: nothing stands against it any more.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub state: Option<State>,
-    /// How much longer it lasts, in milliseconds.
+    /// How much longer it lasts, in milliseconds; without a state, for how long nothing has stood against it.
     #[serde(default, skip_serializing_if = "is_default")]
     pub ms: u64,
     /// Its end is a guess.

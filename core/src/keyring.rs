@@ -72,8 +72,8 @@ pub struct Keyring {
     turn: usize,
     /// What the service has not been told yet.
     news: HashMap<String, Entry>,
-    /// Names that work again, and that the service has not been told of.
-    freed: Vec<String>,
+    /// Names that work again, with the time of the try that showed it; the service has not been told of them.
+    freed: Vec<(String, u64)>,
 }
 
 impl Keyring {
@@ -194,7 +194,7 @@ impl Keyring {
         for name in at.names(credential) {
             if self.table.get(&name).is_some_and(|entry| entry.since_ms < began_ms) && self.table.remove(shared, &name, began_ms, now_ms) {
                 self.news.remove(&name);
-                self.freed.push(name);
+                self.freed.push((name, began_ms));
             }
         }
     }
@@ -222,7 +222,8 @@ impl Keyring {
                     self.table.add(shared, &cooled.name, Entry { state, until_ms, probe: cooled.probe, since_ms: now_ms }, now_ms);
                 }
                 None => {
-                    self.table.remove(shared, &cooled.name, now_ms, now_ms);
+                    // What was found out since then stands.
+                    self.table.remove(shared, &cooled.name, now_ms.saturating_sub(cooled.ms), now_ms);
                     // What was left then is no reason to spare it now.
                     Rooms::forget(shared, &cooled.name);
                 }
@@ -232,7 +233,9 @@ impl Keyring {
 
     /// What the service is to be told, once.
     pub fn report(&mut self, now_ms: u64) -> Vec<Cooled> {
-        let freed = std::mem::take(&mut self.freed).into_iter().map(|name| Cooled { name, state: None, ms: 0, probe: false });
+        let freed = std::mem::take(&mut self.freed);
+        let freed =
+            freed.into_iter().map(|(name, began_ms)| Cooled { name, state: None, ms: now_ms.saturating_sub(began_ms), probe: false });
         let news = std::mem::take(&mut self.news).into_iter();
         let cooled = news.map(|(name, entry)| Cooled {
             name,
@@ -250,7 +253,7 @@ impl Keyring {
                 Some(state) => {
                     self.news.entry(name).or_insert(Entry { state, until_ms: now_ms.saturating_add(ms), probe, since_ms: now_ms });
                 }
-                None if !self.news.contains_key(&name) => self.freed.push(name),
+                None if !self.news.contains_key(&name) => self.freed.push((name, now_ms.saturating_sub(ms))),
                 None => {}
             }
         }

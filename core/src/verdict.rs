@@ -68,7 +68,7 @@ impl Scope {
 pub struct Verdict {
     pub state: State,
     pub scope: Scope,
-    /// Milliseconds from now on.
+    /// Milliseconds from now on; 0: for this request only.
     pub wait_ms: u64,
     /// The provider named the time; otherwise it is a guess, to be probed.
     pub told: bool,
@@ -112,13 +112,13 @@ pub fn verdict(status: u16, headers: &Headers<'_>, body: &[u8], now_ms: u64) -> 
         429 if says.has(Hint::Overloaded) => Some(overloaded(headers, now_ms)),
         429 if says.has(Hint::PerDay) => Some(exhausted(Scope::Model, headers, &says, now_ms)),
         429 => Some(rate_limited(headers, &says, now_ms)),
-        // A key of narrow permissions still serves what it is for.
-        401 => Some(rejected(if says.has(Hint::LacksScope) { Scope::Model } else { Scope::Credential })),
-        // A page is not the API's answer: a firewall before it may have taken offence at what one caller wrote.
-        403 if body.trim_ascii_start().starts_with(b"<") => None,
+        // A key of narrow permissions still serves what it is for: another may serve this.
+        401 | 403 if says.has(Hint::LacksScope) => Some(Verdict { wait_ms: 0, ..rejected(Scope::Model) }),
+        401 => Some(rejected(Scope::Credential)),
+        // Only where the API itself says so: a firewall before it may have taken offence at what one caller wrote.
         403 => {
-            let of_key = [Hint::Denied, Hint::BadKey, Hint::LacksScope].into_iter().any(|hint| says.has(hint));
-            (!says.anything || of_key && !says.has(Hint::Request)).then(|| rejected(Scope::Model))
+            let of_key = says.has(Hint::Denied) || says.has(Hint::BadKey);
+            (of_key && !says.has(Hint::Request)).then(|| rejected(Scope::Model))
         }
         400 => says.has(Hint::BadKey).then(|| rejected(Scope::Credential)),
         _ => None,

@@ -63,7 +63,7 @@ fn check(status: u16, headers: &[(&[u8], &[u8])], body: &[u8], now_ms: u64) -> R
     let (least, most) = match state {
         State::RateLimited => (100, DAY),
         State::Exhausted => (60_000, DAY),
-        State::Rejected => (DAY, DAY),
+        State::Rejected => (if scope == Scope::Model { 0 } else { DAY }, DAY),
         State::Overloaded => (100, 60_000),
     };
     prop_assert!((least..=most).contains(&wait_ms), "{:?}", said);

@@ -14,7 +14,7 @@ use proxy_wasm::types::Action;
 use std::rc::Rc;
 
 /// How long an error's headers wait for its body, which tells more of the credential.
-const LONGEST_BODY_WAIT_MS: u64 = 500;
+pub const LONGEST_BODY_WAIT_MS: u64 = 500;
 /// On an answer: the router is to try again.
 const RETRY: &str = "x-keyward-retry";
 
@@ -33,6 +33,8 @@ pub struct Paused {
     flight: SharedFlight,
     until_ms: u64,
     on: Direction,
+    /// Which of the flight's tries it is.
+    number: usize,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,6 +45,8 @@ pub enum Direction {
     Own,
     /// The body of an error has not come.
     Response,
+    /// The same, and the try is the gate's own.
+    OwnAnswer,
 }
 
 impl AttemptStream {
@@ -85,7 +89,8 @@ impl HttpContext for AttemptStream {
                 Action::Pause
             }
             Start::Stopped => {
-                refuse(flight.borrow().refused());
+                let refused = flight.borrow().refused();
+                refuse(refused);
                 Action::Pause
             }
         }
@@ -155,7 +160,8 @@ impl HttpContext for AttemptStream {
 
 /// Lets a stream stand still until a time.
 pub fn pause(vm: &Vm, context: u32, flight: &SharedFlight, until_ms: u64, on: Direction) {
-    vm.paused.borrow_mut().push(Paused { context, flight: flight.clone(), until_ms, on });
+    let number = flight.borrow().number();
+    vm.paused.borrow_mut().push(Paused { context, flight: flight.clone(), until_ms, on, number });
 }
 
 /// How a try has begun.
@@ -200,7 +206,7 @@ fn judge_for_router(vm: &Vm, flight: &SharedFlight, body: &[u8]) {
 /// Refuses a request that waited.
 fn stop(paused: &Paused) {
     let refused = paused.flight.borrow().refused();
-    if let (Direction::Own, Some(refused)) = (paused.on, &refused) {
+    if let (Direction::Own | Direction::OwnAnswer, Some(refused)) = (paused.on, &refused) {
         // The gate sees its own answer pass, and must not answer again.
         paused.flight.borrow_mut().tell();
         let code = refused.refusal.code.name();
@@ -239,8 +245,8 @@ pub fn tick(vm: &Vm, root: u32) {
     let now_ms = host::monotonic_ms();
     let due: Vec<Paused> = vm.paused.borrow_mut().extract_if(.., |paused| paused.until_ms <= now_ms).collect();
     for mut paused in due {
-        // One whose stream is gone.
-        if !host::act_for(paused.context) {
+        // One whose stream is gone, or whose try is long since over.
+        if paused.flight.borrow().number() != paused.number || !host::act_for(paused.context) {
             continue;
         }
         match paused.on {
@@ -254,8 +260,20 @@ pub fn tick(vm: &Vm, root: u32) {
             },
             Direction::Response => {
                 if !paused.flight.borrow().is_judged() {
-                    judge_for_router(vm, &paused.flight, b"");
+                    let body = host::buffer(Buffer::ResponseBody, 0, MAX_ERROR_BODY).unwrap_or_default();
+                    judge_for_router(vm, &paused.flight, &body);
                     host::resume_response();
+                }
+            }
+            Direction::OwnAnswer => {
+                if !paused.flight.borrow().is_judged() {
+                    judge(vm, &paused.flight, b"");
+                    let mut flight = paused.flight.borrow_mut();
+                    if flight.refused().is_none() {
+                        flight.fail(Refusal::new(Code::ProviderUnreachable, "the provider's error did not come whole"));
+                    }
+                    drop(flight);
+                    stop(&paused);
                 }
             }
         }

@@ -10,6 +10,7 @@ use crate::metrics;
 use crate::replay::Replay;
 use crate::vm::{FLIGHT, KEY, REASON, SharedFlight, TARGET, Vm, vm};
 use crate::watching::Running;
+use keyward_core::attempt::MAX_ERROR_BODY;
 use keyward_core::body::{Splice, splice_piece, spliced_length};
 use keyward_core::credentials::is_stripped;
 use keyward_core::edge::{ADMIT_PATH, AdmitAnswer, RequestId, Settlement};
@@ -439,6 +440,10 @@ impl HttpContext for GateStream {
     }
 
     fn on_http_response_trailers(&mut self, _: usize) -> Action {
+        // They end the body of an error that waits.
+        if let Some(action) = self.judge_own_body(MAX_ERROR_BODY, true) {
+            return action;
+        }
         let ended = self.was_ended();
         if let Stage::Answering { answering, .. } = &mut self.stage
             && !ended

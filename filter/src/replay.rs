@@ -61,7 +61,9 @@ impl Replay {
                 || edits.remove.iter().any(|other| other == name.as_bytes())
                 || edits.set.iter().any(|(other, _)| *other == name)
         };
-        self.headers.retain(|(name, _)| !goes(name));
+        self.headers.retain(|(name, _)| !goes(name) && name != ":scheme");
+        // The listener's own scheme is none of the provider's business.
+        self.headers.push((":scheme".to_owned(), "https".to_owned()));
         self.headers.extend(edits.set.iter().map(|(name, value)| ((*name).to_owned(), value.to_string())));
     }
 

@@ -7,7 +7,7 @@ use serde_json::Value;
 
 const RENDER: &str = "render the configuration again (keyward envoy render) or take this part from it, then restart Envoy";
 /// What a route may retry on: the request has not reached the provider, or the attempt itself asks for it.
-const SAFE_RETRIES: [&str; 3] = ["connect-failure", "refused-stream", "retriable-headers"];
+const SAFE_RETRIES: [&str; 4] = ["connect-failure", "refused-stream", "reset-before-request", "retriable-headers"];
 const SETTLE_FIELD: &str = "%FILTER_STATE(wasm.keyward.settle:PLAIN)%";
 
 type Check = fn(&Configuration) -> Outcome;

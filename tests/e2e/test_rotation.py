@@ -87,6 +87,44 @@ def test_a_body_that_may_pass_but_not_twice_has_one_try(rotating):
     assert true == charged > 0
 
 
+def test_the_largest_body_that_may_pass_rotates(rotating):
+    passes(rotation.large_bodies(rotating(3), mib=9))
+
+
+class Impatient(Stack):
+    """Its callouts take half a second at most."""
+
+    def spawn_envoy(self, config=None):
+        file = self.directory / "envoy.yaml"
+        text = file.read_text()
+        assert '"rotation": "callout"' in text
+        file.write_text(text.replace('"rotation": "callout"', '"rotation": "callout", "callout_timeout_ms": 500'))
+        super().spawn_envoy(config)
+
+
+def test_a_callout_whose_end_nobody_knows_keeps_its_charge():
+    """The provider works on it, and the gate gives up waiting: it may have been paid."""
+    keys = pool(2)
+    with Impatient(concurrency=1, credentials=keys, rotation="callout") as stack:
+        key_id, token = stack.new_key("1.00")
+        stack.sim.patch(keys[0]["id"], limited_for_ms=60_000)
+        for _ in range(2):
+            stack.sim.fault("first_ms=1500", count=1, credential=keys[1]["id"])
+            status, headers, body = stack.chat(token)
+            if int(headers.get("x-keyward-attempts", 0)) == 1:
+                # The good key was asked first, by the router, which waits.
+                assert status == 200
+                continue
+            assert (status, headers["x-keyward-reason"]) == (503, "provider_unreachable"), body
+            assert b"reset" not in body and b"timeout" not in body, "Envoy's own words"
+            stack.settled(key_id)
+            end = [entry for entry in stack.audit(key_id) if entry["event"] == "SETTLED"][-1]
+            assert end["charge"] > 0 and end["estimated"] and [one["status"] for one in end["tries"]] == [429, 0]
+            break
+        else:
+            raise AssertionError("no request was tried twice")
+
+
 def test_a_pool_rotates_over_tls_and_http2(tmp_path):
     certificates = tmp_path / "tls"
     certificates.mkdir()
@@ -124,16 +162,35 @@ def test_a_cooled_key_stays_cooled_when_the_vm_is_lost():
         assert len([call for call in calls if call["status"] == 200]) >= 12
 
 
+def test_most_limits_are_never_met():
+    """Keys of unequal limits are used as they have room: by what their provider tells with each answer, not by turns until one refuses."""
+    limits = (20, 60, 100)
+    keys = [{**key, "rpm": rpm} for key, rpm in zip(pool(3), limits)]
+    with Stack(concurrency=2, credentials=keys) as stack:
+        key_id, token = stack.new_key("5.00")
+        # By turns, the smallest would have been asked fifty times, and refused thirty.
+        answers = rotation.run(stack, [Ask((key_id, token), stream=n % 2 == 1) for n in range(150)], at_once=6)
+        assert [answer.status for answer in answers] == [200] * 150
+        refused = [call["credential"] for call in stack.sim.ledger() if call["status"] == 429]
+        assert len(refused) <= 6, f"{len(refused)} tries were refused"
+        served = {key["id"]: [call["credential"] for call in stack.sim.ledger() if call["status"] == 200].count(key["id"]) for key in keys}
+        assert all(served[key["id"]] > key["rpm"] * 0.5 for key in keys), served
+
+
 def test_what_the_provider_says_of_the_router_is_not_heard():
     """A provider that answers in Keyward's own headers moves nobody to try again."""
     keys = pool(3)
     with Stack(concurrency=1, credentials=keys) as stack:
         key_id, token = stack.new_key("1.00")
-        stack.sim.fault("status=500 header=x-keyward-retry:1", count=1, provider="openai")
+        stack.sim.fault("status=500 header=x-keyward-retry:1 header=x-envoy-ratelimited:true", count=1, provider="openai")
         status, headers, _ = stack.chat(token)
         assert (status, headers["x-keyward-attempts"], len(stack.sim.ledger())) == (500, "1", 1)
         status, headers, body = stack.chat(token, "[[sim header=x-keyward-attempts:9 header=x-keyward-reason:revoked]]")
         assert (status, headers["x-keyward-attempts"], headers.get("x-keyward-reason")) == (200, "1", None) and json.loads(body)
+        # Envoy's own rate limiter marks its refusals so, and routers that see it don't try again.
+        stack.sim.fault("status=429 retry_after=9 header=x-envoy-ratelimited:true", count=1, provider="openai")
+        status, headers, _ = stack.chat(token)
+        assert (status, headers["x-keyward-attempts"]) == (200, "2")
 
 
 @MODELS

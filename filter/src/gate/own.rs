@@ -1,11 +1,12 @@
 //! Tries that the gate makes itself (`rotation: callout`).
 
 use super::{GateStream, Stage};
-use crate::attempt;
+use crate::attempt::{self, Direction, LONGEST_BODY_WAIT_MS};
 use crate::host::{self, Buffer, Map};
 use crate::replay::{self, Replay};
 use crate::settlements::ProcessData;
 use keyward_core::attempt::{Begun, MAX_ERROR_BODY, Next};
+use keyward_core::gate::header;
 use keyward_core::meter::Passed;
 use keyward_core::refusal::{Code, Refusal};
 use proxy_wasm::types::Action;
@@ -41,6 +42,8 @@ impl GateStream {
             Next::Pass => None,
             Next::ReadBody if !end_of_stream => {
                 (own.holds, own.reads_body) = (true, true);
+                let until_ms = host::monotonic_ms() + LONGEST_BODY_WAIT_MS;
+                attempt::pause(&self.vm, self.context, flight, until_ms, Direction::OwnAnswer);
                 Some(Action::Pause)
             }
             Next::ReadBody => {
@@ -69,12 +72,8 @@ impl GateStream {
                 }
                 flight.borrow_mut().give_up(Refusal::new(Code::PolicyUnavailable, "the request could not be forwarded").retry_after(1));
             }
-            // By now another request has taken the last one that was usable.
-            Begun::Wait { .. } => {
-                flight
-                    .borrow_mut()
-                    .give_up(Refusal::new(Code::PoolExhausted, "every credential is at its provider's limit").retry_after(1));
-            }
+            // A callout can't be held back.
+            Begun::Wait { .. } => flight.borrow_mut().exhaust(&mut self.vm.keyring.borrow_mut(), &ProcessData, host::monotonic_ms()),
             Begun::Stop => {}
         }
         self.refuse_flight()
@@ -91,13 +90,14 @@ impl GateStream {
     /// A callout of the gate's own has been answered; without headers, nobody knows what became of it.
     pub(super) fn own_answered(&mut self, has_headers: bool, body_size: usize) {
         let Stage::Answering { answering, flight, replaced, own: Some(_), .. } = &mut self.stage else { return };
-        if !has_headers {
+        let map = host::headers(Map::CallResponseHeaders);
+        let headers = map.pairs();
+        // Envoy answers a callout that was reset or took too long by itself; only a provider's answer has the time that it took.
+        if !has_headers || header(&headers, "x-envoy-upstream-service-time").is_none() {
             flight.borrow_mut().fail(Refusal::new(Code::ProviderUnreachable, "the provider did not answer"));
             self.refuse_flight();
             return;
         }
-        let map = host::headers(Map::CallResponseHeaders);
-        let headers = map.pairs();
         let body = if body_size == 0 { Vec::new() } else { host::buffer(Buffer::CallResponseBody, 0, body_size).unwrap_or_default() };
         let (remove, next) = {
             let (mut flight, mut ring) = (flight.borrow_mut(), self.vm.keyring.borrow_mut());
@@ -144,6 +144,9 @@ impl GateStream {
             return None;
         }
         if !own.reads_body || (!end_of_stream && size < MAX_ERROR_BODY) {
+            return Some(Action::Pause);
+        }
+        if flight.borrow().was_told() {
             return Some(Action::Pause);
         }
         (own.holds, own.reads_body) = (false, false);

@@ -15,8 +15,9 @@ use serde_json::json;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// For so long after a secret was replaced, a rejection may still be of the old one: requests that were admitted before use it.
-const GRACE_MS: u64 = 5_000;
+/// For so long after a secret was replaced, a rejection may still be of the old one: requests that were admitted before use it, and
+/// may have waited for as long as a policy can let them.
+const GRACE_MS: u64 = 70_000;
 
 #[derive(Default)]
 pub(super) struct KeyStates {
@@ -222,7 +223,11 @@ impl Service {
         for KeyState { name, state, until_ms, probe } in rows {
             let left_ms = until_ms.map(|until_ms| until_ms.saturating_sub(wall_ms));
             if left_ms != Some(0) && !owners(&name, &memory.directory).is_empty() {
-                board.known.put(&name, Entry { state, until_ms: left_ms.map(|left_ms| now.saturating_add(left_ms)), probe }, now);
+                board.known.put(
+                    &name,
+                    Entry { state, until_ms: left_ms.map(|left_ms| now.saturating_add(left_ms)), probe, at_ms: now },
+                    now,
+                );
             }
             board.saved.insert(name);
         }

@@ -27,6 +27,8 @@ pub struct Entry {
     pub until_ms: Option<u64>,
     /// The end is a guess.
     pub probe: bool,
+    /// When it was last told.
+    pub at_ms: u64,
 }
 
 impl Entry {
@@ -40,7 +42,11 @@ impl Entry {
         if !self.lasts(now_ms) || newer.state > self.state || newer.state == self.state && longer(newer.until_ms, self.until_ms) {
             return newer;
         }
-        self
+        Entry { at_ms: newer.at_ms, ..self }
+    }
+
+    fn differs(self, other: Entry) -> bool {
+        (self.state, self.until_ms, self.probe) != (other.state, other.until_ms, other.probe)
     }
 
     /// Milliseconds that it still lasts.
@@ -93,20 +99,22 @@ impl Known {
             return Change::Nothing;
         }
         let Some(state) = cooled.state else {
-            return if self.clear(&cooled.name) { Change::Differs } else { Change::Nothing };
+            // What was found out since the success that shows it stands.
+            let is_older = self.entries.get(&cooled.name).is_some_and(|entry| entry.at_ms <= now_ms.saturating_sub(cooled.ms));
+            return if is_older && self.clear(&cooled.name) { Change::Differs } else { Change::Nothing };
         };
         let until_ms = (state != State::Rejected).then(|| now_ms.saturating_add(cooled.ms));
-        self.put(&cooled.name, Entry { state, until_ms, probe: cooled.probe }, now_ms)
+        self.put(&cooled.name, Entry { state, until_ms, probe: cooled.probe, at_ms: now_ms }, now_ms)
     }
 
     /// Adds a state to what is known.
     pub fn put(&mut self, name: &str, newer: Entry, now_ms: u64) -> Change {
         let before = self.entries.get(name).copied();
         let after = before.map_or(newer, |known| known.and(newer, now_ms));
-        if before == Some(after) {
+        self.entries.insert(name.to_owned(), after);
+        if before.is_some_and(|before| !before.differs(after)) {
             return Change::Nothing;
         }
-        self.entries.insert(name.to_owned(), after);
         if self.entries.len() > MAX_NAMES {
             self.forget(now_ms);
         }

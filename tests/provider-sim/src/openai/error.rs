@@ -58,10 +58,7 @@ pub fn insufficient_quota() -> ApiError {
 
 /// A restricted key without the right that the request needs.
 pub fn forbidden() -> ApiError {
-    let message = "You have insufficient permissions for this operation. Missing scopes: model.request. Check that you have the correct \
-                   role in your organization (Reader, Writer, Owner) and project (Member, Owner), and if you're using a restricted API \
-                   key, that it has the necessary scopes.";
-    ApiError::new(403, "invalid_request_error", message)
+    ApiError::new(403, "invalid_request_error", "Organization has been restricted.").code("organization_restricted")
 }
 
 pub fn rate_limited(model: &str, exceeded: Exceeded) -> ApiError {
