@@ -1,6 +1,7 @@
 //! Who is limited: the organisation, its teams, and the policies of keys.
 
 use super::limits::{Budget, Enforce, Quota, Rates, parse_limits, parse_usd};
+use super::patch::object;
 use super::{Document, Fault, Faults, Kind, Object, parse_duration, unknown_provider};
 use keyward_core::admission;
 use keyward_core::limits::Limits;
@@ -55,7 +56,7 @@ pub struct OrganisationSettings {
     pub budgets: Vec<Budget>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub quotas: Vec<Quota>,
-    #[serde(skip_serializing_if = "Rates::is_none")]
+    #[serde(skip_serializing_if = "Rates::is_none", deserialize_with = "object")]
     pub rates: Rates,
 }
 
@@ -98,6 +99,7 @@ pub struct Team {
     #[serde(skip_serializing_if = "String::is_empty")]
     pub label: String,
     /// What every key of the team is limited to, whatever else it allows.
+    #[serde(deserialize_with = "object")]
     pub allow: Allow,
     /// Most keys that are neither revoked nor expired.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -115,7 +117,7 @@ pub struct Team {
     pub budgets: Vec<Budget>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub quotas: Vec<Quota>,
-    #[serde(skip_serializing_if = "Rates::is_none")]
+    #[serde(skip_serializing_if = "Rates::is_none", deserialize_with = "object")]
     pub rates: Rates,
 }
 
@@ -145,13 +147,14 @@ impl Object for Team {
 pub struct Policy {
     #[serde(skip_serializing_if = "String::is_empty")]
     pub label: String,
+    #[serde(deserialize_with = "object")]
     pub allow: Allow,
     /// What each key may spend.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub budgets: Vec<Budget>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub quotas: Vec<Quota>,
-    #[serde(skip_serializing_if = "Rates::is_none")]
+    #[serde(skip_serializing_if = "Rates::is_none", deserialize_with = "object")]
     pub rates: Rates,
     /// `shadow`: its keys are refused nothing that a limit or a list would refuse; it is only recorded.
     #[serde(skip_serializing_if = "Enforce::is_default")]

@@ -1,7 +1,11 @@
 //! Parts of a merge patch (RFC 7396): what is absent stays, `null` takes it away.
 
 use super::{Budget, Quota, Rates};
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
+use std::fmt;
+use std::marker::PhantomData;
 use utoipa::ToSchema;
 
 /// Tells `null` from absent.
@@ -12,6 +16,23 @@ pub fn present<'de, T: Deserialize<'de>, D: Deserializer<'de>>(from: D) -> Resul
 /// Takes no `null`.
 pub fn some<'de, T: Deserialize<'de>, D: Deserializer<'de>>(from: D) -> Result<Option<T>, D::Error> {
     T::deserialize(from).map(Some)
+}
+
+/// Takes an object and nothing else: by itself, serde would take a list of the fields' values as well.
+pub fn object<'de, T: Deserialize<'de>, D: Deserializer<'de>>(from: D) -> Result<T, D::Error> {
+    struct Object<T>(PhantomData<T>);
+    impl<'de, T: Deserialize<'de>> Visitor<'de> for Object<T> {
+        type Value = T;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("an object")
+        }
+
+        fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<T, A::Error> {
+            T::deserialize(MapAccessDeserializer::new(map))
+        }
+    }
+    from.deserialize_map(Object(PhantomData))
 }
 
 /// What changes in the rates; a field that is absent stays, `null` takes it away.
@@ -62,6 +83,15 @@ impl LimitsPatch {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_list_is_no_object() {
+        let team = |rates: &str| serde_json::from_str::<crate::config::Team>(&format!(r#"{{"rates": {rates}}}"#));
+        assert!(team(r#"{"rpm": 5}"#).is_ok_and(|team| team.rates.rpm == Some(5)));
+        for wrong in ["[null, null]", "[5, 5, 5]", "[]", "5", "null"] {
+            assert!(team(wrong).is_err(), "{wrong}");
+        }
+    }
 
     #[test]
     fn what_is_absent_stays_and_null_takes_away() {

@@ -3,7 +3,7 @@
 use super::api::{Admin, Json, List, Params, Path, Precondition, etag, page};
 use super::error::Problem;
 use super::standing::Standing;
-use crate::config::patch::{ChangeRates, LimitsPatch, present, some};
+use crate::config::patch::{ChangeRates, LimitsPatch, object, present, some};
 use crate::config::{Allow, Budget, Enforce, Quota, Rates, written};
 use crate::directory::Organisation;
 use crate::service::access::Principal;
@@ -39,9 +39,11 @@ pub struct CreateKey {
     team: Option<String>,
     /// Limits the key beside its own limits, and gives it an expiry when it brings none.
     policy: Option<String>,
+    #[serde(deserialize_with = "object")]
     allow: Allow,
     budgets: Vec<Budget>,
     quotas: Vec<Quota>,
+    #[serde(deserialize_with = "object")]
     rates: Rates,
     /// `shadow` is not for developers.
     enforce: Enforce,
