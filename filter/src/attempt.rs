@@ -107,14 +107,7 @@ impl HttpContext for AttemptStream {
 
     fn on_http_response_headers(&mut self, _: usize, end_of_stream: bool) -> Action {
         let Some(flight) = self.flight.clone() else { return Action::Continue };
-        let map = host::headers(Map::ResponseHeaders);
-        let headers = map.pairs();
-        // The borrow ends before anything else is called.
-        let (remove, next) = flight.borrow_mut().answered(&mut self.vm.keyring.borrow_mut(), &ProcessData, &headers, host::clocks());
-        for name in remove {
-            host::remove_header(Map::ResponseHeaders, &name);
-        }
-        match next {
+        match answered(&self.vm, &flight) {
             Next::Pass => Action::Continue,
             Next::Retry => {
                 host::set_header(Map::ResponseHeaders, RETRY, "1");
@@ -188,6 +181,16 @@ pub fn begin(vm: &Vm, flight: &SharedFlight, on: Direction) -> Start {
         }
         Begun::Stop => Start::Stopped,
     }
+}
+
+/// Takes in the headers of the answer in hand, and takes out those that don't go on.
+pub fn answered(vm: &Vm, flight: &SharedFlight) -> Next {
+    let map = host::headers(Map::ResponseHeaders);
+    let (remove, next) = flight.borrow_mut().answered(&mut vm.keyring.borrow_mut(), &ProcessData, &map.pairs(), host::clocks());
+    for name in remove {
+        host::remove_header(Map::ResponseHeaders, &name);
+    }
+    next
 }
 
 /// Judges the answer in hand.

@@ -38,8 +38,10 @@ struct Noted {
 
 #[derive(Debug, Default)]
 pub struct Rooms {
-    /// Not yet reported, and since when.
-    news: HashMap<(String, String), (Room, u64)>,
+    /// By account and model: what is to be reported, and since when. Places stay, so that an answer needs no new one.
+    news: HashMap<String, HashMap<String, Option<(Room, u64)>>>,
+    places: usize,
+    has_news: bool,
     reported_ms: u64,
 }
 
@@ -64,9 +66,17 @@ impl Rooms {
             let noted = Noted { of, room, at_ms: now_ms };
             shared.write(&slot(of), &serde_json::to_vec(&noted).unwrap_or_default(), 0);
         }
-        if self.news.len() < MAX_KEPT {
-            self.news.insert((account.to_owned(), model.to_owned()), (room, now_ms));
+        self.has_news = true;
+        if let Some(place) = self.news.get_mut(account).and_then(|models| models.get_mut(model)) {
+            *place = Some((room, now_ms));
+            return;
         }
+        if self.places >= MAX_KEPT {
+            self.news.clear();
+            self.places = 0;
+        }
+        self.places += 1;
+        self.news.entry(account.to_owned()).or_default().insert(model.to_owned(), Some((room, now_ms)));
     }
 
     /// Nothing is known any more of the account and model whose states have this name.
@@ -96,17 +106,19 @@ impl Rooms {
 
     /// What is to be reported, at most once in `every_ms`.
     pub fn report(&mut self, every_ms: u64, now_ms: u64) -> Vec<Told> {
-        if self.news.is_empty() || now_ms < self.reported_ms.saturating_add(every_ms) {
+        if !self.has_news || now_ms < self.reported_ms.saturating_add(every_ms) {
             return Vec::new();
         }
-        self.reported_ms = now_ms;
-        let news = std::mem::take(&mut self.news);
-        let told = |((account, model), (room, at_ms)): ((String, String), (Room, u64))| Told {
-            account,
-            model,
-            room,
-            age_ms: now_ms.saturating_sub(at_ms),
-        };
-        news.into_iter().map(told).collect()
+        (self.reported_ms, self.has_news) = (now_ms, false);
+        let mut told = Vec::new();
+        for (account, models) in &mut self.news {
+            for (model, place) in models {
+                if let Some((room, at_ms)) = place.take() {
+                    let age_ms = now_ms.saturating_sub(at_ms);
+                    told.push(Told { account: account.clone(), model: model.clone(), room, age_ms });
+                }
+            }
+        }
+        told
     }
 }

@@ -281,8 +281,18 @@ mod tests {
             ), 0..12),
             now in any::<u64>(),
         ) {
-            let headers: Vec<(&[u8], &[u8])> = headers.iter().map(|(name, value)| (name.as_bytes(), value.as_slice())).collect();
-            let _ = (room(&headers, now), retry_after(&headers, now));
+            let mut headers: Vec<(&[u8], &[u8])> = headers.iter().map(|(name, value)| (name.as_bytes(), value.as_slice())).collect();
+            let seen = room(&headers, now);
+            for left in seen.into_iter().flat_map(|room| [room.requests, room.tokens]).flatten() {
+                // What is said to be left stands in some header that says so.
+                let says = |(name, value): &(&[u8], &[u8])| {
+                    name.windows(9).any(|word| word == b"remaining") && plain(value).is_some_and(|n| n.whole == left.remaining)
+                };
+                prop_assert!(headers.iter().any(says), "{left:?}");
+            }
+            prop_assert_eq!(retry_after(&headers, now), None, "none of these names is a retry-after");
+            headers.extend([(&b"x-other"[..], &b"1"[..]), (b"retry-after-ms", b"7")]);
+            prop_assert_eq!((room(&headers, now), retry_after(&headers, now)), (seen, Some(7)), "another's header changes nothing");
         }
     }
 }

@@ -33,12 +33,7 @@ impl GateStream {
         if !host::property("response\0code_details").is_some_and(|details| details.starts_with(b"via_upstream")) {
             return None;
         }
-        let map = host::headers(Map::ResponseHeaders);
-        let (remove, next) = flight.borrow_mut().answered(&mut self.vm.keyring.borrow_mut(), &ProcessData, &map.pairs(), host::clocks());
-        for name in remove {
-            host::remove_header(Map::ResponseHeaders, &name);
-        }
-        match next {
+        match attempt::answered(&self.vm, flight) {
             Next::Pass => None,
             Next::ReadBody if !end_of_stream => {
                 (own.holds, own.reads_body) = (true, true);
@@ -50,7 +45,7 @@ impl GateStream {
                 let next = attempt::judge(&self.vm, flight, b"");
                 self.go_on(next)
             }
-            Next::Retry => self.go_on(next),
+            next @ Next::Retry => self.go_on(next),
         }
     }
 

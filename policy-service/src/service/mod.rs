@@ -27,7 +27,7 @@ use hkdf::Hkdf;
 use hmac::{Hmac, KeyInit, Mac};
 use keyward_core::audit::ChainKey;
 use keyward_core::edge::{
-    AdmitAnswer, AdmitRequest, EdgeKey, News, Plan, PlanCredential, PlanTarget, Record, Secret, SettleAnswer, Settlement, VmId,
+    AdmitAnswer, AdmitRequest, EdgeKey, News, PlanCredential, PlanTarget, Record, Secret, SettleAnswer, Settlement, VmId,
 };
 use keyward_core::hex;
 use keyward_core::limits::{Account, DAY_MS, Moment};
@@ -250,29 +250,15 @@ impl Service {
         match self.admit_patiently(admit).await {
             Ok(Admission::Admitted(admitted)) => {
                 handles().admitted(&provider, &endpoint);
-                let store::Admitted {
-                    key_id,
-                    hold,
-                    model,
-                    credentials,
-                    in_order,
-                    wait_ms,
-                    state,
-                    answer,
-                    expires_ms,
-                    output_limit,
-                    rev,
-                    headroom,
-                    prompt,
-                } = *admitted;
+                let store::Admitted { hold, model, credentials, mut plan } = *admitted;
                 if !Arc::ptr_eq(&memory.directory, &self.memory().directory) {
                     // Decided by rules that have changed meanwhile, and perhaps written down after all that was running was judged.
-                    self.changed(Changed::key(&key_id));
+                    self.changed(Changed::key(&plan.key));
                 }
                 if tracing::enabled!(tracing::Level::DEBUG) {
                     let (trace_id, span_id) = watched::ids(trace);
                     tracing::debug!(
-                        request_id = %req, trace_id, span_id, key = key_id, gen_ai.provider.name = provider, endpoint,
+                        request_id = %req, trace_id, span_id, key = plan.key, gen_ai.provider.name = provider, endpoint,
                         reserved_nanodollars = hold.total.0, "admitted"
                     );
                 }
@@ -281,21 +267,7 @@ impl Service {
                     Some(PlanCredential { id, secret: Secret(secret.to_string()), account: account.clone() })
                 };
                 let credentials = credentials.into_iter().filter_map(with_secret).collect();
-                let targets = vec![PlanTarget { provider, model, credentials }];
-                let plan = Plan {
-                    key: key_id,
-                    rev,
-                    clamp: hold.clamp,
-                    expires_ms,
-                    output_limit,
-                    state,
-                    headroom,
-                    prompt,
-                    answer,
-                    wait_ms,
-                    in_order,
-                    targets,
-                };
+                plan.targets = vec![PlanTarget { provider, model, credentials }];
                 Admitted::Answer(Box::new(AdmitAnswer { plan: Some(plan), refusal: None, edge_key }))
             }
             Ok(Admission::Refused(refusal)) => {

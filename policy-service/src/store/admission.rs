@@ -7,7 +7,7 @@ use super::{Admission, Admit, Admitted, StoreError};
 use crate::directory::{NoCredential, Organisation};
 use keyward_core::admission::{self, Hold, KeyState};
 use keyward_core::audit::{self, Event};
-use keyward_core::edge::{Ask, RequestId};
+use keyward_core::edge::{Ask, Plan, RequestId};
 use keyward_core::keyring::At;
 use keyward_core::limits::{DAY_MS, Enforce, Limits, Moment};
 use keyward_core::models;
@@ -394,6 +394,15 @@ impl Found {
         }
     }
 
+    /// Whether any level limits how many requests run at once: the end of this one is waited for.
+    fn limits_flight(&self, organisation: &Organisation) -> bool {
+        let in_force = &organisation.in_force;
+        let of_policy = self.policy.as_ref().and_then(|policy| in_force.policies.get(policy)).map(|policy| &policy.limits);
+        let of_team = self.team.as_ref().and_then(|team| in_force.teams.get(team));
+        let mut all = [&self.limits, &in_force.organisation].into_iter().chain(of_policy).chain(of_team);
+        all.any(|limits| limits.rates.max_in_flight.is_some())
+    }
+
     fn is_in_shadow(&self, organisation: &Organisation) -> bool {
         let of_policy = self.policy.as_ref().and_then(|policy| organisation.in_force.policies.get(policy)).map(|policy| policy.enforce);
         self.enforce == Enforce::Shadow || of_policy == Some(Enforce::Shadow)
@@ -412,13 +421,6 @@ impl Levels<'_> {
             organisation.as_str(),
             rated(limits),
         )))
-    }
-
-    /// Whether any level limits how many requests run at once.
-    fn limit_flight(&self) -> bool {
-        let team = self.team.as_ref().map(|(_, limits)| *limits);
-        let mut all = self.key.iter().copied().chain(team).chain([self.organisation.1]);
-        all.any(|limits| limits.rates.max_in_flight.is_some())
     }
 }
 
@@ -447,24 +449,23 @@ fn admitted(
     bounded: bool,
 ) -> Admission {
     let Target { model, credentials, in_order, wait_ms, state, answer } = target;
-    let expires_ms = key.state.expires_ms.into_iter().chain(key.token_expires_ms).min();
     // Where output has a limit, that is what was held for; without a budget the hold binds nobody.
     let output_limit = Some(hold.output_tokens).filter(|_| bounded && !admission::operation(ask).limits().is_empty());
-    Admission::Admitted(Box::new(Admitted {
-        key_id: key.id.clone(),
-        hold,
-        model,
-        credentials,
-        in_order,
-        wait_ms,
-        state,
-        answer,
-        expires_ms,
-        output_limit,
+    let plan = Plan {
+        key: key.id.clone(),
         rev: organisation.rev,
+        clamp: hold.clamp,
+        expires_ms: key.state.expires_ms.into_iter().chain(key.token_expires_ms).min(),
+        output_limit,
+        state,
         headroom,
-        prompt: key.levels(organisation).limit_flight(),
-    }))
+        prompt: key.limits_flight(organisation),
+        answer,
+        wait_ms,
+        in_order,
+        targets: Vec::new(),
+    };
+    Admission::Admitted(Box::new(Admitted { hold, model, credentials, plan }))
 }
 
 fn refused(admit: &Admit, refusal: &Refusal) -> audit::Refused {

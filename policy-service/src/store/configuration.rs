@@ -96,7 +96,7 @@ pub(super) fn own_prices(db: &Connection, organisation: &str, provider: &str) ->
 fn read_credentials(db: &Connection, organisation: &str, into: &mut Organisation) -> Result<(), StoreError> {
     let mut select = db.prepare_cached(
         "SELECT id, name, provider, label, account, source, revision, managed, created_ms, updated_ms
-         FROM credentials WHERE organisation = ?1 ORDER BY created_ms, id",
+         FROM credentials WHERE organisation = ?1 ORDER BY created_ms, rowid",
     )?;
     let mut rows = select.query([organisation])?;
     while let Some(row) = rows.next()? {

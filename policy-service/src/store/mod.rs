@@ -20,11 +20,11 @@ use crate::prices::AdmittedPrices;
 use async_trait::async_trait;
 use keyward_core::admission::{Allow, Hold, Status};
 use keyward_core::audit::ChainKey;
-use keyward_core::edge::{AdmitRequest, Record, RequestId, Settlement};
+use keyward_core::edge::{AdmitRequest, Plan, Record, RequestId, Settlement};
 use keyward_core::limits::{Account, Enforce, Limits, Moment};
 use keyward_core::money::Nanodollars;
 use keyward_core::price::PriceTable;
-use keyward_core::refusal::{Headroom, Refusal};
+use keyward_core::refusal::Refusal;
 use keyward_core::usage::Usage;
 use keyward_core::verdict::State;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
@@ -219,29 +219,13 @@ pub enum Admission {
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Admitted {
-    pub key_id: String,
     pub hold: Hold,
     /// The provider's name of the model.
     pub model: Option<String>,
     /// Ids of the credentials to try, in order: where the request refers to objects, the one that reaches them.
     pub credentials: Vec<String>,
-    /// The first usable of them is to be taken, whatever the others have left.
-    pub in_order: bool,
-    /// How long the request may wait for one to be usable, in milliseconds.
-    pub wait_ms: u64,
-    /// The provider may keep what it answers.
-    pub state: bool,
-    /// The answer, where the service itself gives it.
-    pub answer: Option<String>,
-    /// When the key or its token expires.
-    pub expires_ms: Option<u64>,
-    /// Output tokens that money is held for; `None`: nothing bounds them.
-    pub output_limit: Option<u64>,
-    pub rev: u64,
-    /// What the limits per minute have left.
-    pub headroom: Option<Headroom>,
-    /// Some level limits how many requests run at once: the end of this one is waited for.
-    pub prompt: bool,
+    /// What the gate is told, still without targets: secrets are not the store's.
+    pub plan: Plan,
 }
 
 /// A settlement whose MAC has been checked, with its place in its VM's chain.

@@ -305,7 +305,7 @@ impl Store for SqliteStore {
     }
 
     async fn credentials(&self) -> Result<Vec<CredentialRow>, StoreError> {
-        let select = format!("SELECT {CREDENTIAL_COLUMNS} FROM credentials ORDER BY created_ms, id");
+        let select = format!("SELECT {CREDENTIAL_COLUMNS} FROM credentials ORDER BY created_ms, rowid");
         self.read(move |db| Ok(db.prepare_cached(&select)?.query_map([], credential_row)?.collect::<Result<_, _>>()?)).await
     }
 

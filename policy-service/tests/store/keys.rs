@@ -18,7 +18,7 @@ async fn a_rotated_key_is_the_same_key_with_two_tokens_for_a_while() {
     assert_eq!(done(bed.store.rotate_key(rotation.clone()).await.unwrap()).version, 2);
     assert_eq!(bed.store.rotate_key(rotation).await.unwrap(), KeyOutcome::Stale(2), "read at version 1");
     assert!(matches!(bed.admit(1, 1, 50, 99).await, Admission::Admitted(_)), "the old token in the overlap");
-    assert!(matches!(bed.admit(101, 2, 50, 99).await, Admission::Admitted(a) if a.key_id == "key_1"));
+    assert!(matches!(bed.admit(101, 2, 50, 99).await, Admission::Admitted(a) if a.plan.key == "key_1"));
     assert!(matches!(bed.admit(1, 3, 50, 100).await, Admission::Refused(r) if r.code == Code::Revoked));
     assert!(matches!(bed.admit(101, 4, 50, 100).await, Admission::Admitted(_)));
     assert_eq!(bed.names(1).await, ["KEY_CREATED", "KEY_CHANGED", "ADMITTED", "ADMITTED", "REFUSED", "ADMITTED"]);

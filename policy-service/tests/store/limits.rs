@@ -91,7 +91,7 @@ async fn rates_and_quotas_hold_and_survive_a_restart() {
     let now = DAY * DAY_MS;
     assert_eq!(bed.code(1, 1, 16, now).await, Ok(()));
     let Admission::Admitted(second) = bed.admit(1, 2, 50, now + 100).await else { panic!() };
-    assert_eq!(second.headroom.unwrap().requests.map(|room| (room.limit, room.remaining)), Some((2, 0)));
+    assert_eq!(second.plan.headroom.unwrap().requests.map(|room| (room.limit, room.remaining)), Some((2, 0)));
     bed.restart();
     let Admission::Refused(refusal) = bed.admit(1, 3, 50, now + 1_000).await else { panic!() };
     assert_eq!((refusal.code, refusal.headroom.is_some()), (Code::RateLimited, true));
@@ -104,7 +104,7 @@ async fn rates_and_quotas_hold_and_survive_a_restart() {
     bed.settle(settlement(8, Outcome::Complete, Some((60, 16))), now).await;
     assert_eq!(bed.code(3, 9, 16, now).await, Err(Code::QuotaExhausted), "76 of 150 are used, and this may come to 116");
     let Admission::Admitted(alone) = bed.admit(4, 10, 16, now).await else { panic!() };
-    assert_eq!((alone.prompt, second.prompt), (true, false), "only where places are limited the end is waited for");
+    assert_eq!((alone.plan.prompt, second.plan.prompt), (true, false), "only where places are limited the end is waited for");
     assert_eq!(bed.code(4, 11, 16, now).await, Err(Code::ConcurrencyLimited));
     bed.settle(settlement(10, Outcome::Complete, Some((1, 1))), now).await;
     assert_eq!(bed.code(4, 12, 16, now).await, Ok(()));

@@ -108,7 +108,7 @@ async fn state_at_a_provider_needs_the_policys_word() {
     };
     assert_eq!(refused(bed.decide(keeps(1, 1)).await).code, Code::StateNotOwned);
     let Admission::Admitted(admitted) = bed.decide(keeps(2, 2)).await else { panic!() };
-    assert!(admitted.state);
+    assert!(admitted.plan.state);
 }
 
 #[tokio::test]
@@ -120,9 +120,12 @@ async fn models_are_answered_without_a_provider() {
     asked.request.ask = Ask { provider: "openai".to_owned(), endpoint: "GET /v1/models".to_owned(), ..Ask::default() };
     let Admission::Admitted(listed) = bed.decide(asked.clone()).await else { panic!() };
     assert_eq!(listed.hold.total, Nanodollars::ZERO);
-    assert_eq!(listed.answer.unwrap(), r#"{"data":[{"created":0,"id":"gpt-4o","object":"model","owned_by":"openai"}],"object":"list"}"#);
+    assert_eq!(
+        listed.plan.answer.unwrap(),
+        r#"{"data":[{"created":0,"id":"gpt-4o","object":"model","owned_by":"openai"}],"object":"list"}"#
+    );
     asked.request.req = RequestId([2; 16]);
     bed.edit(vec![delete(Kind::Credential, "cred_a")]).await;
     let Admission::Admitted(listed) = bed.decide(asked).await else { panic!() };
-    assert_eq!(listed.answer.unwrap(), r#"{"data":[],"object":"list"}"#, "what can't be reached is not listed");
+    assert_eq!(listed.plan.answer.unwrap(), r#"{"data":[],"object":"list"}"#, "what can't be reached is not listed");
 }
