@@ -24,6 +24,7 @@ pub mod reserve;
 pub mod ring;
 pub mod token;
 pub mod trace;
+pub mod translate;
 pub mod usage;
 pub mod verdict;
 pub mod watch;

@@ -39,7 +39,7 @@ pub fn usable<'a>(
 pub fn answer(provider: &Provider, models: &[&str], one: Option<&str>) -> Result<String, Refusal> {
     let shown = |model: &str| match provider.dialect {
         // When a model came about, no table of ours says.
-        Dialect::OpenAi => json!({ "id": model, "object": "model", "created": 0, "owned_by": provider.name }),
+        Dialect::OpenAi | Dialect::Gemini => json!({ "id": model, "object": "model", "created": 0, "owned_by": provider.name }),
         Dialect::Anthropic => json!({ "type": "model", "id": model, "display_name": model, "created_at": "1970-01-01T00:00:00Z" }),
     };
     if let Some(one) = one {
@@ -48,7 +48,7 @@ pub fn answer(provider: &Provider, models: &[&str], one: Option<&str>) -> Result
     }
     let data: Vec<Value> = models.iter().map(|model| shown(model)).collect();
     let list = match provider.dialect {
-        Dialect::OpenAi => json!({ "object": "list", "data": data }),
+        Dialect::OpenAi | Dialect::Gemini => json!({ "object": "list", "data": data }),
         Dialect::Anthropic => {
             json!({ "data": data, "has_more": false, "first_id": models.first(), "last_id": models.last() })
         }

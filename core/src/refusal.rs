@@ -224,7 +224,7 @@ impl Refusal {
             headers.push(("x-should-retry", "false".to_owned()));
         }
         let body = match dialect {
-            Dialect::OpenAi => serde_json::json!({ "error": {
+            Dialect::OpenAi | Dialect::Gemini => serde_json::json!({ "error": {
                 "message": self.message, "type": self.openai_type(), "param": null, "code": self.code.name(),
             } }),
             Dialect::Anthropic => serde_json::json!({ "type": "error", "error": {

@@ -164,8 +164,8 @@ impl Answering {
 fn error_event(code: Code, dialect: Dialect, is_response: bool, id: RequestId) -> Vec<u8> {
     let data = ended(code, dialect, id).answer().body;
     match (dialect, is_response) {
-        (Dialect::OpenAi, false) => format!("data: {data}\n\n"),
-        (Dialect::OpenAi, true) => {
+        (Dialect::OpenAi | Dialect::Gemini, false) => format!("data: {data}\n\n"),
+        (Dialect::OpenAi | Dialect::Gemini, true) => {
             let inner = data.strip_prefix('{').unwrap_or(&data);
             let message = serde_json::Value::from(watch::refusal(code).message);
             format!(

@@ -17,6 +17,8 @@ use std::borrow::Cow;
 pub enum Dialect {
     OpenAi,
     Anthropic,
+    /// Of providers only: callers speak one of the others.
+    Gemini,
 }
 
 /// How a provider wants its credential.
