@@ -251,20 +251,9 @@ fn rendering(options: RenderOptions) -> Result<Rendering, String> {
         ));
     }
     let mut rendering = Rendering::example(options.envoy);
-    if let Some(ca) = options.provider_ca {
-        rendering.providers = Endpoint::public(&ca);
-    }
-    if let Some(file) = &options.config {
-        let manifest = Manifest::read(file).map_err(|mistakes| tell(&mistakes))?;
-        for (name, settings) in &manifest.document.providers {
-            if let Some(url) = &settings.url {
-                Endpoint::redirect(&mut rendering.providers, &format!("{name}={url}"))?;
-            }
-        }
-    }
-    for provider in &options.providers {
-        Endpoint::redirect(&mut rendering.providers, provider)?;
-    }
+    let ca = options.provider_ca.unwrap_or_else(|| envoy::EXAMPLE_CA.into());
+    let manifest = options.config.as_ref().map(|file| Manifest::read(file).map_err(|mistakes| tell(&mistakes))).transpose()?;
+    rendering.providers = Endpoint::configured(manifest.as_ref().map(|manifest| &manifest.document.providers), &options.providers, &ca)?;
     let set = |host: &mut String, port: &mut u16, address: Option<std::net::SocketAddr>| {
         if let Some(address) = address {
             (*host, *port) = (address.ip().to_string(), address.port());

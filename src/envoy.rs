@@ -1,7 +1,9 @@
 //! Envoy: its configuration, rendered per version; its binary; starting it and stopping it in order.
 
 use askama::Template;
-use keyward_core::operation::PROVIDERS;
+use keyward_core::operation::{PROVIDERS, is_provider_name};
+use keyward_policy_service::config::ProviderSettings;
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -26,8 +28,8 @@ pub struct Endpoint {
 }
 
 impl Endpoint {
-    /// All providers at their own hosts, over verified TLS.
-    pub fn public(ca: &Path) -> Vec<Self> {
+    /// All built-in providers at their own hosts, over verified TLS; not those of which each account has a host of its own.
+    fn public(ca: &Path) -> Vec<Self> {
         let endpoint = |p: &keyward_core::operation::Provider| Endpoint {
             name: p.name.to_owned(),
             host: p.host.to_owned(),
@@ -37,16 +39,41 @@ impl Endpoint {
             ca: ca.display().to_string(),
             is_address: false,
         };
-        PROVIDERS.iter().map(endpoint).collect()
+        PROVIDERS.iter().filter(|provider| !provider.host.is_empty()).map(endpoint).collect()
     }
 
-    /// Sends one provider elsewhere: `name=http://host:port` or `name=https://host:port`.
-    pub fn redirect(endpoints: &mut [Self], text: &str) -> Result<(), String> {
+    /// The built-in providers, and those that a configuration sends elsewhere or defines. `more`: as [`Endpoint::redirect`] takes them.
+    pub fn configured(providers: Option<&BTreeMap<String, ProviderSettings>>, more: &[String], ca: &Path) -> Result<Vec<Self>, String> {
+        let mut endpoints = Endpoint::public(ca);
+        for (name, settings) in providers.into_iter().flatten() {
+            if let Some(url) = &settings.url {
+                Endpoint::redirect(&mut endpoints, &format!("{name}={url}"), ca)?;
+            }
+            if let (Some(host), Some(endpoint)) = (&settings.host, endpoints.iter_mut().find(|endpoint| endpoint.name == *name)) {
+                endpoint.host.clone_from(host);
+            }
+        }
+        for text in more {
+            Endpoint::redirect(&mut endpoints, text, ca)?;
+        }
+        Ok(endpoints)
+    }
+
+    /// Sends one provider elsewhere: `name=http://host:port` or `name=https://host:port`. One that is not among them is added, at the
+    /// host that it is reached at.
+    fn redirect(endpoints: &mut Vec<Self>, text: &str, ca: &Path) -> Result<(), String> {
         let wrong = || format!("{text:?}: expected PROVIDER=http://HOST:PORT or PROVIDER=https://HOST:PORT");
         let (name, url) = text.split_once('=').ok_or_else(wrong)?;
         let (scheme, authority) = url.split_once("://").ok_or_else(wrong)?;
         let (host, port) = authority.trim_end_matches('/').rsplit_once(':').ok_or_else(wrong)?;
-        let endpoint = endpoints.iter_mut().find(|e| e.name == name).ok_or_else(|| format!("there is no provider {name:?}"))?;
+        if !is_provider_name(name) {
+            return Err(format!("{name:?} is no name of a provider"));
+        }
+        if !endpoints.iter().any(|endpoint| endpoint.name == name) {
+            let (name, host, ca) = (name.to_owned(), host.to_owned(), ca.display().to_string());
+            endpoints.push(Endpoint { name, host, address: String::new(), port: 443, tls: true, ca, is_address: false });
+        }
+        let endpoint = endpoints.iter_mut().find(|e| e.name == name).ok_or_else(wrong)?;
         endpoint.tls = match scheme {
             "http" => false,
             "https" => true,
@@ -120,9 +147,15 @@ impl Rendering {
             access_log: "/dev/stdout".to_owned(),
             max_body,
             body_limit: 2 * max_body + BODY_SLACK,
-            providers: Endpoint::public(Path::new(CA_FILES[0])),
+            providers: Endpoint::public(Path::new(EXAMPLE_CA)),
             rotation: Rotation::Router,
         }
+    }
+
+    /// Whether this Envoy's router can follow a request to another provider.
+    fn falls_back(&self) -> bool {
+        self.rotation == Rotation::Router
+            && self.version.strip_prefix("1.").and_then(|minor| minor.parse().ok()).is_some_and(|minor: u32| minor >= 39)
     }
 
     pub fn yaml(&self) -> Result<String, String> {
@@ -135,9 +168,9 @@ impl Rendering {
     }
 }
 
-/// Where systems keep the public certificate authorities.
-const CA_FILES: [&str; 4] =
-    ["/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/cert.pem", "/etc/ssl/ca-bundle.pem"];
+/// Where most systems keep the public certificate authorities.
+pub const EXAMPLE_CA: &str = "/etc/ssl/certs/ca-certificates.crt";
+const CA_FILES: [&str; 4] = [EXAMPLE_CA, "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/cert.pem", "/etc/ssl/ca-bundle.pem"];
 
 /// The system's public certificate authorities.
 pub fn system_ca() -> PathBuf {
@@ -198,11 +231,15 @@ mod tests {
     #[test]
     fn a_provider_is_sent_elsewhere() {
         let mut endpoints = Endpoint::public(Path::new("/ca.pem"));
-        Endpoint::redirect(&mut endpoints, "openai=http://127.0.0.1:99").unwrap();
+        let ca = Path::new("/ca.pem");
+        Endpoint::redirect(&mut endpoints, "openai=http://127.0.0.1:99", ca).unwrap();
         assert_eq!((endpoints[0].tls, endpoints[0].port, endpoints[0].is_address), (false, 99, true));
         assert_eq!(endpoints[0].host, "api.openai.com", "the name that is verified and sent stays");
-        for bad in ["openai", "openai=127.0.0.1:1", "openai=ftp://h:1", "nobody=http://h:1", "openai=http://h:x"] {
-            assert!(Endpoint::redirect(&mut endpoints, bad).is_err(), "{bad}");
+        for bad in ["openai", "openai=127.0.0.1:1", "openai=ftp://h:1", "No.body=http://h:1", "openai=http://h:x"] {
+            assert!(Endpoint::redirect(&mut endpoints, bad, ca).is_err(), "{bad}");
         }
+        Endpoint::redirect(&mut endpoints, "vllm=https://llm.example.com:8443", ca).unwrap();
+        let added = endpoints.last().unwrap();
+        assert_eq!((added.name.as_str(), added.host.as_str(), added.port, added.tls), ("vllm", "llm.example.com", 8443, true));
     }
 }

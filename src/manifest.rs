@@ -312,7 +312,7 @@ fn hint(message: &str, document: &Document) -> Option<String> {
     } else if message.starts_with("there is no credential") {
         document.credentials.keys().map(String::as_str).collect()
     } else if message.starts_with("there is no provider") {
-        keyward_core::operation::PROVIDERS.iter().map(|provider| provider.name).collect()
+        document.provider_names()
     } else {
         return None;
     };

@@ -19,7 +19,16 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use zeroize::Zeroizing;
 
 /// Environment variables that hold providers' keys.
-const FROM_ENVIRONMENT: [(&str, &str); 2] = [("OPENAI_API_KEY", "openai"), ("ANTHROPIC_API_KEY", "anthropic")];
+const FROM_ENVIRONMENT: [(&str, &str); 8] = [
+    ("OPENAI_API_KEY", "openai"),
+    ("ANTHROPIC_API_KEY", "anthropic"),
+    ("GEMINI_API_KEY", "gemini"),
+    ("GROQ_API_KEY", "groq"),
+    ("MISTRAL_API_KEY", "mistral"),
+    ("DEEPSEEK_API_KEY", "deepseek"),
+    ("TOGETHER_API_KEY", "together"),
+    ("OPENROUTER_API_KEY", "openrouter"),
+];
 
 #[derive(Args)]
 pub struct UpOptions {
@@ -210,16 +219,8 @@ async fn start_envoy(
     let filter = data.join("filter.wasm");
     write(&filter, FILTER)?;
     let mut rendering = Rendering::example(minor);
-    rendering.providers = Endpoint::public(&options.provider_ca.clone().unwrap_or_else(envoy::system_ca));
-    let configured = manifest.into_iter().flat_map(|manifest| &manifest.document.providers);
-    for (name, settings) in configured {
-        if let Some(url) = &settings.url {
-            Endpoint::redirect(&mut rendering.providers, &format!("{name}={url}"))?;
-        }
-    }
-    for provider in &options.providers {
-        Endpoint::redirect(&mut rendering.providers, provider)?;
-    }
+    let ca = options.provider_ca.clone().unwrap_or_else(envoy::system_ca);
+    rendering.providers = Endpoint::configured(manifest.map(|manifest| &manifest.document.providers), &options.providers, &ca)?;
     (rendering.listen_host, rendering.listen_port) = (options.listen.ip().to_string(), options.listen.port());
     rendering.trusted_hops = options.trusted_hops;
     rendering.admin_port = envoy_admin;

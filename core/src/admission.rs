@@ -3,7 +3,7 @@
 use crate::edge::Ask;
 use crate::limits::Moment;
 use crate::money::Nanodollars;
-use crate::operation::{Costs, OTHER, Operation, Provider};
+use crate::operation::{Costs, OTHER, Operation};
 use crate::price::{Price, Unit, image_price};
 use crate::refusal::{Code, Refusal};
 use crate::reserve::{Level, headroom, reserve};
@@ -84,20 +84,27 @@ impl Hold {
     }
 }
 
-/// Decides one request. `upstream` is the provider's name of the model, where a route leads to another than was asked for.
-/// `price` is `None` when the operation or model has no price. Whether what the request refers to is the key's own is for
-/// the ledger to say.
+/// Where a request may go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Aim<'a> {
+    pub provider: &'a str,
+    /// The provider's name of the model.
+    pub model: Option<&'a str>,
+}
+
+/// Decides one request that may go to `aims`. `price` is `None` when the operation or a model has no price. Whether what the request
+/// refers to is the key's own is for the ledger to say.
 pub fn decide(
     key: &KeyState,
     levels: &[Level<'_>],
     ask: &Ask,
-    upstream: Option<&str>,
+    aims: &[Aim<'_>],
     price: Option<&Price>,
     now: Moment,
 ) -> Result<Hold, Refusal> {
     check_standing(key, now.wall_ms)?;
     let operation = operation(ask);
-    check_allowed(&key.lists(), ask, upstream, operation)?;
+    check_allowed(&key.lists(), ask, aims, operation)?;
     check_state(&key.allow, ask, operation)?;
     reserve(levels, ask, operation, price, now).map_err(|refusal| Refusal { headroom: headroom(levels, now).map(Box::new), ..refusal })
 }
@@ -111,8 +118,7 @@ impl KeyState {
 
 /// The operation asked for: of the table, or any other.
 pub fn operation(ask: &Ask) -> &'static Operation {
-    let dialect = Provider::by_name(&ask.provider).map(|provider| provider.dialect);
-    dialect.and_then(|dialect| Operation::by_endpoint(dialect, &ask.endpoint)).unwrap_or(&OTHER)
+    Operation::by_endpoint(ask.dialect, &ask.endpoint).unwrap_or(&OTHER)
 }
 
 /// Whether the key may be used at all.
@@ -135,25 +141,27 @@ pub fn standing(status: Status, expires_ms: Option<u64>, now_ms: u64) -> Result<
     }
 }
 
-/// Whether what was admitted for this provider, endpoint and model may go on, now that the lists may be others. `upstream`: the
-/// provider's name of the model.
-pub fn may_go_on(lists: &[&Allow], ask: &Ask, upstream: Option<&str>) -> Result<(), Refusal> {
-    check_allowed(lists, ask, upstream, operation(ask))
+/// Whether what was admitted may go on, now that the lists may be others.
+pub fn may_go_on(lists: &[&Allow], ask: &Ask, aims: &[Aim<'_>]) -> Result<(), Refusal> {
+    check_allowed(lists, ask, aims, operation(ask))
 }
 
 /// Every list that names endpoints must name this one, and so with models. What is not in the table of operations must be
 /// spelled out in at least one list.
-fn check_allowed(lists: &[&Allow], ask: &Ask, upstream: Option<&str>, operation: &'static Operation) -> Result<(), Refusal> {
-    let fits =
-        |allow: &Allow, in_table| allow.endpoints.iter().any(|pattern| endpoint_fits(pattern, &ask.provider, &ask.endpoint, in_table));
+fn check_allowed(lists: &[&Allow], ask: &Ask, aims: &[Aim<'_>], operation: &'static Operation) -> Result<(), Refusal> {
+    let at = |allow: &Allow, provider: &str, in_table| {
+        allow.endpoints.iter().any(|pattern| endpoint_fits(pattern, provider, &ask.endpoint, in_table))
+    };
+    // Wherever it may go.
+    let fits = |allow: &Allow, in_table| aims.iter().all(|aim| at(allow, aim.provider, in_table));
     let named = operation != &OTHER || lists.iter().any(|allow| fits(allow, false));
     if !named || lists.iter().any(|allow| !allow.endpoints.is_empty() && !fits(allow, true)) {
         return Err(Refusal::new(Code::EndpointNotAllowed, format!("this virtual key may not call {}", ask.endpoint)));
     }
     let Some(model) = &ask.model else { return Ok(()) };
     // Who may use a route's name may use what it leads to, and the other way round.
-    let fits = |allow: &Allow| model_fits(allow, model) || upstream.is_some_and(|upstream| model_fits(allow, upstream));
-    if lists.iter().all(|allow| fits(allow)) {
+    let leads_to = |allow: &Allow| !aims.is_empty() && aims.iter().all(|aim| aim.model.is_some_and(|model| model_fits(allow, model)));
+    if lists.iter().all(|allow| model_fits(allow, model) || leads_to(allow)) {
         return Ok(());
     }
     Err(Refusal::new(Code::ModelNotAllowed, format!("this virtual key may not use the model {model}")))
@@ -214,6 +222,12 @@ fn glob(pattern: &str, text: &str) -> bool {
         rest = tail;
     }
     rest.ends_with(last)
+}
+
+/// What of a hold is one target's, whose price this is. `bounded`: some limit holds the request to it.
+pub fn part(ask: &Ask, operation: &'static Operation, price: Option<&Price>, clamp: Option<u64>, bounded: bool) -> Hold {
+    let whole = price.filter(|_| bounded).and_then(|price| bound(ask, operation, price, clamp));
+    whole.unwrap_or_else(|| crate::reserve::unlimited(ask, operation, price))
 }
 
 pub(crate) fn asked_output(ask: &Ask, price: &Price) -> u64 {
@@ -386,7 +400,11 @@ mod tests {
         let budgets = cap.map(|cap| Budget { window: Window::Total, cap: Nanodollars(cap) }).into_iter().collect();
         let limits = Limits { budgets, ..Limits::default() };
         let level = Level { of: Of::Key, limits: vec![&limits], account };
-        decide(&key(), &[level], ask, None, price, Moment::at(0))
+        decide(&key(), &[level], ask, &aims(ask), price, Moment::at(0))
+    }
+
+    fn aims(ask: &Ask) -> Vec<Aim<'_>> {
+        vec![Aim { provider: &ask.provider, model: ask.model.as_deref() }]
     }
 
     fn fresh(cap: Option<i64>, ask: &Ask, price: Option<&Price>) -> Result<Hold, Refusal> {
@@ -394,7 +412,7 @@ mod tests {
     }
 
     fn at(key: &KeyState, ask: &Ask, price: Option<&Price>, ms: u64) -> Result<Hold, Refusal> {
-        decide(key, &[], ask, None, price, Moment::at(ms))
+        decide(key, &[], ask, &aims(ask), price, Moment::at(ms))
     }
 
     fn ask(model: &str, bytes: u64, max_tokens: Option<u64>) -> Ask {

@@ -4,10 +4,13 @@
 use crate::credentials::{CREDENTIAL_HEADERS, NETWORK_HEADERS};
 use crate::edge::{PlanCredential, Try};
 use crate::gate::{Headers, Permit, Refused, header};
+use crate::hex;
 use crate::keyring::{At, Keyring, Unusable};
-use crate::operation::AuthScheme;
+use crate::operation::Dialect;
 use crate::refusal::{Code, Refusal};
+use crate::rewrite::Rewriting;
 use crate::ring::SharedData;
+use crate::translate::answer;
 use crate::verdict::{State, needs_body, room, verdict};
 use std::borrow::Cow;
 
@@ -22,8 +25,14 @@ pub const MAX_ERROR_BODY: usize = 64 * 1024;
 #[derive(Debug)]
 pub struct Flight {
     permit: Permit,
+    /// The body is written anew for each try.
+    rewriting: Option<Box<Rewriting>>,
     tries: Vec<Running>,
-    /// By the credentials' places in the plan: not to be tried again.
+    /// The target in hand, by its place in the plan.
+    target: usize,
+    /// The target to which the router goes by itself, should the try in hand get no answer.
+    fallback: Option<usize>,
+    /// By the credentials' places in the target in hand: not to be tried again.
     tried: Vec<bool>,
     answer: Option<AnswerHead>,
     /// Why nothing more is tried.
@@ -38,6 +47,10 @@ pub struct Flight {
     awaits_retry: bool,
     /// How often it was found that it has to wait.
     waits: usize,
+    /// The clusters on which tries of targets were made, by the target's provider.
+    clusters: Vec<(String, Vec<u8>)>,
+    /// The body of the try in hand has come, while it waits.
+    pub body_came: bool,
 }
 
 /// What the gate needs to know of the headers of a provider's answer.
@@ -49,14 +62,20 @@ pub struct AnswerHead {
     pub encoded: bool,
     /// Tries that were made.
     pub tries: usize,
+    /// The place in the plan of the target that answered.
+    pub target: usize,
 }
+
+/// The version under which translated requests are made: the newer one refuses every temperature (PROVIDERS: Anthropic API version).
+const ANTHROPIC_VERSION: &str = "2023-06-01";
 
 /// Answer headers that tell which account paid, or bind the caller to it.
 const ACCOUNT_HEADERS: [&str; 4] = ["set-cookie", "openai-organization", "openai-project", "anthropic-organization-id"];
 
 #[derive(Debug)]
 struct Running {
-    /// The credential's place in the plan.
+    /// The target's place in the plan, and the credential's in the target.
+    target: usize,
     place: usize,
     status: Option<u16>,
     started_ms: u64,
@@ -64,6 +83,8 @@ struct Running {
     answered_ms: Option<u64>,
     /// The connection never came about, or the provider turned the try away unread: it costs nothing.
     is_free: bool,
+    /// It was sent, and nobody knows what became of it.
+    is_lost: bool,
     is_over: bool,
 }
 
@@ -107,13 +128,14 @@ pub struct Clocks {
 
 impl Flight {
     /// `replayable`: the router has the body for another try.
-    pub fn new(permit: Permit, replayable: bool) -> Self {
-        let places = permit.plan().targets.first().map_or(0, |target| target.credentials.len());
-        let tried = vec![false; places];
-        Flight {
+    pub fn new(permit: Permit, replayable: bool, rewriting: Option<Box<Rewriting>>) -> Self {
+        let mut flight = Flight {
             permit,
+            rewriting,
             tries: Vec::new(),
-            tried,
+            target: 0,
+            fallback: None,
+            tried: Vec::new(),
             answer: None,
             refusal: None,
             hold_until_ms: None,
@@ -121,25 +143,123 @@ impl Flight {
             told: false,
             awaits_retry: false,
             waits: 0,
-        }
+            clusters: Vec::new(),
+            body_came: false,
+        };
+        flight.aim_at(0);
+        flight
+    }
+
+    fn aim_at(&mut self, target: usize) {
+        self.target = target;
+        self.tried = vec![false; self.pool().len()];
+    }
+
+    fn pool_of(&self, target: usize) -> &[PlanCredential] {
+        self.permit.plan().targets.get(target).map(|target| target.credentials.as_slice()).unwrap_or_default()
     }
 
     fn pool(&self) -> &[PlanCredential] {
-        self.permit.plan().targets.first().map(|target| target.credentials.as_slice()).unwrap_or_default()
+        self.pool_of(self.target)
+    }
+
+    fn at_of(&self, target: usize) -> At<'_> {
+        let model = self.permit.plan().targets.get(target).and_then(|target| target.model.as_deref()).unwrap_or_default();
+        At { provider: self.permit.provider(target), model }
     }
 
     fn at(&self) -> At<'_> {
-        let model = self.permit.plan().targets.first().and_then(|target| target.model.as_deref()).unwrap_or_default();
-        At { provider: self.permit.target().provider.name, model }
+        self.at_of(self.target)
+    }
+
+    /// Chooses the first target that has a usable credential: once it is on its way, a request changes its target only after a try.
+    pub fn choose_target(&mut self, ring: &mut Keyring, shared: &impl SharedData, now_ms: u64) {
+        let target = self.usable_from(0, ring, shared, now_ms).unwrap_or(0);
+        self.aim_at(target);
+    }
+
+    fn usable_from(&self, from: usize, ring: &mut Keyring, shared: &impl SharedData, now_ms: u64) -> Option<usize> {
+        let targets = self.permit.plan().targets.len();
+        // Alone it is taken anyhow.
+        if targets == 1 {
+            return (from == 0).then_some(0);
+        }
+        (from..targets).find(|target| ring.look(shared, self.at_of(*target), self.pool_of(*target), &[], now_ms).is_ok())
+    }
+
+    /// The name under which the router knows the cluster of the target in hand.
+    pub fn cluster(&self) -> &str {
+        self.permit.provider(self.target)
+    }
+
+    /// Where the router goes by itself, if the try in hand gets no answer. `None`: to the same cluster.
+    pub fn cluster_without_answer(&self) -> Option<&str> {
+        self.fallback.map(|target| self.permit.provider(target))
+    }
+
+    /// Whether the request may go to several targets.
+    pub fn has_fallback(&self) -> bool {
+        self.permit.plan().targets.len() > 1
+    }
+
+    /// Whether a try of the target in hand may be made on this cluster. Two providers on one cluster: the router did not follow, and the
+    /// credential of one would reach the other.
+    pub fn may_run_on(&mut self, cluster: Vec<u8>) -> bool {
+        let provider = self.permit.provider(self.target);
+        if self.clusters.iter().any(|(other, name)| other != provider && *name == cluster) {
+            return false;
+        }
+        let provider = provider.to_owned();
+        if !self.clusters.iter().any(|(other, _)| *other == provider) {
+            self.clusters.push((provider, cluster));
+        }
+        true
+    }
+
+    /// Whether the body has to be written for each try.
+    pub fn rewrites(&self) -> bool {
+        self.rewriting.is_some()
+    }
+
+    /// The body for the try in hand, from the caller's. `None`: nothing may be sent, and [`Flight::refusal`] says why.
+    pub fn body(&mut self, body: &[u8]) -> Option<Vec<u8>> {
+        let plan = self.permit.plan();
+        let (rewriting, target, aim) = (self.rewriting.as_ref()?, plan.targets.get(self.target)?, self.permit.aim(self.target)?);
+        match rewriting.body(body, plan, target, &aim.site, self.permit.target().dialect) {
+            Ok(body) => Some(body),
+            Err(error) => {
+                self.give_up(Refusal::new(Code::BadRequest, error.message()));
+                None
+            }
+        }
+    }
+
+    /// How an answer of this target is to be translated. `None`: its provider speaks the caller's dialect.
+    pub fn translation(&self, target: usize, unix_ms: u64) -> Option<answer::Terms> {
+        let aim = self.permit.aim(target).filter(|aim| aim.upstream.translates)?;
+        let facts = self.rewriting.as_ref().map(|rewriting| &rewriting.facts);
+        Some(answer::Terms {
+            from: aim.site.dialect,
+            to: self.permit.target().dialect,
+            model: self.at_of(target).model.to_owned(),
+            id: hex::encode(&self.permit.id().0),
+            created: unix_ms / 1_000,
+            include_usage: facts.is_some_and(|facts| facts.include_usage),
+        })
     }
 
     /// Begins a try on a request with these headers.
     pub fn begin(&mut self, ring: &mut Keyring, shared: &impl SharedData, headers: &Headers<'_>, now_ms: u64) -> Begun {
         self.answer = None;
         self.awaits_retry = false;
-        // The router tries again by itself only where no byte was sent.
-        self.never_connected(ring);
-        if self.tries.iter().filter(|t| t.status.is_none()).count() >= MAX_UNCONNECTED {
+        self.body_came = false;
+        // The router tries again by itself only where no byte was sent, or where the route lets it go on after such a try.
+        self.never_connected(ring, now_ms);
+        if let Some(target) = self.fallback.take().filter(|_| self.tries.last().is_some_and(|last| last.status.is_none())) {
+            self.aim_at(target);
+        }
+        let here = self.tries.iter().filter(|t| t.status.is_none() && t.target == self.target);
+        if here.count() >= MAX_UNCONNECTED {
             return self.stop(Refusal::new(Code::ProviderUnreachable, "the provider could not be reached").retry_after(1));
         }
         let in_order = self.permit.plan().in_order;
@@ -160,27 +280,37 @@ impl Flight {
         let Some(credential) = self.pool().get(place) else {
             return self.stop(Refusal::new(Code::PoolExhausted, "this plan has no credential"));
         };
-        let edits = self.edits(credential, headers);
-        self.tries.push(Running { place, status: None, started_ms: now_ms, answered_ms: None, is_free: false, is_over: false });
+        let Some(edits) = self.edits(credential, headers) else {
+            return self.stop(Refusal::new(Code::PolicyUnavailable, "this plan has no such target"));
+        };
+        let target = self.target;
+        self.tries.push(Running {
+            target,
+            place,
+            status: None,
+            started_ms: now_ms,
+            answered_ms: None,
+            is_free: false,
+            is_lost: false,
+            is_over: false,
+        });
+        self.fallback = if self.replayable { self.usable_from(target + 1, ring, shared, now_ms) } else { None };
         Begun::Go(edits)
     }
 
     /// The headers of a try with this credential.
-    fn edits(&self, credential: &PlanCredential, headers: &Headers<'_>) -> RequestEdits {
-        let target = self.permit.target();
-        let auth = match target.provider.auth {
-            AuthScheme::Bearer => ("authorization", ["Bearer ", &credential.secret.0].concat()),
-            AuthScheme::Header(name) => (name, credential.secret.0.clone()),
-        };
+    fn edits(&self, credential: &PlanCredential, headers: &Headers<'_>) -> Option<RequestEdits> {
+        let aim = self.permit.aim(self.target)?;
+        let auth = aim.site.auth.header(&credential.secret.0);
         // Whatever tells callers apart, or told them apart in an earlier try, goes.
         let goes =
             |name: &[u8]| CREDENTIAL_HEADERS.iter().chain(&NETWORK_HEADERS).any(|other| other.as_bytes() == name && *other != auth.0);
         let remove =
             headers.iter().filter(|(name, _)| goes(name) || name.starts_with(b"x-envoy-")).map(|(name, _)| name.to_vec()).collect();
-        let mut set = Vec::with_capacity(6);
+        let mut set = Vec::with_capacity(7);
         set.extend([
-            (":authority", Cow::Borrowed(target.provider.host)),
-            (":path", target.path.to_string().into()),
+            (":authority", aim.site.host.clone()),
+            (":path", aim.upstream.path.clone()),
             ("accept-encoding", "identity".into()),
             // The id under which the audit chain has this request; OpenAI documents the header for exactly that.
             ("x-client-request-id", self.permit.id().to_string().into()),
@@ -188,9 +318,12 @@ impl Flight {
         if let Some(content_type) = self.permit.content_type() {
             set.push(("content-type", content_type.to_owned().into()));
         }
+        if aim.upstream.translates && aim.site.dialect == Dialect::Anthropic {
+            set.push(("anthropic-version", ANTHROPIC_VERSION.into()));
+        }
         set.retain(|(name, value)| header(headers, name) != Some(value.as_bytes()));
         set.push((auth.0, auth.1.into()));
-        RequestEdits { remove, set }
+        Some(RequestEdits { remove, set })
     }
 
     fn stop(&mut self, refusal: Refusal) -> Begun {
@@ -252,6 +385,7 @@ impl Flight {
             content_type: header(headers, "content-type").unwrap_or_default().to_vec(),
             encoded: header(headers, "content-encoding").is_some_and(|e| !e.eq_ignore_ascii_case(b"identity")),
             tries: self.tries.len(),
+            target: self.target,
         });
         let secrets: Vec<&[u8]> = self.pool().iter().map(|credential| credential.secret.0.as_bytes()).collect();
         let repeats = |value: &[u8]| secrets.iter().any(|s| !s.is_empty() && value.windows(s.len()).any(|w| w == *s));
@@ -280,13 +414,13 @@ impl Flight {
             if status < 400 {
                 ring.worked(shared, self.at(), credential, started_ms, now_ms);
             }
-            return Next::Pass;
+            return if status >= 500 { self.go_on_elsewhere(ring, shared, now_ms) } else { Next::Pass };
         };
         if verdict.wait_ms > 0 {
             ring.cool(shared, self.at(), credential, verdict, now_ms);
         }
         if verdict.state == State::Overloaded {
-            return Next::Pass;
+            return self.go_on_elsewhere(ring, shared, now_ms);
         }
         if let Some(last) = self.tries.last_mut() {
             last.is_free = true;
@@ -300,6 +434,9 @@ impl Flight {
             return Next::Pass;
         }
         let is_left = ring.look(shared, self.at(), self.pool(), &self.tried, now_ms).is_ok();
+        if !is_left && self.go_on_elsewhere(ring, shared, now_ms) == Next::Retry {
+            return Next::Retry;
+        }
         if is_left || (verdict.wait_ms > 0 && self.can_wait(ring, shared, now_ms).is_some()) {
             self.awaits_retry = true;
             return Next::Retry;
@@ -311,6 +448,20 @@ impl Flight {
             self.exhaust(ring, shared, now_ms);
         }
         Next::Pass
+    }
+
+    /// The target in hand can't answer: the next one that can is tried, where the route lists one.
+    fn go_on_elsewhere(&mut self, ring: &mut Keyring, shared: &impl SharedData, now_ms: u64) -> Next {
+        if !self.replayable {
+            return Next::Pass;
+        }
+        let Some(target) = self.usable_from(self.target + 1, ring, shared, now_ms) else { return Next::Pass };
+        if let Some(last) = self.tries.last_mut() {
+            last.is_free = true;
+        }
+        self.aim_at(target);
+        self.awaits_retry = true;
+        Next::Retry
     }
 
     /// Nothing more is tried: no credential is left.
@@ -347,7 +498,7 @@ impl Flight {
         let ignored =
             || Refusal::new(Code::PoolExhausted, "a credential was at its limit, and the request could not be tried again").retry_after(1);
         let refusal = self.refusal.clone().or_else(|| self.awaits_retry.then(ignored))?;
-        let dialect = self.permit.target().provider.dialect;
+        let dialect = self.permit.target().dialect;
         Some(Refused { refusal, dialect, request_id: self.permit.id(), asked: true })
     }
 
@@ -369,6 +520,14 @@ impl Flight {
         self.refusal = Some(refusal);
     }
 
+    /// A provider's words without the credentials that were in use.
+    pub fn without_secrets(&self, text: String) -> String {
+        let secrets = self.permit.plan().targets.iter().flat_map(|target| &target.credentials).map(|credential| &credential.secret.0);
+        secrets
+            .filter(|secret| !secret.is_empty())
+            .fold(text, |text, secret| if text.contains(secret.as_str()) { text.replace(secret.as_str(), "[credential]") } else { text })
+    }
+
     /// How many tries have begun.
     pub fn number(&self) -> usize {
         self.tries.len()
@@ -379,24 +538,37 @@ impl Flight {
         self.tries.last().is_none_or(|last| last.is_over)
     }
 
-    /// The last try got no answer because its connection never came about.
-    pub fn never_connected(&mut self, ring: &mut Keyring) {
+    /// The last try got no answer because its connection never came about; unless it took as long as a first byte may, or is known to
+    /// have been sent.
+    pub fn never_connected(&mut self, ring: &mut Keyring, now_ms: u64) {
         self.try_is_over(ring);
+        let first_byte_ms = self.permit.plan().first_byte_ms;
         if let Some(last) = self.tries.last_mut().filter(|last| last.status.is_none()) {
-            last.is_free = true;
+            let timed_out = first_byte_ms.is_some_and(|ms| now_ms.saturating_sub(last.started_ms) >= ms);
+            last.is_lost |= timed_out;
+            last.is_free = !last.is_lost;
+        }
+    }
+
+    /// The connection of this try came about, and it ended without an answer.
+    pub fn lose(&mut self, number: usize) {
+        if let Some(lost) = number.checked_sub(1).and_then(|at| self.tries.get_mut(at)).filter(|lost| lost.status.is_none()) {
+            lost.is_lost = true;
+            lost.is_free = false;
         }
     }
 
     /// The last try takes no more of its account.
     pub fn try_is_over(&mut self, ring: &mut Keyring) {
-        let place = match self.tries.last_mut() {
+        let (target, place) = match self.tries.last_mut() {
             Some(last) if !last.is_over => {
                 last.is_over = true;
-                last.place
+                (last.target, last.place)
             }
             _ => return,
         };
-        if let Some(credential) = self.pool().get(place).filter(|_| self.pool().len() > 1) {
+        let pool = self.pool_of(target);
+        if let Some(credential) = pool.get(place).filter(|_| pool.len() > 1) {
             ring.done(credential.account());
         }
     }
@@ -419,9 +591,12 @@ impl Flight {
     /// The tries for the record; one that was never answered lasted until now.
     pub fn tries(&self, now_ms: u64) -> Vec<Try> {
         let record = |t: &Running| Try {
-            credential: self.pool().get(t.place).map(|credential| credential.id.clone()).unwrap_or_default(),
+            credential: self.pool_of(t.target).get(t.place).map(|credential| credential.id.clone()).unwrap_or_default(),
             status: t.status,
             ms: t.answered_ms.unwrap_or_else(|| now_ms.saturating_sub(t.started_ms)),
+            target: t.target as u64,
+            // The last one's outcome is the request's.
+            lost: t.is_lost && t.answered_ms.is_none(),
         };
         self.tries.iter().map(record).collect()
     }
@@ -500,7 +675,7 @@ mod tests {
         let tries = air.flight.tries(air.now_ms);
         assert_eq!((tries.len(), tries[0].status, tries[11].status), (12, Some(429), Some(200)));
         assert!(air.flight.may_have_been_sent());
-        let edits = air.answering.headers(&mut air.flight).unwrap();
+        let edits = air.answering.headers(&mut air.flight, 1_000).unwrap();
         assert!(edits.set.contains(&("x-keyward-attempts", "12".to_owned())));
     }
 
@@ -512,7 +687,7 @@ mod tests {
             assert_eq!(air.limited(seconds), next);
         }
         assert_eq!((air.refused(), air.flight.may_have_been_sent()), ((Code::PoolExhausted, Some(4_000)), false));
-        assert_eq!(air.answering.headers(&mut air.flight).unwrap_err().refusal.code, Code::PoolExhausted);
+        assert_eq!(air.answering.headers(&mut air.flight, 1_000).unwrap_err().refusal.code, Code::PoolExhausted);
         // Another request, a moment later: the provider is not asked at all.
         let mut other = Air { shared: air.shared, now_ms: 2_500, ..Air::new(3, |_| {}) };
         assert_eq!(other.begin(), Begun::Stop);
@@ -574,12 +749,12 @@ mod tests {
         let mut air = Air::new(1, |_| {});
         air.sent();
         assert_eq!(air.answer("401", &[], ""), Next::Pass);
-        let refused = air.answering.headers(&mut air.flight).unwrap_err();
+        let refused = air.answering.headers(&mut air.flight, 1_000).unwrap_err();
         assert_eq!(refused.answer().status, 502);
         // Envoy's own 401 would not be the provider's.
         let mut own = Air::new(1, |_| {});
         own.sent();
-        assert!(own.answering.headers(&mut own.flight).is_ok());
+        assert!(own.answering.headers(&mut own.flight, 1_000).is_ok());
     }
 
     #[test]
@@ -619,7 +794,7 @@ mod tests {
         let mut air = Air::new(2, |_| {});
         air.sent();
         assert_eq!(air.limited("9"), Next::Retry);
-        assert_eq!(air.answering.headers(&mut air.flight).unwrap_err().refusal.code, Code::PoolExhausted);
+        assert_eq!(air.answering.headers(&mut air.flight, 1_000).unwrap_err().refusal.code, Code::PoolExhausted);
     }
 
     #[test]

@@ -101,6 +101,10 @@ pub struct Settled {
     pub estimated: bool,
     pub ms: u64,
     pub tries: Vec<TryEntry>,
+    /// Who answered, or was asked last; empty in entries of earlier versions.
+    pub provider: String,
+    /// The provider's name of the model.
+    pub model: String,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -147,6 +151,7 @@ impl Entry {
                 s.tries.iter().for_each(|t| {
                     out.text(&t.credential).u64(t.status).u64(t.ms);
                 });
+                out.text(&s.provider).text(&s.model);
             }
             Event::Voided { req } => {
                 out.bytes(req);
@@ -195,21 +200,12 @@ impl Entry {
                 credentials: r.list(Reader::text)?,
             }),
             2 => Event::Refused(r.refused()?),
-            3 => Event::Settled(Settled {
-                req: r.array()?,
-                outcome: r.text()?,
-                status: r.u64()?,
-                input: r.u64()?,
-                cache_read: r.u64()?,
-                cache_write: r.u64()?,
-                cache_write_1h: r.u64()?,
-                output: r.u64()?,
-                reasoning: r.u64()?,
-                charge: r.i64()?,
-                estimated: r.flag()?,
-                ms: r.u64()?,
-                tries: r.list(|r| Some(TryEntry { credential: r.text()?, status: r.u64()?, ms: r.u64()? }))?,
-            }),
+            // Earlier versions did not say who answered.
+            3 => Event::Settled(r.settled()?),
+            13 => {
+                let settled = r.settled()?;
+                Event::Settled(Settled { provider: r.text()?, model: r.text()?, ..settled })
+            }
             4 => Event::Voided { req: r.array()? },
             5 => Event::Expired { req: r.array()?, charge: r.i64()? },
             6 => Event::KeyCreated { actor: r.text()?, detail: r.text()? },
@@ -230,7 +226,7 @@ impl Event {
         match self {
             Event::Admitted(_) => 1,
             Event::Refused(_) => 2,
-            Event::Settled(_) => 3,
+            Event::Settled(_) => 13,
             Event::Voided { .. } => 4,
             Event::Expired { .. } => 5,
             Event::KeyCreated { .. } => 6,
@@ -335,6 +331,24 @@ impl<'a> Reader<'a> {
     }
     fn refused(&mut self) -> Option<Refused> {
         Some(Refused { req: self.array()?, code: self.text()?, provider: self.text()?, endpoint: self.text()?, model: self.text()? })
+    }
+    fn settled(&mut self) -> Option<Settled> {
+        Some(Settled {
+            req: self.array()?,
+            outcome: self.text()?,
+            status: self.u64()?,
+            input: self.u64()?,
+            cache_read: self.u64()?,
+            cache_write: self.u64()?,
+            cache_write_1h: self.u64()?,
+            output: self.u64()?,
+            reasoning: self.u64()?,
+            charge: self.i64()?,
+            estimated: self.flag()?,
+            ms: self.u64()?,
+            tries: self.list(|r| Some(TryEntry { credential: r.text()?, status: r.u64()?, ms: r.u64()? }))?,
+            ..Settled::default()
+        })
     }
     fn list<T>(&mut self, item: impl Fn(&mut Self) -> Option<T>) -> Option<Vec<T>> {
         let n = self.u64()?;

@@ -2,6 +2,7 @@
 
 use crate::hex;
 use crate::keyring::Told;
+use crate::operation::{Dialect, Provider, Site};
 use crate::refusal::{Code, Headroom, Refusal};
 use crate::usage::Usage;
 use crate::verdict::State;
@@ -9,6 +10,7 @@ use hkdf::Hkdf;
 use hmac::{Hmac, KeyInit, Mac};
 use serde::{Deserialize, Serialize};
 use sha2::Sha256;
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 pub const ADMIT_PATH: &str = "/edge/v1/admit";
@@ -59,7 +61,11 @@ impl std::fmt::Debug for Secret {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Ask {
+    /// The provider that the caller names; empty: the model decides.
     pub provider: String,
+    /// The dialect that the caller speaks.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub dialect: Dialect,
     /// `METHOD /path` of the operation.
     pub endpoint: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -174,6 +180,13 @@ pub struct Plan {
     /// The first usable credential is taken, so that the same key meets the same prompt cache.
     #[serde(default, skip_serializing_if = "is_default")]
     pub in_order: bool,
+    /// What a target's provider can't do is left out of a translated request, instead of being an error.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub drops: bool,
+    /// Longest that a target may take until the first byte of its answer before the next one is tried, in milliseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub first_byte_ms: Option<u64>,
+    /// Where the request may go, in order. Another is tried only when the one before it can't answer.
     pub targets: Vec<PlanTarget>,
 }
 
@@ -184,6 +197,22 @@ pub struct PlanTarget {
     pub model: Option<String>,
     /// Usable credentials, best first.
     pub credentials: Vec<PlanCredential>,
+    /// Most output tokens that the model gives, for dialects that must be told.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_output: Option<u64>,
+    /// Of a provider that is not built in, or not as it is built in.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub site: Option<Box<Site>>,
+}
+
+impl PlanTarget {
+    /// Where the provider is. `None`: this gate does not know it.
+    pub fn site(&self) -> Option<Cow<'_, Site>> {
+        match &self.site {
+            Some(site) => Some(Cow::Borrowed(site)),
+            None => Provider::by_name(&self.provider).map(|provider| Cow::Owned(provider.site())),
+        }
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -246,6 +275,12 @@ pub struct Try {
     pub status: Option<u16>,
     /// Milliseconds from the try's start to its answer's headers, or to its end.
     pub ms: u64,
+    /// The target's place in the plan.
+    #[serde(rename = "t", default, skip_serializing_if = "is_default")]
+    pub target: u64,
+    /// It was sent, and nobody knows what became of it.
+    #[serde(rename = "l", default, skip_serializing_if = "is_default")]
+    pub lost: bool,
 }
 
 /// How a request ended, from the gate's side.
@@ -447,7 +482,7 @@ mod tests {
             input: None,
             visible: Some(9),
             beyond: false,
-            tries: vec![Try { credential: "cred_a".into(), status: Some(200), ms: 12 }],
+            tries: vec![Try { credential: "cred_a".into(), status: Some(200), ms: 12, target: 1, lost: false }],
             created: vec!["resp_1".into()],
             deleted: None,
             ms: 20,

@@ -2,16 +2,18 @@
 //! needs, and moving on consumes it. Nothing can be forwarded without the [`Permit`] that only an admission makes.
 
 mod answering;
+mod translating;
 
 pub use answering::{Answering, HeaderEdits};
 
 use crate::attempt::Flight;
-use crate::body::{BodyError, BodyFacts, BodyReader, Edits, Splice};
+use crate::body::{BodyError, BodyFacts, BodyReader, Splice};
 use crate::credentials::{self, Found};
-use crate::edge::{AdmitAnswer, AdmitRequest, Ask, Outcome, Plan, RequestId, Settlement, VmId};
+use crate::edge::{AdmitAnswer, AdmitRequest, Ask, Outcome, Plan, PlanTarget, RequestId, Settlement, VmId};
 use crate::multipart::{MultipartReader, boundary};
-use crate::operation::{Costs, Dialect, Form, MAX_REFS, NoTarget, OTHER, Provider, Takes, Target, Tells, find};
+use crate::operation::{Costs, Dialect, Form, MAX_REFS, NoTarget, OTHER, Site, Takes, Target, Tells, Upstream, find, upstream};
 use crate::refusal::{Answer, Code, Refusal};
+use crate::rewrite::Rewriting;
 use crate::token::TokenHash;
 use crate::trace::TraceContext;
 use crate::usage::Looks;
@@ -57,7 +59,7 @@ pub fn request_headers(headers: &Headers<'_>, limits: Limits, id: RequestId) -> 
     let anthropic_version = header(headers, "anthropic-version").is_some();
     let target = find(method, path, query, anthropic_version);
     let dialect = match &target {
-        Ok(target) => target.provider.dialect,
+        Ok(target) => target.dialect,
         Err(NoTarget::UnknownProvider(dialect) | NoTarget::UnknownEndpoint(dialect)) => *dialect,
     };
     let refuse = |code, message: &str| Refused { refusal: Refusal::new(code, message), dialect, request_id: id, asked: false };
@@ -171,7 +173,7 @@ impl Reading {
     }
 
     pub fn dialect(&self) -> Dialect {
-        self.target.provider.dialect
+        self.target.dialect
     }
 
     pub fn piece(&mut self, piece: &[u8]) -> Result<(), Refused> {
@@ -216,7 +218,7 @@ impl Reading {
 }
 
 fn bad_request(target: &Target, request_id: RequestId, message: String) -> Refused {
-    Refused { refusal: Refusal::new(Code::BadRequest, message), dialect: target.provider.dialect, request_id, asked: false }
+    Refused { refusal: Refusal::new(Code::BadRequest, message), dialect: target.dialect, request_id, asked: false }
 }
 
 /// Stage 3: the policy service has been asked.
@@ -259,7 +261,8 @@ impl Asking {
             token: self.token.0,
             need_key,
             ask: Ask {
-                provider: self.target.provider.name.to_owned(),
+                provider: self.target.provider.clone().unwrap_or_default(),
+                dialect: self.target.dialect,
                 endpoint: self.target.endpoint().into_owned(),
                 model: self.model.clone(),
                 stream: facts.stream,
@@ -297,39 +300,40 @@ impl Asking {
     }
 
     fn admitted(self, plan: Plan) -> Result<Admitted, Refused> {
-        let Some(target) = plan.targets.first() else { return Err(self.unavailable()) };
-        // This version never changes provider: a plan for another one is not ours to carry out.
-        if target.provider != self.target.provider.name {
-            return Err(self.unavailable());
-        }
-        let operation = self.target.operation;
-        let add_usage = operation.asks_for_usage() && self.facts.stream;
-        let may_store = operation.may_store() && self.target.provider.stores_answers();
-        // A limit that the provider would set by itself is written down, since the hold rests on it.
-        let own_limit = self.max_tokens.filter(|_| operation.default_limit().is_some());
-        let edits = Edits {
-            model: target.model.as_deref(),
-            max_tokens: plan.clamp.or(own_limit),
-            limits: operation.limits(),
-            include_usage: add_usage,
-            no_store: may_store && !plan.state,
-            list_price: operation.has_tiers() && self.target.provider.defaults_tier(),
+        let aim = |target: &PlanTarget| {
+            let site = target.site()?.into_owned();
+            let upstream = upstream(&self.target, &site, target.model.as_deref(), self.facts.stream)?;
+            Some(Aim { site, upstream })
         };
-        let splices = if self.facts.bytes > 0 { self.facts.splices(&edits) } else { Vec::new() };
+        // A plan that this version can't carry out, or that leads to another provider than the caller named.
+        let elsewhere = |target: &PlanTarget| self.target.provider.as_ref().is_some_and(|named| *named != target.provider);
+        let aims: Option<Vec<Aim>> = plan.targets.iter().map(aim).collect();
+        let Some(aims) = aims.filter(|aims| !aims.is_empty() && !plan.targets.iter().any(elsewhere)) else {
+            return Err(self.unavailable());
+        };
+        let (Some(first), Some(target)) = (aims.first(), plan.targets.first()) else { return Err(self.unavailable()) };
+        let operation = self.target.operation;
+        let may_store = operation.may_store() && first.site.stores_answers(operation.form());
         let creates = if operation == &OTHER {
             self.target.endpoint().starts_with("POST ")
         } else {
             may_store && plan.state && self.facts.lets_store()
         };
+        let (stream, choices, body_bytes) = (self.facts.stream, self.facts.choices, self.facts.bytes);
+        let include_usage = self.facts.include_usage;
+        let rewriting = Rewriting { facts: self.facts, operation, max_tokens: self.max_tokens };
+        let is_written_once = rewriting.is_written_once(&plan, &first.site, self.target.dialect);
+        let splices = if is_written_once { rewriting.splices(&plan, target, &first.site) } else { Vec::new() };
         Ok(Admitted {
-            body_bytes: self.facts.bytes,
+            body_bytes,
             splices,
             clamp: plan.clamp,
-            withhold_usage: add_usage && !self.facts.include_usage,
-            stream: self.facts.stream,
-            choices: self.facts.choices,
+            include_usage,
+            stream,
+            choices,
             creates,
-            permit: Permit { id: self.id, target: self.target, content_type: self.content_type, plan },
+            rewriting: (!is_written_once).then(|| Box::new(rewriting)),
+            permit: Permit { id: self.id, target: self.target, content_type: self.content_type, plan, aims },
         })
     }
 
@@ -339,7 +343,7 @@ impl Asking {
     }
 
     pub fn dialect(&self) -> Dialect {
-        self.target.provider.dialect
+        self.target.dialect
     }
 
     fn refused(&self, refusal: Refusal) -> Refused {
@@ -359,6 +363,15 @@ pub struct Permit {
     target: Target,
     content_type: Option<Cow<'static, str>>,
     plan: Plan,
+    /// How each of the plan's targets is reached.
+    aims: Vec<Aim>,
+}
+
+/// How a target is reached.
+#[derive(Debug)]
+pub struct Aim {
+    pub site: Site,
+    pub upstream: Upstream,
 }
 
 impl Permit {
@@ -377,6 +390,16 @@ impl Permit {
 
     pub fn plan(&self) -> &Plan {
         &self.plan
+    }
+
+    /// How one of the plan's targets is reached.
+    pub fn aim(&self, target: usize) -> Option<&Aim> {
+        self.aims.get(target)
+    }
+
+    /// The provider of one of the plan's targets: also the name by which the router knows its cluster.
+    pub fn provider(&self, target: usize) -> &str {
+        self.plan.targets.get(target).map(|target| target.provider.as_str()).unwrap_or_default()
     }
 }
 
@@ -409,7 +432,9 @@ pub struct Admitted {
     /// Changes to the body, in order.
     pub splices: Vec<Splice>,
     pub clamp: Option<u64>,
-    withhold_usage: bool,
+    /// The body is written anew for each try, from what it told.
+    rewriting: Option<Box<Rewriting>>,
+    include_usage: bool,
     stream: bool,
     choices: u64,
     creates: bool,
@@ -421,26 +446,28 @@ impl Admitted {
         let target = &self.permit.target;
         let operation = target.operation;
         // Every picture of a stream tells its own usage: of several, the sum is not known.
-        let tells = if operation.costs == Costs::Images && self.stream && self.choices > 1 { Tells::Nothing } else { operation.tells };
+        let tells_nothing = operation.costs == Costs::Images && self.stream && self.choices > 1;
         let deletes = target.endpoint().starts_with("DELETE ") && target.refs.len() == 1;
         let answering = Answering {
-            looks: Looks { tells, ids: self.creates },
+            looks: Looks { tells: if tells_nothing { Tells::Nothing } else { operation.tells }, ids: self.creates },
             is_text: !operation.limits().is_empty(),
+            form: operation.form(),
             is_response: operation.name == "responses",
             deletes: target.refs.first().filter(|_| deletes).cloned(),
-            dialect: self.permit.target.provider.dialect,
+            dialect: target.dialect,
             id: self.permit.id,
             clamp: self.clamp,
             headroom: self.permit.plan.headroom,
-            withhold_usage: self.withhold_usage,
+            adds_usage: operation.asks_for_usage() && self.stream && !self.include_usage,
             stream: self.stream,
             output_limit: self.permit.plan.output_limit,
             beyond: false,
             meter: None,
+            translating: None,
             complete: false,
             breaking: None,
         };
-        (answering, Flight::new(self.permit, replayable))
+        (answering, Flight::new(self.permit, replayable, self.rewriting))
     }
 }
 
@@ -464,16 +491,11 @@ pub fn void(id: RequestId, ms: u64, at: u64) -> Settlement {
     }
 }
 
-/// The name under which the router finds the provider's cluster.
-pub fn cluster(provider: &Provider) -> &'static str {
-    provider.name
-}
-
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
     use crate::attempt::{Begun, Clocks, Next, RequestEdits};
-    use crate::edge::{PlanCredential, PlanTarget, Secret};
+    use crate::edge::{PlanCredential, Secret};
     use crate::keyring::Keyring;
     use crate::meter::Passed;
     use crate::ring::shared::Shared;
@@ -511,7 +533,13 @@ pub(crate) mod tests {
 
     pub(crate) fn plan(clamp: Option<u64>) -> Plan {
         let credential = PlanCredential { id: "cred_a".into(), secret: Secret("sk-real".into()), account: None };
-        let target = PlanTarget { provider: "openai".into(), model: Some("gpt-4o".into()), credentials: vec![credential] };
+        let target = PlanTarget {
+            provider: "openai".into(),
+            model: Some("gpt-4o".into()),
+            credentials: vec![credential],
+            max_output: None,
+            site: None,
+        };
         Plan {
             key: "key_1".into(),
             rev: 1,
@@ -524,6 +552,8 @@ pub(crate) mod tests {
             answer: None,
             wait_ms: 0,
             in_order: false,
+            drops: false,
+            first_byte_ms: None,
             targets: vec![target],
         }
     }
@@ -556,7 +586,7 @@ pub(crate) mod tests {
         if flight.answered(&mut ring, &shared, headers, clocks).1 == Next::ReadBody {
             flight.judge(&mut ring, &shared, headers, b"", clocks);
         }
-        answering.headers(&mut flight).unwrap();
+        answering.headers(&mut flight, 1_000).unwrap();
         (answering, flight)
     }
 
@@ -585,7 +615,7 @@ pub(crate) mod tests {
         assert_eq!(at(&[("authorization", "")]), Code::MissingKey);
         assert_eq!(at(&[("authorization", "Bearer vk_nope")]), Code::UnknownKey);
         assert_eq!(at(&[("x-api-key", VirtualKey::generate([2; 32]).reveal())]), Code::BadRequest);
-        assert_eq!(at(&[(":path", "/nowhere/v1/x")]), Code::UnknownProvider);
+        assert_eq!(at(&[(":path", "/No.where/v1/x")]), Code::UnknownProvider);
         assert_eq!(at(&[(":path", "/v1//files")]), Code::EndpointNotAllowed);
         assert_eq!(at(&[(":path", "/v1/audio/transcriptions")]), Code::BadRequest);
         assert_eq!(at(&[(":path", "/v1/files"), ("content-type", "application/x-www-form-urlencoded")]), Code::BadRequest);
@@ -606,10 +636,15 @@ pub(crate) mod tests {
         ] {
             assert_eq!(code(asking("{\"model\":\"gpt-4o\"}").unwrap().answered(answer)), Code::PolicyUnavailable);
         }
-        let mut elsewhere = plan(None);
-        elsewhere.targets[0].provider = "anthropic".into();
-        let answer = AdmitAnswer { plan: Some(elsewhere), ..AdmitAnswer::default() };
-        assert_eq!(code(asking("{\"model\":\"gpt-4o\"}").unwrap().answered(Some(answer))), Code::PolicyUnavailable);
+        for (path, provider) in
+            [("/openai/v1/chat/completions", "anthropic"), ("/v1/chat/completions", "nobody"), ("/v1/responses", "gemini")]
+        {
+            let mut elsewhere = plan(None);
+            elsewhere.targets[0].provider = provider.into();
+            let answer = AdmitAnswer { plan: Some(elsewhere), ..AdmitAnswer::default() };
+            let asking = asking_at(&[(":path", path)], "{\"model\":\"gpt-4o\"}").unwrap();
+            assert_eq!(code(asking.answered(Some(answer))), Code::PolicyUnavailable, "{path}");
+        }
     }
 
     #[test]

@@ -21,6 +21,7 @@ pub mod price;
 pub mod recording;
 pub mod refusal;
 pub mod reserve;
+pub mod rewrite;
 pub mod ring;
 pub mod token;
 pub mod trace;

@@ -2,55 +2,62 @@
 //! policy: a provider's own list shows what an account may use, fine-tuned models of others included.
 
 use crate::admission::{Allow, model_fits, operation_fits};
-use crate::operation::{Dialect, OPERATIONS, Provider};
+use crate::operation::{Dialect, OPERATIONS, carries};
 use crate::price::{Mode, PriceTable};
 use crate::refusal::{Code, Refusal};
 use serde_json::{Value, json};
 
-/// Models of a provider that a key may use whom all these lists limit, sorted. `routes` are names of the organisation's own with
-/// the provider's models that they lead to.
+/// A model in a list: its name, and whose it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Listed<'a> {
+    pub model: &'a str,
+    pub owner: &'a str,
+}
+
+/// Models of a provider that a key may use whom all these lists limit. `own` are models that the organisation itself has named.
 pub fn usable<'a>(
     prices: &'a PriceTable,
-    provider: &Provider,
+    provider: &'a str,
+    dialect: Dialect,
     lists: &[&Allow],
-    routes: impl Iterator<Item = (&'a str, &'a str)>,
-) -> Vec<&'a str> {
+    own: impl Iterator<Item = &'a str>,
+) -> Vec<Listed<'a>> {
     let callable = |mode: Mode| {
         OPERATIONS
             .iter()
-            .filter(|op| op.dialect == provider.dialect && op.models.contains(&mode))
-            .any(|op| lists.iter().all(|allow| operation_fits(allow, provider.name, op)))
+            .filter(|op| op.models.contains(&mode) && carries(op, op.dialect, dialect))
+            .any(|op| lists.iter().all(|allow| operation_fits(allow, provider, op)))
     };
-    let mut models: Vec<&str> = prices
-        .models(provider.name)
+    let listed = prices
+        .models(provider)
         // A fine-tuned model is called by a name of its own; what is listed is only what its kind costs.
-        .filter(|(model, _)| !model.starts_with("ft:"))
-        .filter(|(model, price)| lists.iter().all(|allow| model_fits(allow, model)) && callable(price.mode))
-        .map(|(model, _)| model)
-        .collect();
-    let fits = |name: &str, model: &str| lists.iter().all(|allow| model_fits(allow, name) || model_fits(allow, model));
-    models.extend(routes.filter(|(name, model)| fits(name, model)).map(|(name, _)| name));
-    models.sort_unstable();
-    models.dedup();
-    models
+        .filter(|(model, price)| !model.starts_with("ft:") && callable(price.mode))
+        .map(|(model, _)| model);
+    let fits = |model: &&str| lists.iter().all(|allow| model_fits(allow, model));
+    listed.chain(own).filter(fits).map(|model| Listed { model, owner: provider }).collect()
 }
 
-/// The answer to a question for all models, or for `one`: a JSON document.
-pub fn answer(provider: &Provider, models: &[&str], one: Option<&str>) -> Result<String, Refusal> {
-    let shown = |model: &str| match provider.dialect {
+/// The answer to a question for all models, or for `one`: a JSON document in the caller's dialect. Of two of one name the first stands.
+pub fn answer(dialect: Dialect, mut models: Vec<Listed<'_>>, one: Option<&str>) -> Result<String, Refusal> {
+    models.sort_by_key(|listed| listed.model);
+    models.dedup_by_key(|listed| listed.model);
+    let shown = |listed: &Listed<'_>| match dialect {
         // When a model came about, no table of ours says.
-        Dialect::OpenAi | Dialect::Gemini => json!({ "id": model, "object": "model", "created": 0, "owned_by": provider.name }),
-        Dialect::Anthropic => json!({ "type": "model", "id": model, "display_name": model, "created_at": "1970-01-01T00:00:00Z" }),
+        Dialect::OpenAi | Dialect::Gemini => json!({ "id": listed.model, "object": "model", "created": 0, "owned_by": listed.owner }),
+        Dialect::Anthropic => {
+            json!({ "type": "model", "id": listed.model, "display_name": listed.model, "created_at": "1970-01-01T00:00:00Z" })
+        }
     };
     if let Some(one) = one {
-        let known = models.contains(&one).then(|| shown(one).to_string());
+        let known = models.iter().find(|listed| listed.model == one).map(|listed| shown(listed).to_string());
         return known.ok_or_else(|| Refusal::new(Code::UnknownModel, format!("there is no model {one} for this virtual key")));
     }
-    let data: Vec<Value> = models.iter().map(|model| shown(model)).collect();
-    let list = match provider.dialect {
+    let data: Vec<Value> = models.iter().map(shown).collect();
+    let list = match dialect {
         Dialect::OpenAi | Dialect::Gemini => json!({ "object": "list", "data": data }),
         Dialect::Anthropic => {
-            json!({ "data": data, "has_more": false, "first_id": models.first(), "last_id": models.last() })
+            let [first, last] = [models.first(), models.last()].map(|listed| listed.map(|listed| listed.model));
+            json!({ "data": data, "has_more": false, "first_id": first, "last_id": last })
         }
     };
     Ok(list.to_string())
@@ -70,31 +77,34 @@ mod tests {
     #[test]
     fn only_what_the_key_may_use() {
         let prices = PriceTable::built_in().unwrap();
-        let openai = Provider::by_name("openai").unwrap();
-        let all = usable(&prices, openai, &[&Allow::default()], std::iter::empty());
-        assert!(
-            all.contains(&"gpt-4o") && all.contains(&"whisper-1") && !all.iter().any(|m| m.starts_with("claude") || m.starts_with("ft:"))
-        );
-        assert!(all.is_sorted());
-        assert_eq!(
-            usable(&prices, openai, &[&allow(&["gpt-4o", "gpt-4o-mini", "claude-*"], &[])], std::iter::empty()),
-            ["gpt-4o", "gpt-4o-mini"]
-        );
-        let embeddings = usable(&prices, openai, &[&allow(&[], &["POST /v1/embeddings"])], std::iter::empty());
+        let of = |provider: &'static str, dialect, allow: Allow| {
+            let listed = usable(&prices, provider, dialect, &[&allow], ["acme-1"].into_iter());
+            let mut models: Vec<String> = listed.iter().map(|listed| listed.model.to_owned()).collect();
+            models.sort_unstable();
+            models
+        };
+        let openai = |list| of("openai", Dialect::OpenAi, list);
+        let all = openai(Allow::default());
+        let has = |name: &str| all.iter().any(|model| model == name);
+        assert!(has("gpt-4o") && has("whisper-1") && has("acme-1") && !all.iter().any(|m| m.starts_with("claude") || m.starts_with("ft:")));
+        assert_eq!(openai(allow(&["gpt-4o", "gpt-4o-mini", "claude-*"], &[])), ["gpt-4o", "gpt-4o-mini"]);
+        let embeddings = openai(allow(&["text*", "gpt*"], &["POST /v1/embeddings"]));
         assert!(!embeddings.is_empty() && embeddings.iter().all(|m| m.starts_with("text-embedding")));
-        assert_eq!(usable(&prices, openai, &[&allow(&[], &["anthropic:*"])], std::iter::empty()), [""; 0]);
+        assert_eq!(openai(allow(&["gpt*"], &["anthropic:*"])), [""; 0]);
+        let claude = of("anthropic", Dialect::Anthropic, allow(&["claude*"], &["POST /v1/chat/completions"]));
+        assert!(!claude.is_empty(), "a model of another dialect is called by the translated operation");
     }
 
     #[test]
     fn each_dialect_has_its_own_list() {
-        let [openai, anthropic] = ["openai", "anthropic"].map(|name| Provider::by_name(name).unwrap());
+        let listed = |models: &[&'static str]| models.iter().map(|model| Listed { model, owner: "acme" }).collect::<Vec<_>>();
         assert_eq!(
-            answer(openai, &["a"], None).unwrap(),
-            r#"{"data":[{"created":0,"id":"a","object":"model","owned_by":"openai"}],"object":"list"}"#
+            answer(Dialect::OpenAi, listed(&["b", "a", "b"]), None).unwrap(),
+            r#"{"data":[{"created":0,"id":"a","object":"model","owned_by":"acme"},{"created":0,"id":"b","object":"model","owned_by":"acme"}],"object":"list"}"#
         );
-        let list: Value = serde_json::from_str(&answer(anthropic, &["a", "b"], None).unwrap()).unwrap();
+        let list: Value = serde_json::from_str(&answer(Dialect::Anthropic, listed(&["a", "b"]), None).unwrap()).unwrap();
         assert_eq!((&list["first_id"], &list["last_id"], &list["has_more"]), (&json!("a"), &json!("b"), &json!(false)));
-        assert_eq!(answer(openai, &["a"], Some("b")).unwrap_err().code, Code::UnknownModel);
-        assert!(answer(anthropic, &["a"], Some("a")).unwrap().contains("\"type\":\"model\""));
+        assert_eq!(answer(Dialect::OpenAi, listed(&["a"]), Some("b")).unwrap_err().code, Code::UnknownModel);
+        assert!(answer(Dialect::Anthropic, listed(&["a"]), Some("a")).unwrap().contains("\"type\":\"model\""));
     }
 }

@@ -138,6 +138,60 @@ impl Price {
     }
 }
 
+impl Rates {
+    /// Each rate of two, put together.
+    fn with(self, other: Rates, both: fn(Nanodollars, Nanodollars) -> Nanodollars) -> Rates {
+        Rates {
+            input: both(self.input, other.input),
+            cache_read: both(self.cache_read, other.cache_read),
+            cache_write: both(self.cache_write, other.cache_write),
+            cache_write_1h: both(self.cache_write_1h, other.cache_write_1h),
+            output: both(self.output, other.output),
+            audio_input: both(self.audio_input, other.audio_input),
+            image_input: both(self.image_input, other.image_input),
+            media_output: both(self.media_output, other.media_output),
+        }
+    }
+}
+
+/// How the prices of several targets make one, by which a request is held for that may go to any of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Together {
+    /// One of them answers, and the others cost nothing.
+    OneOf,
+    /// Each of them may have to be paid.
+    AllOf,
+}
+
+impl Price {
+    /// A price that no request to the targets can exceed. `None`: one of them is not paid by tokens.
+    pub fn together(prices: &[&Price], together: Together) -> Option<Price> {
+        let both = match together {
+            Together::OneOf => Nanodollars::max,
+            Together::AllOf => Nanodollars::plus,
+        };
+        let (first, rest) = prices.split_first()?;
+        if prices.iter().any(|price| price.unit != Unit::Tokens) {
+            return None;
+        }
+        // A long prompt may be dearer by either, as in `dearest_for`.
+        let long = |price: &Price| price.tier.map_or(price.base, |(_, rates)| rates.with(price.base, Nanodollars::max));
+        let above = prices.iter().filter_map(|price| price.tier.map(|(above, _)| above)).min();
+        let all = |of: &dyn Fn(&Price) -> Rates| rest.iter().fold(of(first), |sum, price| sum.with(of(price), both));
+        let most = |of: fn(&Price) -> Option<u64>| rest.iter().fold(of(first), |most, price| Some(most?.max(of(price)?)));
+        Some(Price {
+            mode: first.mode,
+            unit: Unit::Tokens,
+            base: all(&|price| price.base),
+            tier: above.map(|above| (above, all(&long))),
+            context: most(|price| price.context),
+            max_output: most(|price| price.max_output),
+            reasoning: prices.iter().any(|price| price.reasoning),
+            stand_in: prices.iter().any(|price| price.stand_in),
+        })
+    }
+}
+
 /// The price of a picture of this size and quality. What is not said is the provider's default (API reference: 1024x1024,
 /// standard); what is not listed costs the dearest that is.
 pub fn image_price(prices: &[ImagePrice], size: Option<&str>, quality: Option<&str>) -> Option<Nanodollars> {

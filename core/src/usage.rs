@@ -79,6 +79,8 @@ struct Numbers {
     image_input: Option<u64>,
     audio_output: Option<u64>,
     seconds: Option<u64>,
+    /// Gemini: input of the provider's own tools, beside the prompt.
+    tool_use: Option<u64>,
 }
 
 /// What of an answer is looked at.
@@ -118,12 +120,15 @@ impl UsageReader {
             Tells::Input if n.seconds.is_some() => Some(Usage { seconds: n.seconds?, ..Usage::default() }),
             Tells::Input => Some(openai(n, n.input?, n.output?)),
             Tells::Anthropic => Some(anthropic(n, n.input?, n.output?)),
+            Tells::Gemini => Some(gemini(n, n.prompt?)),
         }
     }
 
     /// Output tokens told so far.
     pub fn output_so_far(&self) -> u64 {
-        self.numbers.completion.unwrap_or(0).max(self.numbers.output.unwrap_or(0))
+        let n = self.numbers;
+        let beside = if self.looks.tells == Tells::Gemini { n.reasoning.unwrap_or(0) } else { 0 };
+        n.completion.unwrap_or(0).saturating_add(beside).max(n.output.unwrap_or(0))
     }
 
     /// Input tokens alone, as soon as they are known: enough to charge a cut stream fairly.
@@ -170,6 +175,19 @@ fn anthropic(n: Numbers, input: u64, output: u64) -> Usage {
         cache_write: n.cache_creation.unwrap_or(0).saturating_sub(long),
         cache_write_1h: long,
         output,
+        ..Usage::default()
+    }
+}
+
+/// Gemini counts cached tokens inside the prompt, and thoughts beside the candidates. What is not told is none.
+fn gemini(n: Numbers, prompt: u64) -> Usage {
+    let thoughts = n.reasoning.unwrap_or(0);
+    let cache_read = n.cached.unwrap_or(0).min(prompt);
+    Usage {
+        input: (prompt - cache_read).saturating_add(n.tool_use.unwrap_or(0)),
+        cache_read,
+        output: n.completion.unwrap_or(0).saturating_add(thoughts),
+        reasoning: thoughts,
         ..Usage::default()
     }
 }
@@ -257,6 +275,8 @@ enum Slot {
     Shown,
     /// Shown as well, but no text.
     Beside,
+    /// Gemini: why it ends; what was told of usage by then is the last word.
+    Last,
     Ignored,
 }
 
@@ -276,6 +296,7 @@ enum Name {
     ImageInput,
     AudioOutput,
     Seconds,
+    ToolUse,
 }
 
 #[derive(Debug, Default)]
@@ -326,13 +347,17 @@ impl Visitor for Walk {
                 self.error = true;
                 Node::Other
             }
+            Slot::Last => {
+                self.reader.is_final = true;
+                Node::Other
+            }
             Slot::Number(_) | Slot::Id | Slot::Ignored => Node::Other,
         };
         match (self.nodes.last(), node) {
             (Some((Node::Choices, _)), _) => self.items += 1,
             (Some(&(parent, _)), Node::Usage) => {
                 self.usage |= object;
-                self.reader.is_final |= object && parent != Node::Message;
+                self.reader.is_final |= object && parent != Node::Message && self.reader.looks.tells != Tells::Gemini;
             }
             (_, Node::Choices) => self.choices = true,
             _ => {}
@@ -349,18 +374,22 @@ impl Visitor for Walk {
     fn key(&mut self, key: Option<&[u8]>) -> Result<(), JsonError> {
         let key = key.unwrap_or_default();
         let Some((node, slot)) = self.nodes.last_mut() else { return Ok(()) };
-        let ids = self.reader.looks.ids;
+        let Looks { ids, tells } = self.reader.looks;
+        let is_gemini = tells == Tells::Gemini;
         *slot = match (*node, key) {
             (Node::Root | Node::Message | Node::Response, b"usage") => Slot::Into(Node::Usage),
             (Node::Root, b"message") => Slot::Into(Node::Message),
             (Node::Root, b"response") => Slot::Into(Node::Response),
-            (Node::Root, b"choices") => Slot::Into(Node::Choices),
+            (Node::Root, b"usageMetadata") => Slot::Into(Node::Usage),
+            (Node::Root, b"choices" | b"candidates") => Slot::Into(Node::Choices),
+            (Node::Shown, b"finishReason") | (Node::Root, b"promptFeedback" | b"embeddings") if is_gemini => Slot::Last,
             (Node::Root | Node::Message, b"content" | b"content_block" | b"delta") => Slot::Shown,
             (Node::Root | Node::Response, b"error") => Slot::Error,
             (Node::Root | Node::Response, b"output") if ids => Slot::Into(Node::Items),
             (Node::Root | Node::Response | Node::Item, b"id") if ids => Slot::Id,
             (Node::Shown, b"id" | b"type" | b"role" | b"finish_reason" | b"stop_reason" | b"index" | b"object") => Slot::Into(Node::Other),
-            (Node::Shown, b"audio" | b"logprobs") => Slot::Beside,
+            (Node::Shown, b"audio" | b"logprobs" | b"inlineData" | b"logprobsResult") => Slot::Beside,
+            (Node::Shown, b"thoughtSignature") => Slot::Into(Node::Other),
             (Node::Shown, _) => Slot::Shown,
             (Node::Usage, b"prompt_tokens_details" | b"input_tokens_details" | b"input_token_details" | b"cache_creation") => {
                 Slot::Into(Node::Details)
@@ -385,6 +414,7 @@ impl Visitor for Walk {
                 let id = std::str::from_utf8(text).ok().filter(|id| is_id(id) && self.ids.len() < MAX_IDS);
                 self.ids.extend(id.map(str::to_owned));
             }
+            (Slot::Last, Scalar::Str { .. }) => self.reader.is_final = true,
             (Slot::Error, Scalar::Null) => {}
             (Slot::Error, _) => self.error = true,
             (Slot::Number(name), Scalar::Num(digits)) => {
@@ -421,6 +451,11 @@ fn number(node: Node, key: &[u8]) -> Option<Name> {
         (Node::OutputDetails, b"audio_tokens") => Name::AudioOutput,
         (Node::Details, b"audio_tokens") => Name::AudioInput,
         (Node::Details, b"image_tokens") => Name::ImageInput,
+        (Node::Usage, b"promptTokenCount") => Name::Prompt,
+        (Node::Usage, b"candidatesTokenCount") => Name::Completion,
+        (Node::Usage, b"thoughtsTokenCount") => Name::Reasoning,
+        (Node::Usage, b"cachedContentTokenCount") => Name::Cached,
+        (Node::Usage, b"toolUsePromptTokenCount") => Name::ToolUse,
         (Node::Usage, b"seconds") => Name::Seconds,
         (Node::Details, b"ephemeral_1h_input_tokens") => Name::CacheCreation1h,
         _ => return None,
@@ -444,6 +479,7 @@ impl Numbers {
             Name::ImageInput => &mut self.image_input,
             Name::AudioOutput => &mut self.audio_output,
             Name::Seconds => &mut self.seconds,
+            Name::ToolUse => &mut self.tool_use,
         }
     }
 }
@@ -475,6 +511,30 @@ mod tests {
         let expected = Usage { input: 40, cache_read: 60, output: 20, reasoning: 8, ..Usage::default() };
         assert_eq!(reader.usage(), Some(expected));
         assert_eq!((document.usage, document.no_choices, reader.visible_bytes), (true, false, 3));
+    }
+
+    #[test]
+    fn gemini_counts_thoughts_beside_and_cached_tokens_inside() {
+        let chunk = |reader, more: &str| {
+            read(
+                reader,
+                &format!(
+                    r#"{{"candidates":[{{"content":{{"parts":[{{"text":"hé"}},{{"thoughtSignature":"abc","functionCall":{{"name":"f"}}}},
+                       {{"inlineData":{{"data":"AAAA"}}}}]}}{more}}}],
+                       "usageMetadata":{{"promptTokenCount":100,"cachedContentTokenCount":60,"toolUsePromptTokenCount":5,"candidatesTokenCount":20,
+                       "thoughtsTokenCount":7,"totalTokenCount":132,"promptTokensDetails":[{{"modality":"TEXT","tokenCount":100}}]}}}}"#
+                ),
+            )
+            .0
+        };
+        let running = chunk(telling(Tells::Gemini), "");
+        assert_eq!((running.is_final, running.output_so_far(), running.visible_bytes), (false, 27, 3 + 1 + 4));
+        let last = chunk(running, r#","finishReason":"STOP""#);
+        let expected = Usage { input: 45, cache_read: 60, output: 27, reasoning: 7, ..Usage::default() };
+        assert_eq!((last.is_final, last.usage()), (true, Some(expected)));
+        let blocked = r#"{"promptFeedback":{"blockReason":"SAFETY"},"usageMetadata":{"promptTokenCount":9}}"#;
+        let (blocked, _) = read(telling(Tells::Gemini), blocked);
+        assert_eq!((blocked.is_final, blocked.usage()), (true, Some(Usage { input: 9, ..Usage::default() })));
     }
 
     #[test]

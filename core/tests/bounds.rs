@@ -3,11 +3,12 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, clippy::expect_used)]
 
-use keyward_core::admission::{Allow, KeyState, Status, decide, operation};
+use keyward_core::admission::{Aim, Allow, KeyState, Status, decide, operation};
 use keyward_core::edge::{Ask, RequestId, VmId};
 use keyward_core::gate::{Limits, request_headers};
 use keyward_core::limits::{self, Account, Budget, Moment, Window};
 use keyward_core::money::Nanodollars;
+use keyward_core::operation::Dialect;
 use keyward_core::price::PriceTable;
 use keyward_core::reserve::{Level, Of};
 use keyward_core::token::VirtualKey;
@@ -48,11 +49,13 @@ fn every_request_has_its_bound_or_its_refusal() {
         let [path, expected, body, ..] = row.split('\t').collect::<Vec<_>>()[..] else { panic!("not a row: {row}") };
         rows += 1;
         let asked = ask(path, body);
-        let price = asked.model.as_deref().and_then(|model| table.price(&asked.provider, model, operation(&asked).models));
+        let provider = if asked.dialect == Dialect::Anthropic { "anthropic" } else { "openai" };
+        let price = asked.model.as_deref().and_then(|model| table.price(provider, model, operation(&asked).models));
+        let aims = [Aim { provider, model: asked.model.as_deref() }];
         let limits =
             limits::Limits { budgets: vec![Budget { window: Window::Total, cap: Nanodollars(1 << 60) }], ..limits::Limits::default() };
         let level = Level { of: Of::Key, limits: vec![&limits], account: &Account::default() };
-        let decided = match decide(&any_key(), &[level], &asked, None, price.as_deref(), Moment::at(0)) {
+        let decided = match decide(&any_key(), &[level], &asked, &aims, price.as_deref(), Moment::at(0)) {
             Ok(hold) => hold.total.0.to_string(),
             Err(refusal) => refusal.code.name().to_owned(),
         };

@@ -4,7 +4,7 @@ use crate::gate::send;
 use crate::host::{self, Buffer, Map};
 use crate::metrics;
 use crate::settlements::ProcessData;
-use crate::vm::{REASON, SharedFlight, Vm, vm};
+use crate::vm::{REASON, SharedFlight, TARGET, Vm, vm};
 use keyward_core::attempt::{Begun, MAX_ERROR_BODY, Next, RequestEdits};
 use keyward_core::gate::Refused;
 use keyward_core::operation::Dialect;
@@ -24,6 +24,10 @@ pub struct AttemptStream {
     flight: Option<SharedFlight>,
     /// The answer's headers wait for its body.
     reads_body: bool,
+    /// The request's headers wait for its body, which is written anew.
+    rewrites: bool,
+    /// Which of the flight's tries it is.
+    number: usize,
 }
 
 /// A try that stands still until a time, and how it goes on then.
@@ -51,7 +55,7 @@ pub enum Direction {
 
 impl AttemptStream {
     pub fn new(context: u32) -> Self {
-        AttemptStream { context, vm: vm(), flight: None, reads_body: false }
+        AttemptStream { context, vm: vm(), flight: None, reads_body: false, rewrites: false, number: 0 }
     }
 
     fn pause(&self, flight: &SharedFlight, until_ms: u64, on: Direction) {
@@ -63,6 +67,28 @@ impl AttemptStream {
         self.vm.paused.borrow().iter().any(|paused| paused.context == self.context && paused.on == Direction::Request)
     }
 
+    /// The body of the request, as far as it has come.
+    fn request_body(&mut self, size: usize, end: bool) -> Action {
+        let Some(flight) = &self.flight else { return Action::Pause };
+        if self.waits() {
+            flight.borrow_mut().body_came |= end;
+            return Action::Pause;
+        }
+        if !self.rewrites {
+            return Action::Continue;
+        }
+        if !end {
+            return Action::Pause;
+        }
+        self.rewrites = false;
+        if write_request(flight, size) {
+            return Action::Continue;
+        }
+        let refused = flight.borrow().refused();
+        refuse(refused);
+        Action::Pause
+    }
+
     /// The answer can be judged. `Pass` goes on with whatever it is.
     fn judge(&mut self, body: &[u8]) {
         self.reads_body = false;
@@ -72,7 +98,17 @@ impl AttemptStream {
     }
 }
 
-impl Context for AttemptStream {}
+impl Context for AttemptStream {
+    /// The try is over. One that was sent and not answered may have been carried out.
+    fn on_done(&mut self) -> bool {
+        if let Some(flight) = self.flight.take().filter(|flight| flight.borrow().has_fallback())
+            && host::property("upstream\0local_address").is_some_and(|address| !address.is_empty())
+        {
+            flight.borrow_mut().lose(self.number);
+        }
+        true
+    }
+}
 
 impl HttpContext for AttemptStream {
     fn on_http_request_headers(&mut self, _: usize, _: bool) -> Action {
@@ -82,7 +118,17 @@ impl HttpContext for AttemptStream {
             refuse(None);
             return Action::Pause;
         };
-        match begin(&self.vm, &flight, Direction::Request) {
+        if flight.borrow().has_fallback() {
+            let cluster = host::property("xds\0cluster_name").unwrap_or_default();
+            if !flight.borrow_mut().may_run_on(cluster) {
+                flight.borrow_mut().give_up(Refusal::new(Code::PolicyUnavailable, "this Envoy can't go on to another provider"));
+            }
+        }
+        self.rewrites = flight.borrow().rewrites();
+        let start = begin(&self.vm, &flight, Direction::Request);
+        self.number = flight.borrow().number();
+        match start {
+            Start::Sent if self.rewrites => Action::Pause,
             Start::Sent => Action::Continue,
             Start::Wait(until_ms) => {
                 self.pause(&flight, until_ms, Direction::Request);
@@ -97,12 +143,12 @@ impl HttpContext for AttemptStream {
     }
 
     /// Headers that wait would go on, as they are, with the first part of the body that may pass.
-    fn on_http_request_body(&mut self, _: usize, _: bool) -> Action {
-        if self.waits() { Action::Pause } else { Action::Continue }
+    fn on_http_request_body(&mut self, size: usize, end_of_stream: bool) -> Action {
+        self.request_body(size, end_of_stream)
     }
 
     fn on_http_request_trailers(&mut self, _: usize) -> Action {
-        if self.waits() { Action::Pause } else { Action::Continue }
+        self.request_body(usize::MAX, true)
     }
 
     fn on_http_response_headers(&mut self, _: usize, end_of_stream: bool) -> Action {
@@ -110,7 +156,7 @@ impl HttpContext for AttemptStream {
         match answered(&self.vm, &flight) {
             Next::Pass => Action::Continue,
             Next::Retry => {
-                host::set_header(Map::ResponseHeaders, RETRY, "1");
+                ask_for_retry(&flight);
                 Action::Continue
             }
             Next::ReadBody if end_of_stream => {
@@ -171,6 +217,9 @@ pub enum Start {
 pub fn begin(vm: &Vm, flight: &SharedFlight, on: Direction) -> Start {
     let map = host::headers(Map::RequestHeaders);
     let begun = flight.borrow_mut().begin(&mut vm.keyring.borrow_mut(), &ProcessData, &map.pairs(), host::monotonic_ms());
+    if let Some(cluster) = flight.borrow().cluster_without_answer().filter(|_| on == Direction::Request) {
+        host::set_filter_state(TARGET, cluster);
+    }
     match begun {
         Begun::Go(edits) if write(&edits, on) => Start::Sent,
         Begun::Wait { until_ms } => Start::Wait(until_ms),
@@ -202,8 +251,28 @@ pub fn judge(vm: &Vm, flight: &SharedFlight, body: &[u8]) -> Next {
 /// Judges the answer in hand and marks it for the router, if another try is to be made.
 fn judge_for_router(vm: &Vm, flight: &SharedFlight, body: &[u8]) {
     if judge(vm, flight, body) == Next::Retry {
-        host::set_header(Map::ResponseHeaders, RETRY, "1");
+        ask_for_retry(flight);
     }
+}
+
+/// Lets the router try again: on the cluster of the target that is in hand now.
+fn ask_for_retry(flight: &SharedFlight) {
+    if flight.borrow().has_fallback() {
+        host::set_filter_state(TARGET, flight.borrow().cluster());
+    }
+    host::set_header(Map::ResponseHeaders, RETRY, "1");
+}
+
+/// Writes the body in hand, of `size` bytes at most, as the target in hand is to have it. `false`: nothing may be sent.
+pub fn write_request(flight: &SharedFlight, size: usize) -> bool {
+    let body = host::buffer(Buffer::RequestBody, 0, size).unwrap_or_default();
+    let Some(written) = flight.borrow_mut().body(&body) else { return false };
+    let done = host::replace_buffer(Buffer::RequestBody, body.len(), &written)
+        && host::set_header(Map::RequestHeaders, "content-length", &written.len().to_string());
+    if !done {
+        flight.borrow_mut().give_up(Refusal::new(Code::PolicyUnavailable, "the request could not be forwarded; nothing left"));
+    }
+    done
 }
 
 /// Refuses a request that waited.
@@ -240,6 +309,17 @@ fn write(edits: &RequestEdits, on: Direction) -> bool {
     written && (on != Direction::Own || host::clear_route_cache())
 }
 
+/// Begins a try that has waited. Its body may have come meanwhile.
+fn begin_waiting(vm: &Vm, paused: &Paused) -> Start {
+    let came = paused.flight.borrow().body_came || paused.on == Direction::Own;
+    let start = begin(vm, &paused.flight, paused.on);
+    paused.flight.borrow_mut().body_came = came;
+    if start == Start::Sent && came && paused.flight.borrow().rewrites() && !write_request(&paused.flight, usize::MAX) {
+        return Start::Stopped;
+    }
+    start
+}
+
 /// Called on every tick, after all that is done in the root's own name: tries go on whose time has come.
 pub fn tick(vm: &Vm, root: u32) {
     if vm.paused.borrow().is_empty() {
@@ -253,7 +333,9 @@ pub fn tick(vm: &Vm, root: u32) {
             continue;
         }
         match paused.on {
-            Direction::Request | Direction::Own => match begin(vm, &paused.flight, paused.on) {
+            Direction::Request | Direction::Own => match begin_waiting(vm, &paused) {
+                Start::Sent
+                    if paused.on == Direction::Request && paused.flight.borrow().rewrites() && !paused.flight.borrow().body_came => {}
                 Start::Sent => host::resume_request(),
                 Start::Wait(until_ms) => {
                     paused.until_ms = until_ms;

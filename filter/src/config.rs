@@ -82,6 +82,9 @@ pub struct Config {
     pub max_streams: u64,
     pub on_lost_watch: OnLostWatch,
     pub rotation: Rotation,
+    /// The router chooses the cluster anew for each try (Envoy 1.39 and later, `refresh_cluster_on_retry`): a route's further targets can be
+    /// tried. With `rotation: callout` they always can.
+    pub fallback: bool,
     /// Envoy's clusters by provider, where they don't have the provider's name. Only for `rotation: callout`: callouts go there.
     pub clusters: BTreeMap<String, String>,
     /// Longest that a callout to a provider may take, in milliseconds.
@@ -101,6 +104,7 @@ impl Default for Config {
             max_streams: 10_000,
             on_lost_watch: OnLostWatch::Finish,
             rotation: Rotation::Router,
+            fallback: false,
             clusters: BTreeMap::new(),
             callout_timeout_ms: 600_000,
             max_replay_bytes: 10 * 1024 * 1024,
@@ -124,6 +128,11 @@ impl Config {
     /// The cluster that callouts to a provider go to.
     pub fn cluster<'a>(&'a self, provider: &'a str) -> &'a str {
         self.clusters.get(provider).map_or(provider, String::as_str)
+    }
+
+    /// Whether a request can go on to another provider.
+    pub fn falls_back(&self) -> bool {
+        self.fallback || self.rotation == Rotation::Callout
     }
 
     pub fn callout_timeout(&self) -> Duration {

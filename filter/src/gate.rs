@@ -8,6 +8,7 @@ use crate::config::Rotation;
 use crate::host::{self, Buffer, Map};
 use crate::metrics;
 use crate::replay::Replay;
+use crate::settlements::ProcessData;
 use crate::vm::{FLIGHT, KEY, REASON, SharedFlight, TARGET, Vm, vm};
 use crate::watching::Running;
 use keyward_core::attempt::MAX_ERROR_BODY;
@@ -39,6 +40,8 @@ enum Stage {
         flight: SharedFlight,
         id: RequestId,
         replaced: bool,
+        /// The headers wait for the body, of which so many bytes stand in Envoy's buffer for all that was taken.
+        stands_in: Option<usize>,
         /// The tries are the gate's own.
         own: Option<Box<Own>>,
     },
@@ -160,20 +163,23 @@ impl GateStream {
 
     fn forward(&mut self, admitted: Admitted) {
         let id = admitted.permit.id();
-        let cluster = gate::cluster(admitted.permit.target().provider);
-        let expires_ms = admitted.permit.plan().expires_ms;
+        let plan = admitted.permit.plan();
+        let (expires_ms, first_byte_ms) = (plan.expires_ms, plan.first_byte_ms);
         let config = self.vm.config();
         let calls_out = config.rotation == Rotation::Callout;
         let length = spliced_length(admitted.body_bytes, &admitted.splices);
         let replayable = length <= config.max_replay_bytes;
-        let ready = write_body(&admitted.splices, admitted.body_bytes, self.announced)
-            && host::set_filter_state(KEY, &admitted.permit.plan().key)
-            && host::set_filter_state(FLIGHT, id.to_string())
-            && host::set_filter_state(TARGET, cluster)
-            && host::clear_route_cache();
+        let written = write_body(&admitted.splices, admitted.body_bytes, self.announced)
+            && host::set_filter_state(KEY, &plan.key)
+            && host::set_filter_state(FLIGHT, id.to_string());
         self.vm.wait_with(std::mem::take(&mut self.waiting), 0);
-        let has_pool = admitted.permit.plan().targets.first().is_some_and(|target| target.credentials.len() > 1);
-        let (answering, flight) = admitted.forward(replayable);
+        let has_choice = plan.targets.len() > 1 || plan.targets.first().is_some_and(|target| target.credentials.len() > 1);
+        let (answering, mut flight) = admitted.forward(replayable);
+        flight.choose_target(&mut self.vm.keyring.borrow_mut(), &ProcessData, host::monotonic_ms());
+        let ready = written
+            && host::set_filter_state(TARGET, flight.cluster())
+            && first_byte_ms.filter(|_| !calls_out).is_none_or(limit_first_byte)
+            && host::clear_route_cache();
         if !ready {
             // Nothing has left: the reservation goes back.
             self.settle(gate::void(id, 0, host::now_ms()));
@@ -187,16 +193,20 @@ impl GateStream {
         let flight = self.vm.take_off(id, flight);
         let mut own = None;
         if calls_out {
-            let replay = if replayable && has_pool { Replay::keep(&self.vm, config.cluster(cluster), length) } else { None };
+            let replay = if replayable && has_choice { Replay::keep(&self.vm, length) } else { None };
             if replay.is_none() {
                 flight.borrow_mut().cannot_be_replayed();
             }
             own = Some(Box::new(Own::new(replay)));
         }
-        self.stage = Stage::Answering { answering: Box::new(answering), flight: flight.clone(), id, replaced: false, own };
+        self.stage = Stage::Answering { answering: Box::new(answering), flight: flight.clone(), id, replaced: false, stands_in: None, own };
         if calls_out {
             match attempt::begin(&self.vm, &flight, Direction::Own) {
-                Start::Sent => {}
+                Start::Sent if !flight.borrow().rewrites() || attempt::write_request(&flight, usize::MAX) => {}
+                Start::Sent => {
+                    self.refuse_flight();
+                    return;
+                }
                 Start::Wait(until_ms) => return attempt::pause(&self.vm, self.context, &flight, until_ms, Direction::Own),
                 Start::Stopped => {
                     self.refuse_flight();
@@ -209,7 +219,7 @@ impl GateStream {
 
     /// The headers of an answer that is for the caller.
     fn show_headers(&mut self, end_of_stream: bool) -> Action {
-        let Stage::Answering { answering, flight, replaced, .. } = &mut self.stage else { return Action::Continue };
+        let Stage::Answering { answering, flight, replaced, stands_in, .. } = &mut self.stage else { return Action::Continue };
         if *replaced {
             return Action::Continue;
         }
@@ -218,7 +228,7 @@ impl GateStream {
             return Action::Continue;
         }
         // The try saw the same headers a moment ago; without it, Envoy made the answer up.
-        let edits = answering.headers(&mut flight.borrow_mut());
+        let edits = answering.headers(&mut flight.borrow_mut(), host::now_ms());
         match edits {
             Ok(edits) => {
                 for name in edits.remove {
@@ -230,11 +240,59 @@ impl GateStream {
                 if end_of_stream {
                     answering.ended();
                 }
+                if edits.wait {
+                    *stands_in = Some(0);
+                    return if end_of_stream { self.show_whole(0) } else { Action::Pause };
+                }
                 match &self.running {
                     Some(running) if end_of_stream => running.over(),
                     Some(running) => running.shows(answering.has_events()),
                     None => {}
                 }
+                Action::Continue
+            }
+            Err(refused) => {
+                *replaced = true;
+                self.refuse(&refused)
+            }
+        }
+    }
+
+    /// Takes a piece of an answer that goes on as a whole. `size`: of what is in Envoy's buffer now.
+    fn take_piece(&mut self, size: usize, end_of_stream: bool) -> Action {
+        /// Keeps Envoy's buffer there, so that it can be written when trailers end the answer.
+        const STAND_IN: &[u8] = b" ";
+        let Stage::Answering { answering, stands_in: Some(stands_in), .. } = &mut self.stage else { return Action::Continue };
+        let new = size.saturating_sub(*stands_in);
+        let piece = if new == 0 { Vec::new() } else { host::buffer(Buffer::ResponseBody, *stands_in, new).unwrap_or_default() };
+        let held = answering.held();
+        answering.piece(&piece, end_of_stream, self.vm.room_to_hold(held).max(held));
+        self.vm.hold(held, answering.held());
+        if end_of_stream {
+            return self.show_whole(size);
+        }
+        if new > 0 && host::replace_buffer(Buffer::ResponseBody, size, STAND_IN) {
+            *stands_in = STAND_IN.len();
+        }
+        Action::Pause
+    }
+
+    /// An answer that waited has come whole: status and body are written. `size`: of what stands in its place.
+    fn show_whole(&mut self, size: usize) -> Action {
+        let Stage::Answering { answering, flight, replaced, stands_in, .. } = &mut self.stage else { return Action::Continue };
+        *stands_in = None;
+        let held = answering.held();
+        let whole = answering.whole();
+        self.vm.hold(held, answering.held());
+        if let Some(running) = &self.running {
+            running.over();
+        }
+        match whole {
+            Ok((status, body)) => {
+                let body = flight.borrow().without_secrets(body);
+                host::set_header(Map::ResponseHeaders, ":status", &status.to_string());
+                host::set_header(Map::ResponseHeaders, "content-length", &body.len().to_string());
+                host::replace_buffer(Buffer::ResponseBody, size, body.as_bytes());
                 Action::Continue
             }
             Err(refused) => {
@@ -252,6 +310,12 @@ impl GateStream {
     fn elapsed_ms(&self) -> u64 {
         host::now_ms().saturating_sub(self.started_ms)
     }
+}
+
+/// Lets the router give a try up that has no first byte after so long, and go on as it does after a failed connection.
+fn limit_first_byte(ms: u64) -> bool {
+    host::set_header(Map::RequestHeaders, "x-envoy-upstream-rq-per-try-timeout-ms", &ms.to_string())
+        && host::set_header(Map::RequestHeaders, "x-envoy-retry-on", "gateway-error")
 }
 
 /// Answers in the provider's place.
@@ -298,7 +362,11 @@ impl Context for GateStream {
         };
         // Only a 200 carries a body that reads as an answer.
         let body = host::buffer(Buffer::CallResponseBody, 0, body_size);
-        let answer: Option<AdmitAnswer> = body.and_then(|body| serde_json::from_slice(&body).ok());
+        let mut answer: Option<AdmitAnswer> = body.and_then(|body| serde_json::from_slice(&body).ok());
+        if let Some(plan) = answer.as_mut().and_then(|answer| answer.plan.as_mut()).filter(|_| !self.vm.config().falls_back()) {
+            // This Envoy's router stays on one cluster.
+            plan.targets.truncate(1);
+        }
         if let (Some(vm_id), Some(key)) = (self.vm.id(), answer.as_ref().and_then(|a| a.edge_key)) {
             self.vm.settlements.borrow_mut().has_key(vm_id, key);
         }
@@ -413,6 +481,9 @@ impl HttpContext for GateStream {
         if let Some(action) = self.judge_own_body(size, end_of_stream) {
             return action;
         }
+        if matches!(self.stage, Stage::Answering { replaced: false, stands_in: Some(_), .. }) {
+            return self.take_piece(size, end_of_stream);
+        }
         let Stage::Answering { answering, replaced: false, .. } = &mut self.stage else { return Action::Continue };
         let piece = if size == 0 { Vec::new() } else { host::buffer(Buffer::ResponseBody, 0, size).unwrap_or_default() };
         let held = answering.held();
@@ -445,6 +516,13 @@ impl HttpContext for GateStream {
             return action;
         }
         let ended = self.was_ended();
+        if let Stage::Answering { replaced: false, stands_in: Some(size), answering, .. } = &mut self.stage
+            && !ended
+        {
+            let size = *size;
+            answering.ended();
+            return self.show_whole(size);
+        }
         if let Stage::Answering { answering, .. } = &mut self.stage
             && !ended
         {
@@ -472,7 +550,7 @@ impl HttpContext for GateStream {
                 }
                 self.settle(gate::void(asking.id(), self.elapsed_ms(), host::now_ms()));
             }
-            Stage::Answering { mut answering, flight, id, replaced, own } => {
+            Stage::Answering { mut answering, flight, id, replaced, own, .. } => {
                 if let Some(replay) = own.and_then(|own| own.replay) {
                     replay.let_go(&self.vm);
                 }
@@ -483,7 +561,7 @@ impl HttpContext for GateStream {
                 self.vm.hold(answering.held(), 0);
                 let ring = &mut self.vm.keyring.borrow_mut();
                 if !flight.borrow().was_answered() && nothing_was_sent() {
-                    flight.borrow_mut().never_connected(ring);
+                    flight.borrow_mut().never_connected(ring, host::monotonic_ms());
                 }
                 flight.borrow_mut().try_is_over(ring);
                 let clocks = host::clocks();

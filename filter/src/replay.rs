@@ -22,7 +22,6 @@ const OF_THE_CONNECTION: [&str; 10] = [
 
 /// A request as it goes to the provider, kept for further tries.
 pub struct Replay {
-    cluster: String,
     headers: Vec<(String, String)>,
     body: Vec<u8>,
     /// The callout that is awaited.
@@ -33,7 +32,7 @@ pub struct Replay {
 
 impl Replay {
     /// Keeps the request in hand, whose body has `length` bytes. `None`: it can't be sent again, for its size or its headers.
-    pub fn keep(vm: &Vm, cluster: &str, length: u64) -> Option<Self> {
+    pub fn keep(vm: &Vm, length: u64) -> Option<Self> {
         let map = host::headers(Map::RequestHeaders);
         let text = |(name, value): &(&[u8], &[u8])| Some((String::from_utf8(name.to_vec()).ok()?, String::from_utf8(value.to_vec()).ok()?));
         let headers = map.pairs().iter().map(text).collect::<Option<Vec<_>>>()?;
@@ -46,7 +45,7 @@ impl Replay {
             vm.let_go(length);
             return None;
         };
-        Some(Replay { cluster: cluster.to_owned(), headers, body, token: None, kept: length })
+        Some(Replay { headers, body, token: None, kept: length })
     }
 
     /// The headers of the last try.
@@ -67,10 +66,16 @@ impl Replay {
         self.headers.extend(edits.set.iter().map(|(name, value)| ((*name).to_owned(), value.to_string())));
     }
 
-    /// Sends the try. `false`: it could not be sent.
-    pub fn send(&mut self, timeout: Duration) -> bool {
+    /// The body as it was kept.
+    pub fn body(&self) -> &[u8] {
+        &self.body
+    }
+
+    /// Sends the try to a cluster, with this body if it is not the one that was kept. `false`: it could not be sent.
+    pub fn send(&mut self, cluster: &str, body: &[u8], timeout: Duration) -> bool {
+        let body = if body.is_empty() { &self.body } else { body };
         let headers = self.headers.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
-        self.token = host::call(&self.cluster, headers, &self.body, timeout);
+        self.token = host::call(cluster, headers, body, timeout);
         self.token.is_some()
     }
 

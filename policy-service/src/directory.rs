@@ -1,10 +1,11 @@
 //! Every organisation's configuration as it stands, held in memory: admissions read it, edits replace it.
 
-use crate::config::{Affinity, Document, Kind, Pool, RouteTarget};
+use crate::config::{Affinity, Document, Kind, Pool, Route};
 use crate::prices::OwnPrices;
 use keyward_core::admission::Allow;
 use keyward_core::edge::{PlanCredential, Secret};
 use keyward_core::limits::{Enforce, Limits};
+use keyward_core::operation::{Dialect, Provider, Site};
 use keyward_core::price::{Mode, Price, PriceTable};
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
@@ -121,16 +122,6 @@ impl Organisation {
         (own || of_policy) && of_team
     }
 
-    /// Routes to a provider: the organisation's name, and the model that it leads to.
-    pub fn routes_to(&self, provider: &str) -> impl Iterator<Item = (&str, &str)> {
-        self.document
-            .routes
-            .iter()
-            .filter_map(|(name, route)| route.targets.first().map(|target| (name.as_str(), target)))
-            .filter(move |(_, target)| target.provider == provider)
-            .map(|(name, target)| (name, target.model.as_str()))
-    }
-
     /// What a model costs in an operation that is made for models of these `modes`: what the organisation says, else the table's, else
     /// what stands in for a model that nobody lists.
     pub fn price<'a>(&self, table: &'a PriceTable, provider: &str, model: &str, modes: &[Mode]) -> Option<Cow<'a, Price>> {
@@ -138,18 +129,32 @@ impl Organisation {
         own.or_else(|| table.price(provider, model, modes))
     }
 
-    /// Model names of a provider that are the organisation's own, each with the provider's model: routes, and models with a price.
-    pub fn own_models(&self, provider: &str) -> impl Iterator<Item = (&str, &str)> {
-        self.routes_to(provider).chain(self.prices.models(provider).map(|model| (model, model)))
-    }
-
     pub fn is_enabled(&self, provider: &str) -> bool {
         self.document.providers.get(provider).is_none_or(|settings| settings.enabled)
     }
 
+    /// What a provider speaks. `None`: there is none of this name, or nobody says where it is.
+    pub fn dialect(&self, provider: &str) -> Option<Dialect> {
+        match self.site(provider) {
+            Some(site) => Some(site.dialect),
+            None => Provider::by_name(provider).filter(|known| !known.host.is_empty()).map(|known| known.dialect),
+        }
+    }
+
+    /// Where a provider is, if it is not just as it is built in.
+    pub fn site(&self, provider: &str) -> Option<Site> {
+        self.document.providers.get(provider)?.site(provider)
+    }
+
     /// Where a model name of the organisation's own leads.
-    pub fn route(&self, model: &str) -> Option<&RouteTarget> {
-        self.document.routes.get(model)?.targets.first()
+    pub fn route(&self, model: &str) -> Option<&Route> {
+        self.document.routes.get(model)
+    }
+
+    /// Whether any credential of a provider is there.
+    pub fn has_credential(&self, provider: &str) -> bool {
+        self.document.credentials.values().any(|credential| credential.provider == provider)
+            || self.lent.iter().any(|(_, of)| of == provider)
     }
 
     /// Ids of the credentials to try, in order: those of `pool`, or of the pool that the policy names, or all of the provider.

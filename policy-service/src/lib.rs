@@ -1,5 +1,6 @@
 //! The policy service: checks policy, reserves money, writes everything down, and only then hands out a credential.
 
+pub mod aims;
 pub mod config;
 pub mod directory;
 pub mod files;

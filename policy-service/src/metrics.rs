@@ -1,7 +1,7 @@
 //! The service's metrics: the table of all of them, and handles that the hot path uses without looking anything up.
 
 use keyward_core::metrics::{Kind, Metric};
-use keyward_core::operation::{OPERATIONS, PROVIDERS, Provider};
+use keyward_core::operation::{OPERATIONS, PROVIDERS, Provider, carries};
 use keyward_core::price::PriceTable;
 use keyward_core::refusal::Code;
 use keyward_core::watch::ENDS;
@@ -278,7 +278,7 @@ impl ModelHandles {
 
 fn admissions(provider: &'static Provider) -> (&'static str, (HashMap<String, Counter>, Counter)) {
     let counter = |operation: &'static str| counter!("keyward_admissions_total", "provider" => provider.name, "operation" => operation);
-    let operations = OPERATIONS.iter().filter(|operation| operation.dialect == provider.dialect);
+    let operations = OPERATIONS.iter().filter(|operation| carries(operation, operation.dialect, provider.dialect));
     let by_endpoint = operations.map(|o| (format!("{} {}", o.method, o.path), counter(o.name))).collect();
     (provider.name, (by_endpoint, counter(OTHER)))
 }

@@ -70,6 +70,11 @@ impl OwnPrices {
         self.0.contains_key(provider)
     }
 
+    /// Whether the operator gives a price for a model of a provider.
+    pub fn names(&self, provider: &str, model: &str) -> bool {
+        self.0.get(provider).is_some_and(|entries| entries.iter().any(|entry| model_fits(&entry.fits, model)))
+    }
+
     /// Models of a provider that are named in full.
     pub fn models(&self, provider: &str) -> impl Iterator<Item = &str> {
         self.0.get(provider).into_iter().flatten().map(|entry| entry.pattern.as_str()).filter(|pattern| !pattern.contains('*'))
@@ -202,14 +207,15 @@ pub struct AdmittedPrices(Mutex<Remembered>);
 
 #[derive(Debug, Default)]
 struct Remembered {
-    by_request: HashMap<[u8; 16], Option<Arc<Price>>>,
+    /// Of each target.
+    by_request: HashMap<[u8; 16], Arc<[Option<Price>]>>,
     order: VecDeque<[u8; 16]>,
 }
 
 impl AdmittedPrices {
-    pub fn remember(&self, req: RequestId, price: Option<Price>) {
+    pub fn remember(&self, req: RequestId, prices: Vec<Option<Price>>) {
         let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if all.by_request.insert(req.0, price.map(Arc::new)).is_none() {
+        if all.by_request.insert(req.0, prices.into()).is_none() {
             all.order.push_back(req.0);
         }
         if all.order.len() > REMEMBERED
@@ -219,8 +225,8 @@ impl AdmittedPrices {
         }
     }
 
-    /// The price that a request was admitted at; `None` inside: it had none. `None`: nobody remembers.
-    pub fn of(&self, req: RequestId) -> Option<Option<Arc<Price>>> {
+    /// The prices that a request was admitted at, of each target; `None` inside: it had none. `None`: nobody remembers.
+    pub fn of(&self, req: RequestId) -> Option<Arc<[Option<Price>]>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).by_request.get(&req.0).cloned()
     }
 }

@@ -6,14 +6,14 @@ import hmac
 import json
 import struct
 
-KINDS = {1: "ADMITTED", 2: "REFUSED", 3: "SETTLED", 4: "VOIDED", 5: "EXPIRED", 6: "KEY_CREATED", 7: "KEY_CHANGED", 8: "KEY_FROZEN", 9: "KEY_REVOKED",
-         10: "ADMIN_CHANGED", 11: "WOULD_REFUSE", 12: "ALARM"}
+KINDS = {1: "ADMITTED", 2: "REFUSED", 3: "SETTLED_1", 4: "VOIDED", 5: "EXPIRED", 6: "KEY_CREATED", 7: "KEY_CHANGED", 8: "KEY_FROZEN", 9: "KEY_REVOKED",
+         10: "ADMIN_CHANGED", 11: "WOULD_REFUSE", 12: "ALARM", 13: "SETTLED"}
 U64, I64, BYTES, TEXT = "u64", "i64", "bytes", "text"
 FIELDS = {
     "ADMITTED": [("req", BYTES), ("vm", BYTES), ("node", TEXT), ("provider", TEXT), ("endpoint", TEXT), ("model", TEXT), ("stream", U64), ("bytes", U64),
                  ("clamp", U64), ("choices", U64), ("hold", I64), ("rev", U64), ("credentials", [("id", TEXT)])],
     "REFUSED": [("req", BYTES), ("code", TEXT), ("provider", TEXT), ("endpoint", TEXT), ("model", TEXT)],
-    "SETTLED": [("req", BYTES), ("outcome", TEXT), ("status", U64), ("input", U64), ("cache_read", U64), ("cache_write", U64), ("cache_write_1h", U64),
+    "SETTLED_1": [("req", BYTES), ("outcome", TEXT), ("status", U64), ("input", U64), ("cache_read", U64), ("cache_write", U64), ("cache_write_1h", U64),
                 ("output", U64), ("reasoning", U64), ("charge", I64), ("estimated", U64), ("ms", U64),
                 ("tries", [("credential", TEXT), ("status", U64), ("ms", U64)])],
     "VOIDED": [("req", BYTES)],
@@ -26,6 +26,8 @@ FIELDS = {
     "WOULD_REFUSE": [("req", BYTES), ("code", TEXT), ("provider", TEXT), ("endpoint", TEXT), ("model", TEXT)],
     "ALARM": [("what", TEXT), ("detail", TEXT)],
 }
+
+FIELDS["SETTLED"] = [*FIELDS["SETTLED_1"], ("provider", TEXT), ("model", TEXT)]
 
 
 class Reader:
@@ -56,7 +58,7 @@ def decode(entry):
     if reader.take(4) != b"KWE1":
         raise ValueError("no KWE1 entry")
     kind = KINDS[reader.take(1)[0]]
-    out = {"event": kind}
+    out = {"event": kind.removesuffix("_1")}
     for name, form in [("epoch", U64), ("seq", U64), ("time_ms", U64), ("organisation", TEXT), ("key", TEXT), *FIELDS[kind]]:
         out[name] = reader.value(form)
     if reader.at != len(entry):

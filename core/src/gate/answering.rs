@@ -1,10 +1,11 @@
 //! The answer on its way to the caller: what its headers say, what of it passes, when it must end, and its record.
 
+use super::translating::Translating;
 use super::{Refused, ended};
 use crate::attempt::{Clocks, Flight};
 use crate::edge::{Outcome, RequestId, Settlement};
 use crate::meter::{Measured, Meter, Passed};
-use crate::operation::Dialect;
+use crate::operation::{Dialect, Form};
 use crate::refusal::{Code, Headroom, Refusal};
 use crate::usage::Looks;
 use crate::watch;
@@ -16,11 +17,14 @@ pub struct Answering {
     pub(super) id: RequestId,
     pub(super) clamp: Option<u64>,
     pub(super) headroom: Option<Headroom>,
-    pub(super) withhold_usage: bool,
+    /// The chunk with usage, of a stream in the caller's dialect, is there only because the gate asked for it.
+    pub(super) adds_usage: bool,
     pub(super) stream: bool,
     pub(super) looks: Looks,
     /// What passes as text is what is paid.
     pub(super) is_text: bool,
+    /// What the caller's body is.
+    pub(super) form: Option<Form>,
     /// The events are those of the Responses API.
     pub(super) is_response: bool,
     /// The object that is gone if the provider says yes.
@@ -30,6 +34,8 @@ pub struct Answering {
     /// More passed than that.
     pub(super) beyond: bool,
     pub(super) meter: Option<Meter>,
+    /// The provider speaks another dialect.
+    pub(super) translating: Option<Translating>,
     pub(super) complete: bool,
     pub(super) breaking: Option<Breaking>,
 }
@@ -47,24 +53,42 @@ pub(super) struct Breaking {
 pub struct HeaderEdits {
     pub remove: Vec<&'static str>,
     pub set: Vec<(&'static str, String)>,
+    /// They wait until the body has come whole: [`Answering::whole`] then gives status and body.
+    pub wait: bool,
 }
 
 impl Answering {
-    /// The answer's headers have come, of which the flight's last try saw those of the provider.
-    pub fn headers(&mut self, flight: &mut Flight) -> Result<HeaderEdits, Refused> {
+    /// The answer's headers have come, of which the flight's last try saw those of the provider. `unix_ms`: now.
+    pub fn headers(&mut self, flight: &mut Flight, unix_ms: u64) -> Result<HeaderEdits, Refused> {
         let head = flight.hand_over();
         if let Some(refused) = flight.refused() {
             return Err(refused);
         }
         // Without a head, Envoy made the answer up.
+        let terms = head.as_ref().and_then(|head| flight.translation(head.target, unix_ms));
         let head = head.unwrap_or_default();
-        let meter = Meter::new(&head.content_type, head.encoded, self.withhold_usage, self.looks);
-        let mut edits = HeaderEdits { remove: Vec::new(), set: vec![("x-keyward-request-id", self.id.to_string())] };
+        let tells = terms.as_ref().and_then(|_| flight.permit().aim(head.target)).map_or(self.looks.tells, |aim| aim.upstream.tells);
+        let withhold = self.adds_usage && terms.is_none();
+        let meter = Meter::new(&head.content_type, head.encoded, withhold, Looks { tells, ..self.looks });
+        let mut edits = HeaderEdits { remove: Vec::new(), set: vec![("x-keyward-request-id", self.id.to_string())], wait: false };
+        let targets = &flight.permit().plan().targets;
+        if let Some(target) = targets.get(head.target).filter(|_| terms.is_some() || (targets.len() > 1 && head.tries > 0)) {
+            let model = target.model.as_deref().unwrap_or_default();
+            edits.set.push(("x-keyward-served-by", format!("{}/{model}", target.provider)));
+        }
         if head.tries > 0 {
             edits.set.push(("x-keyward-attempts", head.tries.to_string()));
         }
-        if meter.rewrites() {
+        if meter.rewrites() || terms.is_some() {
             edits.remove.push("content-length");
+        }
+        if let Some(terms) = terms {
+            let translating = Translating::new(terms, head.status, meter.has_events(), self.form);
+            if translating.is_whole() {
+                edits.wait = true;
+                edits.set.push(("content-type", "application/json".to_owned()));
+            }
+            self.translating = Some(translating);
         }
         if let Some(clamp) = self.clamp {
             edits.set.push(("x-keyward-max-tokens", clamp.to_string()));
@@ -80,9 +104,18 @@ impl Answering {
         self.complete |= end;
         let Some(meter) = &mut self.meter else { return Passed::AsIs };
         if let Some(breaking) = &mut self.breaking {
+            if let Some(translating) = &self.translating {
+                // What is written is whole events, so the words may stand here; what comes is read all the same.
+                meter.piece(piece, end, 0);
+                let words = if translating.is_whole() { None } else { breaking.words.take() };
+                return Passed::Instead(words.unwrap_or_default());
+            }
             return meter.last_piece(piece, &mut breaking.words);
         }
-        let passed = meter.piece(piece, end, room);
+        let mut passed = meter.piece(piece, end, room);
+        if let Some(translating) = &mut self.translating {
+            passed = Passed::Instead(translating.piece(piece, end, room));
+        }
         if !end && self.output_limit.is_some_and(|limit| meter.exceeds(limit)) {
             self.beyond = true;
             self.break_off(Code::CapExhausted);
@@ -116,7 +149,19 @@ impl Answering {
 
     /// Bytes of the answer that are held back now.
     pub fn held(&self) -> usize {
-        self.meter.as_ref().map_or(0, Meter::held)
+        self.meter.as_ref().map_or(0, Meter::held) + self.translating.as_ref().map_or(0, Translating::held)
+    }
+
+    /// Nothing of the answer goes on before all of it has come.
+    pub fn waits(&self) -> bool {
+        self.translating.as_ref().is_some_and(Translating::is_whole)
+    }
+
+    /// Status and body of an answer that has waited and come whole.
+    pub fn whole(&mut self) -> Result<(u16, String), Refused> {
+        let translated = self.translating.as_mut().map(Translating::whole);
+        let refused = |refusal| Refused { refusal, dialect: self.dialect, request_id: self.id, asked: true };
+        translated.unwrap_or_else(|| Ok((502, String::new()))).map_err(refused)
     }
 
     /// The admitted request could not be put together: nothing was forwarded.
@@ -125,9 +170,10 @@ impl Answering {
         Refused { refusal, dialect: self.dialect, request_id: self.id, asked: true }
     }
 
-    /// The answer ended without a last piece: by its headers, or by trailers.
-    pub fn ended(&mut self) {
+    /// The answer ended without a last piece: by its headers, or by trailers. What is still to be shown before them is given.
+    pub fn ended(&mut self) -> Vec<u8> {
         self.complete = true;
+        self.translating.as_mut().filter(|_| self.breaking.is_none()).map(Translating::end).unwrap_or_default()
     }
 
     /// The request is over, however it went. `ms`: since its headers came; `clocks`: now.

@@ -2,57 +2,28 @@
 //! The path that reaches a provider comes from here, never from the client's bytes.
 
 mod path;
+mod provider;
 mod table;
+mod upstream;
 
 pub use path::{MAX_REFS, is_id, looks_like_object};
+pub use provider::{AuthScheme, Maker, Provider, Site, is_provider_name};
 pub use table::{OPERATIONS, OTHER, PROVIDERS};
+pub use upstream::{Upstream, carries, upstream};
 
 use crate::price::Mode;
 use serde::{Deserialize, Serialize};
 use std::borrow::Cow;
 
 /// The form in which an endpoint speaks: its bodies, its errors.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Dialect {
+    #[default]
     OpenAi,
     Anthropic,
     /// Of providers only: callers speak one of the others.
     Gemini,
-}
-
-/// How a provider wants its credential.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum AuthScheme {
-    Bearer,
-    /// The header of this name carries the bare secret.
-    Header(&'static str),
-}
-
-/// A provider that is built in. The host comes from here, never from the request.
-#[derive(Debug, PartialEq, Eq)]
-pub struct Provider {
-    /// Name in configuration; also the name of its Envoy cluster and of its path prefix.
-    pub name: &'static str,
-    pub host: &'static str,
-    pub dialect: Dialect,
-    pub auth: AuthScheme,
-}
-
-impl Provider {
-    pub fn by_name(name: &str) -> Option<&'static Provider> {
-        PROVIDERS.iter().find(|p| p.name == name)
-    }
-
-    /// The provider keeps answers unless it is told `store: false`. Others of the dialect don't know the field.
-    pub fn stores_answers(&self) -> bool {
-        self.name == "openai"
-    }
-
-    /// A request that names no service tier, or `auto`, gets what the project's settings say (API reference, `service_tier`).
-    pub fn defaults_tier(&self) -> bool {
-        self.name == "openai"
-    }
 }
 
 /// A JSON body by what governs in it; [`crate::body`] knows the fields of each.
@@ -113,6 +84,7 @@ pub enum Tells {
     /// OpenAI's `input_tokens`, `output_tokens`, `seconds`.
     Input,
     Anthropic,
+    Gemini,
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -136,6 +108,11 @@ impl Operation {
     pub fn by_endpoint(dialect: Dialect, endpoint: &str) -> Option<&'static Operation> {
         let (method, path) = endpoint.split_once(' ')?;
         OPERATIONS.iter().find(|op| op.dialect == dialect && op.method == method && op.path == path)
+    }
+
+    /// An operation by its endpoint alone, whoever's dialect it is.
+    pub fn named(endpoint: &str) -> Option<&'static Operation> {
+        [Dialect::OpenAi, Dialect::Anthropic].into_iter().find_map(|dialect| Operation::by_endpoint(dialect, endpoint))
     }
 
     pub fn form(&self) -> Option<Form> {
@@ -189,12 +166,15 @@ impl Operation {
     }
 }
 
-/// Where a request is meant to go.
+/// What a request is for, as its caller says it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Target {
-    pub provider: &'static Provider,
+    /// The provider that the path names; `None`: the model decides.
+    pub provider: Option<String>,
+    /// The caller's.
+    pub dialect: Dialect,
     pub operation: &'static Operation,
-    /// Path and query for the provider, put together from checked parts.
+    /// Path and query in the caller's dialect, put together from checked parts.
     pub path: Cow<'static, str>,
     /// `METHOD /path` of an operation that is not in the table.
     other: Option<String>,
@@ -221,31 +201,47 @@ pub enum NoTarget {
     UnknownEndpoint(Dialect),
 }
 
-/// Finds the target of a path and its query. `/{provider}/v1/...` names the provider; bare `/v1/...` means the provider
-/// whose dialect has that path, told apart by `anthropic_version` (the header every Anthropic SDK sends) where both have it.
+/// Finds the target of a path and its query. `/{provider}/v1/...` names the provider; bare `/v1/...` leaves it to the model. The dialect
+/// is that of the path: `/v1/messages` is Anthropic's, and so is what both have where `anthropic_version` (the header every
+/// Anthropic SDK sends) says so or the provider is Anthropic.
 pub fn find(method: &str, path: &str, query: &[u8], anthropic_version: bool) -> Result<Target, NoTarget> {
-    let messages = path.strip_prefix("/v1/messages").is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
-    let guess = if anthropic_version || messages { Dialect::Anthropic } else { Dialect::OpenAi };
-    let (provider, rest) = if path.starts_with("/v1/") {
-        (PROVIDERS.iter().find(|p| p.dialect == guess), path)
+    let (name, rest) = if path.starts_with("/v1/") {
+        (None, path)
     } else {
         let trimmed = path.strip_prefix('/').unwrap_or(path);
         let (name, _) = trimmed.split_once('/').unwrap_or((trimmed, ""));
-        (Provider::by_name(name), path.get(1 + name.len()..).unwrap_or_default())
+        (Some(name), path.get(1 + name.len()..).unwrap_or_default())
     };
-    let provider = provider.ok_or(NoTarget::UnknownProvider(guess))?;
+    let known = name.and_then(Provider::by_name);
+    let messages = rest.strip_prefix("/v1/messages").is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
+    let is_own = known.is_some_and(|provider| provider.dialect == Dialect::Anthropic);
+    let of_openai =
+        || OPERATIONS.iter().any(|op| op.dialect == Dialect::OpenAi && op.method == method && path::fits(op.path, rest).is_some());
+    let dialect = if messages || ((anthropic_version || is_own) && (is_model_list(rest) || (is_own && !of_openai()))) {
+        Dialect::Anthropic
+    } else {
+        Dialect::OpenAi
+    };
+    if name.is_some_and(|name| !is_provider_name(name)) {
+        return Err(NoTarget::UnknownProvider(dialect));
+    }
     // Paths are written down: a virtual key must not stand in one.
     if rest.contains(crate::token::PREFIX) {
-        return Err(NoTarget::UnknownEndpoint(provider.dialect));
+        return Err(NoTarget::UnknownEndpoint(dialect));
     }
+    let provider = name.map(str::to_owned);
     let in_table = OPERATIONS
         .iter()
-        .filter(|op| op.dialect == provider.dialect && op.method == method)
+        .filter(|op| op.dialect == dialect && op.method == method)
         .find_map(|operation| Some((operation, path::fits(operation.path, rest)?)));
     match in_table {
         Some((operation, found)) => Ok(path::in_table(provider, operation, rest, found, query)),
-        None => path::other(provider, method, rest, query).ok_or(NoTarget::UnknownEndpoint(provider.dialect)),
+        None => path::other(provider, dialect, method, rest, query).ok_or(NoTarget::UnknownEndpoint(dialect)),
     }
+}
+
+fn is_model_list(path: &str) -> bool {
+    path == "/v1/models" || path.starts_with("/v1/models/")
 }
 
 #[cfg(test)]
@@ -260,9 +256,17 @@ mod tests {
 
     #[test]
     fn paths_lead_where_the_table_says() {
-        let name = |method, path, version| find(method, path, b"", version).map(|t| (t.provider.name, t.operation.name));
+        let name = |method, path, version| {
+            let target = find(method, path, b"", version)?;
+            let dialect = if target.dialect == Dialect::Anthropic { "anthropic" } else { "openai" };
+            Ok::<_, NoTarget>((target.provider.unwrap_or_else(|| dialect.to_owned()), target.operation.name))
+        };
         for (method, path, version, provider, operation) in [
             ("POST", "/v1/chat/completions", false, "openai", "chat"),
+            ("POST", "/anthropic/v1/chat/completions", true, "anthropic", "chat"),
+            ("POST", "/gemini/v1/chat/completions", false, "gemini", "chat"),
+            ("POST", "/my-vllm/v1/messages", false, "my-vllm", "messages"),
+            ("GET", "/anthropic/v1/models", false, "anthropic", "models"),
             ("POST", "/openai/v1/chat/completions", true, "openai", "chat"),
             ("POST", "/v1/messages", false, "anthropic", "messages"),
             ("POST", "/anthropic/v1/messages", false, "anthropic", "messages"),
@@ -276,15 +280,18 @@ mod tests {
             ("GET", "/v1/responses/resp_1/input_items", false, "openai", "response_input"),
             ("POST", "/v1/audio/transcriptions", false, "openai", "transcriptions"),
             ("POST", "/v1/files", false, "openai", "other"),
-            ("POST", "/openai/v1/messages", false, "openai", "other"),
+            ("POST", "/openai/v1/messages", false, "openai", "messages"),
+            ("POST", "/anthropic/v1/files", false, "anthropic", "other"),
         ] {
-            assert_eq!(name(method, path, version), Ok((provider, operation)), "{method} {path}");
+            assert_eq!(name(method, path, version), Ok((provider.to_owned(), operation)), "{method} {path}");
         }
     }
 
     #[test]
     fn nothing_else_leads_anywhere() {
-        assert_eq!(find("POST", "/mistral/v1/chat/completions", b"", false), Err(NoTarget::UnknownProvider(Dialect::OpenAi)));
+        for path in ["/Mistral/v1/chat/completions", "/a.b/v1/chat/completions"] {
+            assert_eq!(find("POST", path, b"", false), Err(NoTarget::UnknownProvider(Dialect::OpenAi)), "{path}");
+        }
         for (method, path) in [
             ("POST", "/v1/chat/completions/"),
             ("POST", "/openai"),

@@ -1,6 +1,6 @@
 //! Paths and queries from checked parts only.
 
-use super::{OTHER, Operation, Provider, Target};
+use super::{Dialect, OTHER, Operation, Target};
 use std::borrow::Cow;
 
 /// Objects that one request may refer to, at most.
@@ -97,7 +97,7 @@ pub fn fits(template: &str, path: &str) -> Option<Found> {
 }
 
 /// The target of a row of the table: its own path, with the ids that fit it and the query that it lists.
-pub fn in_table(provider: &'static Provider, operation: &'static Operation, path: &str, found: Found, query: &[u8]) -> Target {
+pub fn in_table(provider: Option<String>, operation: &'static Operation, path: &str, found: Found, query: &[u8]) -> Target {
     // `path` has been compared with the template piece by piece.
     let mut out = if operation.path.contains('{') { Cow::Owned(path.to_owned()) } else { Cow::Borrowed(operation.path) };
     let mut separator = '?';
@@ -108,15 +108,16 @@ pub fn in_table(provider: &'static Provider, operation: &'static Operation, path
         out.to_mut().push_str(&format!("{separator}{}={}", encode(&name), encode(&value)));
         separator = '&';
     }
-    Target { provider, operation, path: out, other: None, refs: found.id.into_iter().collect(), model: found.model }
+    let refs = found.id.into_iter().collect();
+    Target { provider, dialect: operation.dialect, operation, path: out, other: None, refs, model: found.model }
 }
 
 /// The target of a path that the table does not have, if it is well formed. The policy decides whether it may be called.
-pub fn other(provider: &'static Provider, method: &str, path: &str, query: &[u8]) -> Option<Target> {
+pub fn other(provider: Option<String>, dialect: Dialect, method: &str, path: &str, query: &[u8]) -> Option<Target> {
     let fine = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'~' | b'-');
     let segments: Vec<&str> = path.strip_prefix('/')?.split('/').collect();
     let well_formed = |segment: &&str| !segment.is_empty() && segment.bytes().all(fine) && !segment.bytes().all(|b| b == b'.');
-    // Both providers have nothing else; what is no version's path is nobody's.
+    // What is no version's path is nobody's.
     if !METHODS.contains(&method)
         || !path.starts_with("/v1/")
         || path.len() > MAX_PATH
@@ -147,7 +148,8 @@ pub fn other(provider: &'static Provider, method: &str, path: &str, query: &[u8]
     if refs.len() > MAX_REFS || out.len() > 2 * MAX_PATH {
         return None;
     }
-    Some(Target { provider, operation: &OTHER, other: Some(format!("{method} {path}")), path: Cow::Owned(out), refs, model: None })
+    let endpoint = Some(format!("{method} {path}"));
+    Some(Target { provider, dialect, operation: &OTHER, other: endpoint, path: Cow::Owned(out), refs, model: None })
 }
 
 /// Decoded names and values; `None` for a pair that can't be read.
@@ -175,7 +177,8 @@ fn decode(text: &[u8]) -> Option<String> {
     String::from_utf8(out).ok().filter(|text| !text.contains(char::is_control))
 }
 
-fn encode(text: &str) -> String {
+/// A text as it stands in a path or query.
+pub fn encode(text: &str) -> String {
     let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'_' | b'~');
     text.bytes().map(|b| if plain(b) { char::from(b).to_string() } else { format!("%{b:02X}") }).collect()
 }

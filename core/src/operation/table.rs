@@ -3,9 +3,25 @@
 use super::{AuthScheme, Costs, Dialect, Form, Operation, Provider, Takes, Tells};
 use crate::price::Mode;
 
-pub static PROVIDERS: [Provider; 2] = [
-    Provider { name: "openai", host: "api.openai.com", dialect: Dialect::OpenAi, auth: AuthScheme::Bearer },
-    Provider { name: "anthropic", host: "api.anthropic.com", dialect: Dialect::Anthropic, auth: AuthScheme::Header("x-api-key") },
+const fn compatible(name: &'static str, host: &'static str, base: &'static str) -> Provider {
+    Provider { name, host, base, dialect: Dialect::OpenAi, auth: AuthScheme::Bearer }
+}
+
+pub static PROVIDERS: [Provider; 9] = [
+    compatible("openai", "api.openai.com", "/v1"),
+    Provider { dialect: Dialect::Anthropic, auth: AuthScheme::XApiKey, ..compatible("anthropic", "api.anthropic.com", "/v1") },
+    Provider {
+        dialect: Dialect::Gemini,
+        auth: AuthScheme::XGoogApiKey,
+        ..compatible("gemini", "generativelanguage.googleapis.com", "/v1beta")
+    },
+    // Each resource has a host of its own.
+    Provider { auth: AuthScheme::ApiKey, ..compatible("azure", "", "/openai/v1") },
+    compatible("groq", "api.groq.com", "/openai/v1"),
+    compatible("mistral", "api.mistral.ai", "/v1"),
+    compatible("deepseek", "api.deepseek.com", "/v1"),
+    compatible("together", "api.together.xyz", "/v1"),
+    compatible("openrouter", "openrouter.ai", "/api/v1"),
 ];
 
 const TALKS: &[Mode] = &[Mode::Chat, Mode::Responses];

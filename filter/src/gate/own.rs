@@ -62,7 +62,10 @@ impl GateStream {
         match begun {
             Begun::Go(edits) => {
                 replay.write(&edits);
-                if replay.send(timeout) {
+                let cluster = self.vm.config().cluster(flight.borrow().cluster()).to_owned();
+                let body = if flight.borrow().rewrites() { flight.borrow_mut().body(replay.body()) } else { Some(Vec::new()) };
+                let Some(body) = body else { return self.refuse_flight() };
+                if replay.send(&cluster, &body, timeout) {
                     return Some(Action::Pause);
                 }
                 flight.borrow_mut().give_up(Refusal::new(Code::PolicyUnavailable, "the request could not be forwarded").retry_after(1));
@@ -105,7 +108,7 @@ impl GateStream {
             self.go_on(next);
             return;
         }
-        let edits = answering.headers(&mut flight.borrow_mut());
+        let edits = answering.headers(&mut flight.borrow_mut(), host::now_ms());
         *replaced = true;
         let edits = match edits {
             Ok(edits) => edits,
@@ -114,8 +117,20 @@ impl GateStream {
                 return;
             }
         };
-        let status = flight.borrow().status().unwrap_or(502);
-        let passed = answering.piece(&body, true, usize::MAX);
+        let mut status = flight.borrow().status().unwrap_or(502);
+        let mut passed = answering.piece(&body, true, usize::MAX);
+        if edits.wait {
+            match answering.whole() {
+                Ok((translated, body)) => {
+                    status = translated;
+                    passed = Passed::Instead(flight.borrow().without_secrets(body).into_bytes());
+                }
+                Err(refused) => {
+                    self.refuse(&refused);
+                    return;
+                }
+            }
+        }
         let goes = |name: &[u8]| {
             replay::is_of_the_connection(name)
                 || remove.iter().any(|other| other == name)

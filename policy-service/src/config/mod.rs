@@ -12,10 +12,10 @@ pub use self::difference::{Action, Difference, FieldChange, field_changes};
 pub use self::limits::{Budget, Enforce, Quota, Rates, parse_limits, parse_usd, written};
 pub use self::parties::{Allow, OrganisationSettings, Policy, Team};
 pub use self::prices::{LongPrompt, OwnPrice};
-pub use self::supply::{Affinity, Credential, Pool, ProviderSettings, Route, RouteTarget, check_secret};
+pub use self::supply::{Affinity, Credential, Pool, ProviderDialect, ProviderSettings, Route, RouteTarget, Unsupported, check_secret};
 
 use keyward_core::limits::Limits;
-use keyward_core::operation::Provider;
+use keyward_core::operation::{PROVIDERS, Provider, is_provider_name};
 use schemars::JsonSchema;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -155,7 +155,8 @@ pub fn check_name(kind: Kind, name: &str) -> Result<(), String> {
         return Ok(());
     }
     if kind == Kind::Provider {
-        return Provider::by_name(name).map(|_| ()).ok_or_else(|| unknown_provider(name));
+        let message = || "a provider is named by 1 to 64 lower-case letters, digits and -, and begins with a letter".to_owned();
+        return is_provider_name(name).then_some(()).ok_or_else(message);
     }
     if name.is_empty()
         || name.len() > MAX_NAME
@@ -167,9 +168,21 @@ pub fn check_name(kind: Kind, name: &str) -> Result<(), String> {
     Ok(())
 }
 
-fn unknown_provider(name: &str) -> String {
-    let known: Vec<&str> = keyward_core::operation::PROVIDERS.iter().map(|p| p.name).collect();
-    format!("there is no provider {name:?}; there are {}", known.join(", "))
+impl Document {
+    /// Whether there is a provider of this name: built in, or defined here.
+    pub fn knows_provider(&self, name: &str) -> bool {
+        Provider::by_name(name).is_some() || self.providers.get(name).is_some_and(|settings| settings.dialect.is_some())
+    }
+
+    /// Names of all providers.
+    pub fn provider_names(&self) -> Vec<&str> {
+        let built_in = PROVIDERS.iter().map(|provider| provider.name);
+        built_in.chain(self.providers.keys().map(String::as_str).filter(|name| Provider::by_name(name).is_none())).collect()
+    }
+
+    fn unknown_provider(&self, name: &str) -> String {
+        format!("there is no provider {name:?}; there are {}", self.provider_names().join(", "))
+    }
 }
 
 struct Faults<'a> {

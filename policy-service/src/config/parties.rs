@@ -2,10 +2,9 @@
 
 use super::limits::{Budget, Enforce, Quota, Rates, parse_limits, parse_usd};
 use super::patch::object;
-use super::{Document, Fault, Faults, Kind, Object, parse_duration, unknown_provider};
+use super::{Document, Fault, Faults, Kind, Object, parse_duration};
 use keyward_core::admission;
 use keyward_core::limits::Limits;
-use keyward_core::operation::Provider;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -194,7 +193,7 @@ impl Object for Policy {
         for (provider, pool) in &self.pools {
             let field = format!("pools.{provider}");
             match all.pools.get(pool) {
-                _ if Provider::by_name(provider).is_none() => faults.add(&field, unknown_provider(provider)),
+                _ if !all.knows_provider(provider) => faults.add(&field, all.unknown_provider(provider)),
                 None => faults.add(&field, format!("there is no pool {pool:?}")),
                 Some(found) if found.provider != *provider => faults.add(&field, format!("the pool {pool:?} is one of {}", found.provider)),
                 Some(_) => {}

@@ -11,7 +11,7 @@ use crate::store::Expect;
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
-use keyward_core::operation::PROVIDERS;
+use keyward_core::operation::Provider;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use utoipa::ToSchema;
@@ -203,7 +203,7 @@ collection!(model_routes, Route, "/v1/routes", "/v1/routes/{*name}", "routes", r
 pub struct ProviderView {
     name: String,
     /// The provider's own host; it is what TLS verifies.
-    host: &'static str,
+    host: String,
     spec: ProviderSettings,
     #[schema(value_type = ManagedBy)]
     managed_by: &'static str,
@@ -214,11 +214,15 @@ pub struct ProviderView {
 }
 
 fn provider_view(organisation: &Organisation, name: &str) -> Option<ProviderView> {
-    let provider = PROVIDERS.iter().find(|provider| provider.name == name)?;
+    let built_in = Provider::by_name(name);
     let meta = organisation.meta(Kind::Provider, name);
+    if built_in.is_none() && meta.is_none() {
+        return None;
+    }
+    let host = organisation.site(name).map(|site| site.host.into_owned());
     Some(ProviderView {
         name: name.to_owned(),
-        host: provider.host,
+        host: host.or(built_in.map(|provider| provider.host.to_owned())).unwrap_or_default(),
         spec: organisation.document.providers.get(name).cloned().unwrap_or_default(),
         managed_by: meta.map_or("default", |meta| if meta.managed { "configuration" } else { "api" }),
         version: meta.map_or(0, |meta| meta.version),
@@ -232,7 +236,8 @@ async fn list_providers(State(admin): State<Admin>, who: Principal, Params(query
     who.needs(Permission::ReadSupply)?;
     let (after, limit) = page(query.cursor.as_deref(), query.limit)?;
     let organisation = admin.service.organisation(&who.organisation)?;
-    let mut names: Vec<&str> = PROVIDERS.iter().map(|provider| provider.name).filter(|name| *name > after.as_str()).collect();
+    let mut names = organisation.document.provider_names();
+    names.retain(|name| *name > after.as_str());
     names.sort_unstable();
     let data: Vec<ProviderView> =
         names.into_iter().filter_map(|name| provider_view(&organisation, name)).take(limit as usize + 1).collect();
@@ -261,7 +266,8 @@ async fn put_provider(
     Json(body): Json<ProviderSettings>,
 ) -> Result<Response, Problem> {
     who.needs(Permission::WriteConfiguration)?;
-    if keyward_core::operation::Provider::by_name(&name).is_none() {
+    // A name that nothing is known of defines a provider.
+    if Provider::by_name(&name).is_none() && body.dialect.is_none() {
         return Err(ServiceError::NotFound("provider").into());
     }
     // Version 0 is that of settings that were never made.

@@ -249,8 +249,9 @@ impl Service {
         };
         match self.admit_patiently(admit).await {
             Ok(Admission::Admitted(admitted)) => {
+                let store::Admitted { hold, targets, mut plan } = *admitted;
+                let provider = targets.first().map_or(provider, |target| target.provider.clone());
                 handles().admitted(&provider, &endpoint);
-                let store::Admitted { hold, model, credentials, mut plan } = *admitted;
                 if !Arc::ptr_eq(&memory.directory, &self.memory().directory) {
                     // Decided by rules that have changed meanwhile, and perhaps written down after all that was running was judged.
                     self.changed(Changed::key(&plan.key));
@@ -266,8 +267,16 @@ impl Service {
                     let Loaded { secret, account } = memory.secrets.get(&id)?;
                     Some(PlanCredential { id, secret: Secret(secret.to_string()), account: account.clone() })
                 };
-                let credentials = credentials.into_iter().filter_map(with_secret).collect();
-                plan.targets = vec![PlanTarget { provider, model, credentials }];
+                plan.targets = targets
+                    .into_iter()
+                    .map(|target| PlanTarget {
+                        provider: target.provider,
+                        model: target.model,
+                        credentials: target.credentials.into_iter().filter_map(with_secret).collect(),
+                        max_output: target.max_output,
+                        site: target.site.map(Box::new),
+                    })
+                    .collect();
                 Admitted::Answer(Box::new(AdmitAnswer { plan: Some(plan), refusal: None, edge_key }))
             }
             Ok(Admission::Refused(refusal)) => {

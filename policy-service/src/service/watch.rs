@@ -9,11 +9,12 @@ use crate::directory::{Directory, Organisation};
 use crate::metrics::handles;
 use crate::store::{Held, KeyRow, Running, StoreError, organisation_account, team_account};
 use crate::vault::random;
-use keyward_core::admission::{self, Allow};
+use keyward_core::admission::{self, Aim, Allow};
 use keyward_core::edge::{Ask, RequestId};
 use keyward_core::hex;
 use keyward_core::limits::{Account, Enforce, Limits};
 use keyward_core::money::Nanodollars;
+use keyward_core::operation::Operation;
 use keyward_core::refusal::Code;
 use keyward_core::watch::{End, HOLD_MS, WatchAnswer};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
@@ -389,10 +390,10 @@ fn may_go_on(key: &KeyRow, request: &Held, directory: &Directory, now_ms: u64) -
         return Ok(());
     }
     let lists: Vec<&Allow> = std::iter::once(&key.allow).chain(&limits).collect();
-    let ask =
-        Ask { provider: request.provider.clone(), endpoint: request.endpoint.clone(), model: request.asked.clone(), ..Ask::default() };
-    let upstream = Some(request.model.as_str()).filter(|model| !model.is_empty());
-    admission::may_go_on(&lists, &ask, upstream).map_err(|refusal| refusal.code)
+    let dialect = Operation::named(&request.endpoint).map(|operation| operation.dialect).unwrap_or_default();
+    let ask = Ask { dialect, endpoint: request.endpoint.clone(), model: request.asked.clone(), ..Ask::default() };
+    let aim = Aim { provider: &request.provider, model: Some(request.model.as_str()).filter(|model| !model.is_empty()) };
+    admission::may_go_on(&lists, &ask, &[aim]).map_err(|refusal| refusal.code)
 }
 
 /// The newest requests whose holds are more than a cap has room for. A cap is reached by admissions only up to its last

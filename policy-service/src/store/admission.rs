@@ -3,19 +3,23 @@
 use super::accounts::{organisation_account, team_account};
 use super::ledger::{Chain, Ledger, chain_at, enforce, hold_at, json, signed, state, status, unsigned};
 use super::objects::{self, References};
-use super::{Admission, Admit, Admitted, StoreError};
+use super::{Admission, Admit, Admitted, StoreError, Target};
+use crate::aims::{self, Place, Places};
+use crate::config::RouteTarget;
 use crate::directory::{NoCredential, Organisation};
-use keyward_core::admission::{self, Hold, KeyState};
+use keyward_core::admission::{self, Aim, Allow, Hold, KeyState};
 use keyward_core::audit::{self, Event};
 use keyward_core::edge::{Ask, Plan, RequestId};
 use keyward_core::keyring::At;
 use keyward_core::limits::{DAY_MS, Enforce, Limits, Moment};
-use keyward_core::models;
-use keyward_core::operation::Provider;
+use keyward_core::models::{self, Listed};
+use keyward_core::operation::Dialect;
+use keyward_core::price::{Price, Together};
 use keyward_core::refusal::{Code, Headroom, Refusal};
 use keyward_core::reserve::{self, Level, Of};
 use keyward_core::verdict::Scope;
 use rusqlite::{OptionalExtension, params};
+use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::borrow::Cow;
 
@@ -49,22 +53,34 @@ struct Seen {
 
 /// What was decided of a request.
 struct Decision {
-    target: Target,
+    way: Way,
     hold: Hold,
     /// Why it would have been refused, were the key not in shadow mode.
     forgiven: Option<Refusal>,
     bounded: bool,
+    /// By target, where there are several.
+    parts: Vec<Part>,
 }
 
 /// Where an admitted request goes.
 #[derive(Default)]
-struct Target {
-    model: Option<String>,
-    credentials: Vec<String>,
+struct Way {
+    targets: Vec<Target>,
     in_order: bool,
     wait_ms: u64,
     state: bool,
     answer: Option<String>,
+    first_byte_ms: Option<u64>,
+    drops: bool,
+}
+
+/// A target as it is kept beside the request, where there are several.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Part {
+    pub provider: String,
+    pub model: String,
+    /// What of the hold is its.
+    pub hold: Hold,
 }
 
 impl Ledger<'_> {
@@ -84,9 +100,12 @@ impl Ledger<'_> {
                 if key.stand(organisation, admit).is_err() {
                     return Ok(Admission::Conflict);
                 }
-                let target = self.target(organisation, &key, admit)?;
                 let ask = &admit.request.ask;
-                return Ok(target.map_or(Admission::Conflict, |target| admitted(&key, target, hold, organisation, ask, None, bounded)));
+                let Ok(places) = aims::places(organisation, &self.keys.prices, ask, admit.request.req) else {
+                    return Ok(Admission::Conflict);
+                };
+                let way = self.way(organisation, &key, admit, &places)?;
+                return Ok(way.map_or(Admission::Conflict, |way| admitted(&key, way, hold, organisation, ask, None, bounded)));
             }
             Some(_) => return Ok(Admission::Conflict),
             None => {}
@@ -116,17 +135,19 @@ impl Ledger<'_> {
         now: Moment,
     ) -> Result<Admission, StoreError> {
         let ask = &admit.request.ask;
-        let Decision { target, hold, forgiven, bounded } = decision;
+        let Decision { way, hold, forgiven, bounded, parts } = decision;
+        let first = way.targets.first();
+        let provider = first.map_or(ask.provider.as_str(), |target| target.provider.as_str());
         let mut chain = key.chain.clone();
         if let Some(refusal) = &forgiven {
             chain = self.append(&key.id, &chain, now.wall_ms, Event::WouldRefuse(refused(admit, refusal)))?;
-            self.count_forgiven(&key, admit, refusal, now)?;
+            self.count_forgiven(&key, admit, provider, refusal, now)?;
         }
         let event = Event::Admitted(audit::Admitted {
             req: admit.request.req.0,
             vm: admit.request.vm.0,
             node: admit.request.node.clone(),
-            provider: ask.provider.clone(),
+            provider: provider.to_owned(),
             endpoint: ask.endpoint.clone(),
             model: ask.model.clone().unwrap_or_default(),
             stream: ask.stream,
@@ -135,7 +156,7 @@ impl Ledger<'_> {
             choices: ask.choices,
             hold: hold.total.0,
             rev: organisation.rev,
-            credentials: target.credentials.clone(),
+            credentials: way.targets.iter().flat_map(|target| target.credentials.clone()).collect(),
         });
         let end = self.append(&key.id, &chain, now.wall_ms, event)?;
         self.end_chain(&key.id, &end);
@@ -149,16 +170,16 @@ impl Ledger<'_> {
         self.db
             .prepare_cached(
                 "INSERT INTO requests (req, key_id, state, fingerprint, provider, model, stream, choices, hold, hold_input, clamp, hold_tokens,
-                     hold_output, expires_ms, team, endpoint, asked, admitted_ms, day, bounded, rated, token)
-                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18, ?19, ?20, ?21, ?22)",
+                     hold_output, expires_ms, team, endpoint, asked, admitted_ms, day, bounded, rated, token, targets)
+                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18, ?19, ?20, ?21, ?22, ?23)",
             )?
             .execute(params![
                 admit.request.req.0,
                 key.id,
                 state::HELD,
                 fingerprint,
-                ask.provider,
-                target.model.as_deref().unwrap_or_default(),
+                provider,
+                first.and_then(|target| target.model.as_deref()).unwrap_or_default(),
                 ask.stream,
                 signed(ask.choices),
                 hold.total.0,
@@ -175,8 +196,9 @@ impl Ledger<'_> {
                 bounded,
                 rated,
                 admit.token_hash,
+                (parts.len() > 1).then(|| serde_json::to_string(&parts).unwrap_or_default()),
             ])?;
-        Ok(admitted(&key, target, hold, organisation, ask, headroom, bounded))
+        Ok(admitted(&key, way, hold, organisation, ask, headroom, bounded))
     }
 
     fn decide(
@@ -190,28 +212,63 @@ impl Ledger<'_> {
         if let Err(refusal) = key.stand(organisation, admit) {
             return Ok(Err(refusal));
         }
-        let upstream = ask.model.as_deref().and_then(|model| organisation.route(model)).map(|target| target.model.as_str());
-        let modes = admission::operation(ask).models;
-        let model = upstream.or(ask.model.as_deref());
-        let found = model.and_then(|model| organisation.price(&self.keys.prices, &ask.provider, model, modes));
-        let price = found.as_deref();
+        let mut places = match aims::places(organisation, &self.keys.prices, ask, admit.request.req) {
+            Ok(places) => places,
+            Err(refusal) => return Ok(Err(refusal)),
+        };
+        let operation = admission::operation(ask);
+        let all = places.clone();
+        let way = match self.way(organisation, key, admit, &places)? {
+            Ok(way) => Ok(way),
+            // Why it can't go anywhere is told only to those who may.
+            Err(refusal) => Err(refusal),
+        };
+        if let Ok(way) = &way {
+            // Those that can't be used now are not held for.
+            places.places.retain(|place| way.targets.is_empty() || way.targets.iter().any(|target| is_at(target, place)));
+        }
+        let price_of = |place: &Place<'_>| {
+            let model = place.model.as_deref()?;
+            organisation.price(&self.keys.prices, &place.provider, model, operation.models)
+        };
+        let found: Vec<Option<Cow<'_, Price>>> = places.places.iter().map(price_of).collect();
+        let kind = if places.first_byte_ms.is_some() { Together::AllOf } else { Together::OneOf };
+        let together = match found.as_slice() {
+            [one] => one.clone(),
+            several => {
+                let known: Option<Vec<&Price>> = several.iter().map(Option::as_deref).collect();
+                known.and_then(|known| Price::together(&known, kind)).map(Cow::Owned)
+            }
+        };
+        let price = together.as_deref();
+        let aimed: Vec<Aim<'_>> = all.places.iter().map(Place::aim).collect();
         let levels = key.levels(organisation);
         let decided = self.with_levels(&key.id, &levels, now, |levels| {
-            let hold = admission::decide(&key.state, levels, ask, upstream, price, now);
+            let hold = admission::decide(&key.state, levels, ask, &aimed, price, now);
             (hold, reserve::is_bounded(levels))
         })?;
         let shadow = key.is_in_shadow(organisation);
         let (hold, forgiven, bounded) = match decided {
             (Ok(hold), bounded) if !shadow => (hold, None, bounded),
             // Nothing of a request in shadow mode is changed: it is not clamped either.
-            (Ok(_), _) => (reserve::unlimited(ask, admission::operation(ask), price), None, false),
+            (Ok(_), _) => (reserve::unlimited(ask, operation, price), None, false),
             (Err(refusal), _) if shadow && refusal.code.is_forgiven_in_shadow() => {
-                (reserve::unlimited(ask, admission::operation(ask), price), Some(refusal), false)
+                (reserve::unlimited(ask, operation, price), Some(refusal), false)
             }
             (Err(refusal), _) => return Ok(Err(refusal)),
         };
-        self.keys.admitted.remember(admit.request.req, found.map(Cow::into_owned));
-        Ok(self.target(organisation, key, admit)?.map(|target| Decision { target, hold, forgiven, bounded }))
+        let way = match way {
+            Ok(way) => way,
+            Err(refusal) => return Ok(Err(refusal)),
+        };
+        let part = |(place, price): (&Place<'_>, &Option<Cow<'_, Price>>)| Part {
+            provider: place.provider.to_string(),
+            model: place.model.as_deref().unwrap_or_default().to_owned(),
+            hold: admission::part(ask, operation, price.as_deref(), hold.clamp, bounded),
+        };
+        let parts = if found.len() > 1 { places.places.iter().zip(&found).map(part).collect() } else { Vec::new() };
+        self.keys.admitted.remember(admit.request.req, found.into_iter().map(|price| price.map(Cow::into_owned)).collect());
+        Ok(Ok(Decision { way, hold, forgiven, bounded, parts }))
     }
 
     /// Runs `with` on the accounts of a request's levels, each with its limits.
@@ -240,7 +297,7 @@ impl Ledger<'_> {
     }
 
     /// Counts what a key in shadow mode would have been refused.
-    fn count_forgiven(&self, key: &Found, admit: &Admit, refusal: &Refusal, now: Moment) -> Result<(), StoreError> {
+    fn count_forgiven(&self, key: &Found, admit: &Admit, provider: &str, refusal: &Refusal, now: Moment) -> Result<(), StoreError> {
         let ask = &admit.request.ask;
         self.db
             .prepare_cached(
@@ -252,64 +309,120 @@ impl Ledger<'_> {
                 signed(now.wall_ms / DAY_MS),
                 key.id,
                 refusal.code.name(),
-                ask.provider,
+                provider,
                 ask.model.as_deref().unwrap_or_default(),
             ])?;
         Ok(())
     }
 
-    /// Where a request goes that may be made: which model, which credentials, which state, or the answer itself. A route's name
-    /// leads to its target, any other model to itself at the provider asked for.
-    fn target(&self, organisation: &Organisation, key: &Found, admit: &Admit) -> Result<Result<Target, Refusal>, StoreError> {
+    /// Where a request goes that may be made: which targets with which credentials, which state, or the answer itself.
+    fn way(
+        &self,
+        organisation: &Organisation,
+        key: &Found,
+        admit: &Admit,
+        places: &Places<'_>,
+    ) -> Result<Result<Way, Refusal>, StoreError> {
         let ask = &admit.request.ask;
-        let route = ask.model.as_deref().and_then(|model| organisation.route(model));
-        if let Some(route) = route.filter(|route| route.provider != ask.provider) {
-            let message = format!("this model leads to {}, and this endpoint is one of {}", route.provider, ask.provider);
-            return Ok(Err(Refusal::new(Code::UnknownModel, message)));
-        }
-        let (policy, pool) = (key.policy.as_deref(), route.and_then(|route| route.pool.as_deref()));
-        let credentials = organisation.credentials(&ask.provider, policy, pool);
+        let policy = key.policy.as_deref();
         if admission::operation(ask).lists_models() {
-            let answer = self.models(organisation, &key.state, admit, credentials.is_ok());
-            return Ok(answer.map(|answer| Target { answer: Some(answer), ..Target::default() }));
+            let answer = self.models(organisation, key, ask);
+            return Ok(answer.map(|answer| Way { answer: Some(answer), ..Way::default() }));
         }
-        let credentials = match credentials {
-            Ok(credentials) => credentials,
-            Err(none) => return Ok(Err(no_credential(&none, &ask.provider))),
+        let mut way = Way {
+            wait_ms: organisation.wait_ms(policy),
+            state: key.state.allow.state,
+            first_byte_ms: places.first_byte_ms,
+            drops: places.drops,
+            ..Way::default()
         };
-        let credentials = match objects::references(self.db, &key.chain.organisation, &key.id, ask)? {
+        let mut refusal = None;
+        for place in &places.places {
+            match self.credentials(organisation, key, admit, place)? {
+                Ok((credentials, in_order)) => {
+                    way.in_order |= in_order;
+                    way.targets.push(self.at(organisation, ask, place, credentials));
+                }
+                Err(why) => refusal = refusal.or(Some(why)),
+            }
+        }
+        Ok(match refusal.filter(|_| way.targets.is_empty()) {
+            Some(refusal) => Err(refusal),
+            None => Ok(way),
+        })
+    }
+
+    /// The credentials to try at a place, and whether in that order.
+    fn credentials(
+        &self,
+        organisation: &Organisation,
+        key: &Found,
+        admit: &Admit,
+        place: &Place<'_>,
+    ) -> Result<Result<(Vec<String>, bool), Refusal>, StoreError> {
+        let (provider, policy, ask) = (place.provider.as_ref(), key.policy.as_deref(), &admit.request.ask);
+        let credentials = match organisation.credentials(provider, policy, place.pool) {
+            Ok(credentials) => credentials,
+            Err(none) => return Ok(Err(no_credential(&none, provider))),
+        };
+        let credentials = match objects::references(self.db, &key.chain.organisation, &key.id, provider, ask)? {
             References::None => credentials,
             References::Own(credential) if credentials.contains(&credential) => vec![credential],
             References::Own(credential) => return Ok(Err(objects::unreachable(&credential))),
             References::Unknown => return Ok(Err(objects::not_owned())),
             References::Refused(refusal) => return Ok(Err(refusal)),
         };
-        let model = route.map(|route| route.model.clone()).or_else(|| ask.model.clone());
-        let at = At { provider: &ask.provider, model: model.as_deref().unwrap_or_default() };
+        let at = At { provider, model: place.model.as_deref().unwrap_or_default() };
         let mut credentials: Vec<String> = credentials.into_iter().filter(|id| !is_rejected(organisation, at, id, admit)).collect();
         if credentials.is_empty() {
-            let message = format!("{} rejected every stored credential that this request could use; an operator has to act", ask.provider);
+            let message = format!("{provider} rejected every stored credential that this request could use; an operator has to act");
             return Ok(Err(Refusal::new(Code::ProviderCredentialRejected, message)));
         }
-        let in_order = organisation.goes_by_key(&ask.provider, policy, pool);
+        let in_order = organisation.goes_by_key(provider, policy, place.pool);
         if in_order {
             credentials.sort_by_cached_key(|id| rank(&key.id, id));
         }
-        let wait_ms = organisation.wait_ms(policy);
-        Ok(Ok(Target { model, credentials, in_order, wait_ms, state: key.state.allow.state, answer: None }))
+        Ok(Ok((credentials, in_order)))
     }
 
-    /// The models that a key may use, of a provider that can be reached.
-    fn models(&self, organisation: &Organisation, state: &KeyState, admit: &Admit, reachable: bool) -> Result<String, Refusal> {
-        let ask = &admit.request.ask;
-        let provider = Provider::by_name(&ask.provider)
-            .ok_or_else(|| Refusal::new(Code::UnknownProvider, format!("there is no provider {}", ask.provider)))?;
-        let models = if reachable {
-            models::usable(&self.keys.prices, provider, &state.lists(), organisation.own_models(provider.name))
-        } else {
-            Vec::new()
+    fn at(&self, organisation: &Organisation, ask: &Ask, place: &Place<'_>, credentials: Vec<String>) -> Target {
+        let model = place.model.as_deref();
+        // Anthropic's API alone must be told a limit.
+        let is_told = organisation.dialect(&place.provider) == Some(Dialect::Anthropic) && ask.dialect != Dialect::Anthropic;
+        let price = model
+            .filter(|_| is_told)
+            .and_then(|model| organisation.price(&self.keys.prices, &place.provider, model, admission::operation(ask).models));
+        Target {
+            provider: place.provider.to_string(),
+            model: model.map(str::to_owned),
+            credentials,
+            max_output: price.and_then(|price| price.max_output),
+            site: organisation.site(&place.provider),
+        }
+    }
+
+    /// The models that a key may use, of the provider asked for or of all that can be reached, and the routes to them.
+    fn models(&self, organisation: &Organisation, key: &Found, ask: &Ask) -> Result<String, Refusal> {
+        let (lists, policy) = (key.state.lists(), key.policy.as_deref());
+        let reachable = |provider: &str, pool: Option<&str>| {
+            organisation.is_enabled(provider) && organisation.credentials(provider, policy, pool).is_ok()
         };
-        models::answer(provider, &models, ask.model.as_deref())
+        let asked = |provider: &str| ask.provider.is_empty() || ask.provider == provider;
+        let mut listed = Vec::new();
+        for provider in organisation.document.provider_names().into_iter().filter(|provider| asked(provider) && reachable(provider, None)) {
+            let Some(dialect) = organisation.dialect(provider) else { continue };
+            listed.extend(models::usable(&self.keys.prices, provider, dialect, &lists, organisation.prices.models(provider)));
+        }
+        for (name, route) in &organisation.document.routes {
+            let fits = |allow: &&Allow| {
+                admission::model_fits(allow, name) || route.targets.iter().all(|target| admission::model_fits(allow, &target.model))
+            };
+            let leads = |target: &&RouteTarget| asked(&target.provider) && reachable(&target.provider, target.pool.as_deref());
+            if let Some(target) = route.targets.iter().find(leads).filter(|_| lists.iter().all(fits)) {
+                listed.insert(0, Listed { model: name, owner: &target.provider });
+            }
+        }
+        models::answer(ask.dialect, listed, ask.model.as_deref())
     }
 
     fn refuse(&self, key: &Found, admit: &Admit, refusal: Refusal) -> Result<Admission, StoreError> {
@@ -371,10 +484,6 @@ impl Found {
         admission::check_standing(&self.state, admit.now.wall_ms)?;
         if self.token_expires_ms.is_some_and(|at| at <= admit.now.wall_ms) {
             return Err(Refusal::new(Code::Revoked, "this token was replaced by a newer one of its key"));
-        }
-        let provider = &admit.request.ask.provider;
-        if !organisation.is_enabled(provider) {
-            return Err(Refusal::new(Code::UnknownProvider, format!("the provider {provider} is switched off")));
         }
         let (team, policy) = (self.team.as_deref(), self.policy.as_deref());
         let gone = || Refusal::new(Code::PolicyUnavailable, "this key's team or policy does not exist; an operator has to act");
@@ -441,14 +550,14 @@ fn rank(key_id: &str, credential: &str) -> [u8; 32] {
 /// `bounded`: some budget holds the request to its hold.
 fn admitted(
     key: &Found,
-    target: Target,
+    way: Way,
     hold: Hold,
     organisation: &Organisation,
     ask: &Ask,
     headroom: Option<Headroom>,
     bounded: bool,
 ) -> Admission {
-    let Target { model, credentials, in_order, wait_ms, state, answer } = target;
+    let Way { targets, in_order, wait_ms, state, answer, first_byte_ms, drops } = way;
     // Where output has a limit, that is what was held for; without a budget the hold binds nobody.
     let output_limit = Some(hold.output_tokens).filter(|_| bounded && !admission::operation(ask).limits().is_empty());
     let plan = Plan {
@@ -463,9 +572,15 @@ fn admitted(
         answer,
         wait_ms,
         in_order,
+        drops,
+        first_byte_ms: first_byte_ms.filter(|_| targets.len() > 1),
         targets: Vec::new(),
     };
-    Admission::Admitted(Box::new(Admitted { hold, model, credentials, plan }))
+    Admission::Admitted(Box::new(Admitted { hold, targets, plan }))
+}
+
+fn is_at(target: &Target, place: &Place<'_>) -> bool {
+    target.provider == place.provider && target.model.as_deref() == place.model.as_deref()
 }
 
 fn refused(admit: &Admit, refusal: &Refusal) -> audit::Refused {

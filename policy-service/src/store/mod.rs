@@ -23,6 +23,7 @@ use keyward_core::audit::ChainKey;
 use keyward_core::edge::{AdmitRequest, Plan, Record, RequestId, Settlement};
 use keyward_core::limits::{Account, Enforce, Limits, Moment};
 use keyward_core::money::Nanodollars;
+use keyward_core::operation::Site;
 use keyward_core::price::PriceTable;
 use keyward_core::refusal::Refusal;
 use keyward_core::usage::Usage;
@@ -220,12 +221,24 @@ pub enum Admission {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Admitted {
     pub hold: Hold,
+    /// Where it may go.
+    pub targets: Vec<Target>,
+    /// What the gate is told, still without targets: secrets are not the store's.
+    pub plan: Plan,
+}
+
+/// Where an admitted request may go.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Target {
+    pub provider: String,
     /// The provider's name of the model.
     pub model: Option<String>,
     /// Ids of the credentials to try, in order: where the request refers to objects, the one that reaches them.
     pub credentials: Vec<String>,
-    /// What the gate is told, still without targets: secrets are not the store's.
-    pub plan: Plan,
+    /// Most output tokens of the model, if its provider must be told.
+    pub max_output: Option<u64>,
+    /// Of a provider that is not just as it is built in.
+    pub site: Option<Site>,
 }
 
 /// A settlement whose MAC has been checked, with its place in its VM's chain.

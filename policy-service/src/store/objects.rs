@@ -22,11 +22,11 @@ pub enum References {
 }
 
 /// Looks the references of a request up. An object of another key's and one that nobody has made are the same to the caller.
-pub fn references(db: &Connection, organisation: &str, key_id: &str, ask: &Ask) -> Result<References, StoreError> {
+pub fn references(db: &Connection, organisation: &str, key_id: &str, provider: &str, ask: &Ask) -> Result<References, StoreError> {
     let mut select = db.prepare_cached("SELECT key_id, credential FROM objects WHERE organisation = ?1 AND provider = ?2 AND id = ?3")?;
     let mut pinned: Option<String> = None;
     for id in &ask.refs {
-        let found = select.query_row(params![organisation, ask.provider, id], |row| Ok((row.get(0)?, row.get(1)?)));
+        let found = select.query_row(params![organisation, provider, id], |row| Ok((row.get(0)?, row.get(1)?)));
         let found: Option<(String, String)> = found.optional()?;
         let Some((_, credential)) = found.filter(|(owner, _)| owner == key_id) else { return Ok(References::Unknown) };
         if pinned.as_ref().is_some_and(|other| *other != credential) {

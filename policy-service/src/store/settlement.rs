@@ -1,12 +1,13 @@
 //! How requests end, each in one transaction: settled, voided or expired; the charge, the entry, and the day's sums.
 
 use super::accounts::{organisation_account, team_account};
+use super::admission::Part;
 use super::ledger::{Ledger, hold_at, signed, state, unsigned};
 use super::{Expired, Settle, Settled, StoreError, Used, configuration, objects};
 use crate::directory::Directory;
 use keyward_core::admission::{self, Charge, Ended, Hold};
 use keyward_core::audit::{self, Event, TryEntry};
-use keyward_core::edge::{Outcome, RequestId, Settlement};
+use keyward_core::edge::{Outcome, RequestId, Settlement, Try};
 use keyward_core::limits::{self, DAY_MS, Moment};
 use keyward_core::money::Nanodollars;
 use keyward_core::price::{Mode, Price};
@@ -50,6 +51,8 @@ pub(super) struct Request {
     day: u64,
     bounded: bool,
     rated: i64,
+    /// Where it could go, if to more than one place.
+    parts: Vec<Part>,
 }
 
 /// How a request ends.
@@ -115,12 +118,13 @@ impl Ledger<'_> {
                 done.voided += 1;
                 let event = Event::Voided { req: settlement.req.0 };
                 let end = End { state: state::VOIDED, charge: Nanodollars::ZERO, tokens: 0, usage: Usage::default(), event, took_ms: None };
-                self.finish(settlement.req, &request, end, now, tally)
+                self.finish(settlement.req, &request, None, end, now, tally)
             }
             (state::HELD | state::EXPIRED, false) => {
-                objects::settle(self.db, settle, &request.key_id, &request.provider, now.wall_ms)?;
+                let (provider, _) = request.at(settlement.tries.last());
+                objects::settle(self.db, settle, &request.key_id, provider, now.wall_ms)?;
                 for one in &settlement.tries {
-                    *done.tries.entry((request.provider.clone(), one.status)).or_default() += 1;
+                    *done.tries.entry((request.at(Some(one)).0.to_owned(), one.status)).or_default() += 1;
                 }
                 done.rotated += u64::from(settlement.tries.len() > 1);
                 self.charge(settlement, &request, now, done, tally)?;
@@ -141,7 +145,8 @@ impl Ledger<'_> {
         done: &mut Settled,
         tally: &mut Tally,
     ) -> Result<(), StoreError> {
-        let (price, as_admitted) = self.price(settlement.req, request)?;
+        let last = settlement.tries.last();
+        let (price, as_admitted) = self.price(settlement.req, request, last)?;
         let ended = Ended {
             sent: settlement.sent,
             status: settlement.status,
@@ -152,15 +157,20 @@ impl Ledger<'_> {
             beyond: settlement.beyond,
             choices: request.choices,
         };
-        let mut charge = admission::charge(&request.hold, price.as_ref(), &ended);
+        let mut charge = admission::charge(&request.part(last), price.as_ref(), &ended);
+        // Tries of which nobody knows what became of them keep their share.
+        for lost in settlement.tries.iter().rev().skip(1).filter(|one| one.lost) {
+            let part = request.part(Some(lost));
+            charge = Charge { amount: charge.amount.plus(part.total), tokens: charge.tokens.saturating_add(part.tokens), estimated: true };
+        }
         // What an operator has changed since is no reason to charge more than was promised, or to freeze.
         if !as_admitted && charge.amount > request.hold.total {
             charge = Charge { amount: request.hold.total, estimated: true, ..charge };
         }
         let usage = settlement.usage.or(settlement.input).unwrap_or_default();
-        let event = settled_event(settlement, charge);
+        let event = settled_event(settlement, request, charge);
         let end = End { state: state::SETTLED, charge: charge.amount, tokens: charge.tokens, usage, event, took_ms: Some(settlement.ms) };
-        self.finish(settlement.req, request, end, now, tally)?;
+        self.finish(settlement.req, request, last, end, now, tally)?;
         done.charged += 1;
         done.nanodollars = done.nanodollars.saturating_add(charge.amount.0);
         if charge.amount > request.hold.total && request.bounded {
@@ -177,20 +187,29 @@ impl Ledger<'_> {
 
     /// The price of a request, and whether it is the one that it was admitted at. After a restart nobody remembers that, and the
     /// price is what it is now: when the organisation gives prices of its own, it may have been edited in between.
-    fn price(&self, req: RequestId, request: &Request) -> Result<(Option<Price>, bool), StoreError> {
-        if let Some(price) = self.keys.admitted.of(req) {
-            return Ok((price.map(|price| (*price).clone()), true));
+    fn price(&self, req: RequestId, request: &Request, last: Option<&Try>) -> Result<(Option<Price>, bool), StoreError> {
+        if let Some(prices) = self.keys.admitted.of(req) {
+            return Ok((prices.get(place(last)).cloned().flatten(), true));
         }
         let organisation = self.chain(&request.key_id)?.organisation;
-        let own = configuration::own_prices(self.db, &organisation, &request.provider)?;
-        let (table, provider, model) = (&self.keys.prices, &request.provider, &request.model);
+        let (provider, model) = request.at(last);
+        let own = configuration::own_prices(self.db, &organisation, provider)?;
+        let table = &self.keys.prices;
         let stated = own.find(table, provider, model, &Mode::ALL);
         let price = stated.or_else(|| table.price(provider, model, &Mode::ALL).map(Cow::into_owned));
         Ok((price.filter(|_| !model.is_empty()), !own.gives(provider)))
     }
 
     /// Moves a request to its end: the hold goes, the charge comes, at every level; the chain and the tally say so.
-    fn finish(&self, req: RequestId, request: &Request, end: End, now: Moment, tally: &mut Tally) -> Result<(), StoreError> {
+    fn finish(
+        &self,
+        req: RequestId,
+        request: &Request,
+        last: Option<&Try>,
+        end: End,
+        now: Moment,
+        tally: &mut Tally,
+    ) -> Result<(), StoreError> {
         let chain = self.append(&request.key_id, &self.chain(&request.key_id)?, now.wall_ms, end.event)?;
         self.end_chain(&request.key_id, &chain);
         let held = request.state == state::HELD;
@@ -214,7 +233,8 @@ impl Ledger<'_> {
             end.charge.0,
             signed(end.tokens)
         ])?;
-        let line = (chain.organisation, now.wall_ms / DAY_MS, request.key_id.clone(), request.provider.clone(), request.model.clone());
+        let (provider, model) = request.at(last);
+        let line = (chain.organisation, now.wall_ms / DAY_MS, request.key_id.clone(), provider.to_owned(), model.to_owned());
         let booked = tally.entry(line).or_default();
         booked.requests += u64::from(held);
         booked.nanodollars = booked.nanodollars.saturating_add(change.0);
@@ -296,7 +316,7 @@ impl Ledger<'_> {
             let charge = request.hold.total;
             let event = Event::Expired { req: *req, charge: charge.0 };
             let end = End { state: state::EXPIRED, charge, tokens: request.hold.tokens, usage: Usage::default(), event, took_ms: None };
-            self.finish(RequestId(*req), &request, end, now, &mut tally)?;
+            self.finish(RequestId(*req), &request, None, end, now, &mut tally)?;
         }
         let used = self.book(tally)?;
         self.db
@@ -308,7 +328,7 @@ impl Ledger<'_> {
     fn request(&self, req: RequestId) -> Result<Option<Request>, StoreError> {
         let mut select = self.db.prepare_cached(
             "SELECT key_id, state, provider, model, stream, choices, charge, hold, hold_input, clamp, hold_tokens, hold_output, tokens, team,
-                 day, bounded, rated FROM requests WHERE req = ?1",
+                 day, bounded, rated, targets FROM requests WHERE req = ?1",
         )?;
         let request = select.query_row([req.0], |row| {
             Ok(Request {
@@ -325,6 +345,7 @@ impl Ledger<'_> {
                 day: unsigned(row.get(14)?),
                 bounded: row.get(15)?,
                 rated: row.get(16)?,
+                parts: row.get::<_, Option<String>>(17)?.and_then(|json| serde_json::from_str(&json).ok()).unwrap_or_default(),
             })
         });
         Ok(request.optional()?)
@@ -332,6 +353,17 @@ impl Ledger<'_> {
 }
 
 impl Request {
+    /// The provider and model of a try.
+    fn at(&self, one: Option<&Try>) -> (&str, &str) {
+        let part = self.parts.get(place(one));
+        part.map_or((&self.provider, &self.model), |part| (&part.provider, &part.model))
+    }
+
+    /// What was held for the target of a try.
+    fn part(&self, one: Option<&Try>) -> Hold {
+        self.parts.get(place(one)).map_or(self.hold, |part| part.hold)
+    }
+
     /// The accounts that it was booked on, each with its bit in `rated`.
     fn accounts(&self, organisation: &str) -> impl Iterator<Item = (i64, String)> {
         let team = self.team.as_ref().map(|team| (2, team_account(organisation, team)));
@@ -362,8 +394,14 @@ fn tokens(n: u64) -> i64 {
     signed(n).min(1 << 48)
 }
 
-fn settled_event(settlement: &Settlement, charge: Charge) -> Event {
+/// The place of a try's target in the plan.
+fn place(one: Option<&Try>) -> usize {
+    one.and_then(|one| usize::try_from(one.target).ok()).unwrap_or(0)
+}
+
+fn settled_event(settlement: &Settlement, request: &Request, charge: Charge) -> Event {
     let usage = settlement.usage.or(settlement.input).unwrap_or_default();
+    let (provider, model) = request.at(settlement.tries.last());
     let tries =
         settlement.tries.iter().map(|t| TryEntry { credential: t.credential.clone(), status: u64::from(t.status.unwrap_or(0)), ms: t.ms });
     Event::Settled(audit::Settled {
@@ -386,5 +424,7 @@ fn settled_event(settlement: &Settlement, charge: Charge) -> Event {
         estimated: charge.estimated,
         ms: settlement.ms,
         tries: tries.collect(),
+        provider: provider.to_owned(),
+        model: model.to_owned(),
     })
 }

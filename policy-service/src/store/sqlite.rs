@@ -36,6 +36,7 @@ const MIGRATIONS: &[&str] = &[
     include_str!("money.sql"),
     include_str!("watched.sql"),
     include_str!("key_states.sql"),
+    include_str!("targets.sql"),
 ];
 
 type Apply = Box<dyn Fn(&Ledger<'_>) -> Result<(), StoreError> + Send>;
