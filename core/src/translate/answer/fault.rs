@@ -157,7 +157,8 @@ fn status_of(error: Value<'_>) -> u16 {
             "not_found_error" | "model_not_found" | "NOT_FOUND" => 404,
             "request_too_large" => 413,
             "rate_limit_error" | "rate_limit_exceeded" | "insufficient_quota" | "RESOURCE_EXHAUSTED" => 429,
-            "overloaded_error" | "UNAVAILABLE" => 503,
+            "overloaded_error" => 529,
+            "UNAVAILABLE" => 503,
             "timeout_error" | "DEADLINE_EXCEEDED" => 504,
             _ => return None,
         })
