@@ -380,7 +380,7 @@ fn cut(whole: Charge, hold: &Hold, price: &Price, ended: &Ended<'_>) -> Charge {
 mod tests {
     use super::*;
     use crate::limits::{Account, Budget, Limits, Recent, Sums, Window};
-    use crate::price::PriceTable;
+    use crate::price::{Mode, PriceTable};
     use crate::reserve::Of;
     use proptest::prelude::*;
     #[cfg(target_arch = "wasm32")]
@@ -496,6 +496,14 @@ mod tests {
         assert!(fresh(None, &hosted, Some(&price())).is_ok());
         assert_eq!(fresh(Some(1 << 40), &ask("mystery", 10, Some(5)), None).unwrap_err().code, Code::UnboundedInput);
         assert_eq!(fresh(None, &ask("mystery", 10, Some(5)), None), Ok(Hold::default()));
+        // A provider of the operator's own, whose models nobody lists.
+        let table = PriceTable::built_in().unwrap();
+        for model in ["gpt-4o", "our-model"] {
+            let guessed = table.price("acme", model, &[Mode::Chat]);
+            let asked = ask(model, 10, Some(5));
+            assert_eq!(fresh(Some(1 << 60), &asked, guessed.as_deref()).unwrap_err().code, Code::UnboundedInput, "{model}");
+            assert!(fresh(None, &asked, guessed.as_deref()).unwrap().total > Nanodollars::ZERO, "{model}");
+        }
     }
 
     #[test]

@@ -245,6 +245,7 @@ impl Flight {
             id: hex::encode(&self.permit.id().0),
             created: unix_ms / 1_000,
             include_usage: facts.is_some_and(|facts| facts.include_usage),
+            base64: facts.is_some_and(|facts| facts.base64),
         })
     }
 

@@ -320,6 +320,64 @@ mod tests {
         assert_eq!(table.find("openai", "no-such-model"), None);
     }
 
+    /// Looked up by hand in the two lists; where they differ, the dearer.
+    #[test]
+    fn known_prices_of_the_other_providers() {
+        let table = PriceTable::built_in().unwrap();
+        let cost = |provider: &str, model: &str, usage: Usage| table.find(provider, model).unwrap().cost(&usage).unwrap().to_usd();
+        let million = Usage { input: 1_000_000, cache_read: 1_000_000, output: 1_000_000, ..Usage::default() };
+        // $1.25 and $10; above 200,000 tokens $2.50, $0.25 from the cache, and $15.
+        assert_eq!(cost("gemini", "gemini-2.5-pro", Usage { input: 200_000, output: 10_000, ..Usage::default() }), "0.35");
+        let long = Usage { input: 200_000, cache_read: 100_000, output: 10_000, ..Usage::default() };
+        assert_eq!(cost("gemini", "gemini-2.5-pro", long), "0.675");
+        // $0.30, $0.03, $2.50, and $1 for sound.
+        assert_eq!(cost("gemini", "gemini-2.5-flash", Usage { audio_input: 1_000_000, ..million }), "3.83");
+        // Each token that it gives may be of a picture, at $30.
+        assert_eq!(table.find("gemini", "gemini-2.5-flash-image").unwrap().dearest_output().to_usd(), "30.00");
+        // $2.50, $1.25 and $10 in the world, a tenth more in Europe.
+        assert_eq!(cost("azure", "gpt-4o", million), "15.125");
+        // Only the model is listed by region, its snapshot is not: $0.22, $0.022 and $1.32.
+        assert_eq!(cost("azure", "gpt-5.6-luna-2026-07-09", Usage { input: 100_000, ..Usage::default() }), "0.022");
+        assert_eq!(cost("groq", "openai/gpt-oss-120b", million), "0.825");
+        assert_eq!(cost("groq", "llama-3.3-70b-versatile", Usage { cache_read: 0, ..million }), "1.38");
+        // $0.28, $0.028 and $0.42 in one list, $0.27, $0.07 and $1.10 by day in the other.
+        assert_eq!(cost("deepseek", "deepseek-chat", million), "1.45");
+        assert_eq!(cost("mistral", "mistral-large-latest", Usage { cache_read: 0, ..million }), "8.00");
+        assert_eq!(cost("together", "meta-llama/Llama-3.2-3B-Instruct", million), "0.18");
+        // The maker's prices: $6 and $22.50 for long prompts, $12 into a cache for an hour.
+        let sonnet = table.find("openrouter", "anthropic/claude-sonnet-4.5").unwrap();
+        assert_eq!((sonnet.dearest_input().to_usd().as_str(), sonnet.dearest_output().to_usd().as_str()), ("12.00", "22.50"));
+        let limits = |provider: &str, model: &str| {
+            let price = table.find(provider, model).unwrap();
+            (price.context, price.max_output, price.reasoning)
+        };
+        assert_eq!(limits("gemini", "gemini-2.5-pro"), (Some(1_048_576), Some(65_536), true));
+        assert_eq!(limits("gemini", "gemini-embedding-001"), (Some(2_048), Some(0), false));
+        assert_eq!(limits("deepseek", "deepseek-chat"), (Some(131_072), Some(8_192), false));
+        // Hosted by many, of which the list has one price: nothing is promised by it.
+        assert_eq!(limits("openrouter", "meta-llama/llama-3.3-70b-instruct").1, None);
+    }
+
+    /// A price of nothing would let a key with a budget through for nothing.
+    #[test]
+    fn no_listed_model_is_free_and_no_long_prompt_is_cheaper() {
+        for ((provider, model), price) in PriceTable::built_in().unwrap().0 {
+            let of = format!("{provider} {model}");
+            assert!(!price.stand_in && !model.starts_with([' ', '/']), "{of}");
+            if price.unit == Unit::Tokens && price.mode != Mode::Moderation {
+                assert!(price.base.input > Nanodollars::ZERO, "{of}");
+                assert!((price.mode == Mode::Embedding) != (price.base.output > Nanodollars::ZERO), "{of}");
+                assert!(price.base.cache_read > Nanodollars::ZERO && price.base.cache_write >= price.base.input, "{of}");
+            }
+            if let Some((above, tier)) = price.tier {
+                let base = price.base;
+                assert!(above > 0 && tier.input >= base.input && tier.output >= base.output && tier.cache_read >= base.cache_read, "{of}");
+                assert!(tier.cache_write >= tier.input && tier.cache_write_1h >= tier.cache_write, "{of}");
+            }
+            assert!(price.mode != Mode::Embedding || price.max_output == Some(0), "{of}");
+        }
+    }
+
     #[test]
     fn what_is_not_paid_by_tokens_has_its_own_unit() {
         let table = PriceTable::built_in().unwrap();

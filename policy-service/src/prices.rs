@@ -316,10 +316,10 @@ mod tests {
             RequestId(id)
         };
         for n in 0..REMEMBERED as u64 + 2 {
-            prices.remember(req(n), None);
+            prices.remember(req(n), vec![None]);
         }
-        prices.remember(req(5), None);
-        assert_eq!((prices.of(req(1)), prices.of(req(2))), (None, Some(None)), "the oldest goes first");
+        prices.remember(req(5), vec![None]);
+        assert_eq!((prices.of(req(1)), prices.of(req(2))), (None, Some(Arc::from([None]))), "the oldest goes first");
         assert_eq!(prices.0.lock().unwrap().by_request.len(), REMEMBERED);
     }
 }

@@ -63,6 +63,36 @@ def test_what_is_listed_and_how():
     assert not {"x-search-preview", "elsewhere/same", "other", "sample_spec"} & set(rows)
 
 
+def test_what_is_sold_by_region_costs_the_dearest():
+    rows, _ = made()
+    cells = lambda model: [rows[model].get(column, "") for column in ("provider", "input", "cache_read", "output", "context", "reasoning")]
+    # Europe does not say what its cache costs: a tenth more, as everything there.
+    assert cells("sold") == ["azure", "1100000000", "550000000", "4400000000", "1000", "1"]
+    assert rows["sold-2026-01-01"]["output"] == "4400000000", "the regions of the model are the snapshot's"
+    assert not {"router", "eu/sold", "hd/sold"} & set(rows), "a router bills for another model besides"
+
+
+def test_the_other_providers():
+    rows, _ = made()
+    cells = lambda model, *columns: [rows[model].get(column, "") for column in columns]
+    assert cells("draws", "provider", "mode", "output", "audio_input", "max_output") == ["gemini", "", "30000000000", "1000000000", "100"]
+    assert cells("vectors", "mode", "input", "output", "max_output") == ["embedding", "150000000", "0", "0"]
+    assert cells("by-day", "input", "cache_read", "cache_write", "output") == ["270000000", "70000000", "", "1100000000"]
+    assert cells("acme/Llama-9", "provider", "input", "max_output") == ["together", "200000000", "8192"], "no answer is longer than the window"
+    assert cells("acme/quick", "provider", "output", "reasoning") == ["groq", "80000000", "1"], "who knows whether it thinks?"
+    assert not {"sings", "voxtral-1", "acme/gone"} & set(rows)
+
+
+def test_openrouter_charges_what_the_maker_does():
+    rows, _ = made()
+    columns = ("input", "cache_read", "tier_above", "tier_input", "tier_cache_read", "tier_output", "max_output")
+    assert [rows["anthropic/long"].get(column, "") for column in columns] == [
+        "100000000", "10000000", "100000", "500000000", "50000000", "2500000000", "128000"]
+    # Hosted by many: a price, and no bound to hold a budget by. One whose long prompts are dearer elsewhere has no price.
+    assert (rows["acme/llama-9"]["context"], rows["acme/llama-9"].get("max_output", "")) == ("8192", "")
+    assert not {"llama-9", "acme/long", "anthropic/unheard-of", "~acme/latest"} & set(rows)
+
+
 def test_sources_and_date_stand_in_the_header():
     for header in (made("2026-11-20")[1], (ROOT / "core/data/prices.tsv").read_text().splitlines()):
         sources = [line for line in header if "source: " in line]

@@ -35,6 +35,8 @@ pub enum Field {
     Size,
     Quality,
     PartialImages,
+    /// How numbers are to be written.
+    EncodingFormat,
     /// Present and neither null nor false: the cost has no bound that this version can tell.
     Unbounded(&'static str),
 }
@@ -94,6 +96,7 @@ const FIELDS: &[(&str, Field, u16)] = &[
     ("size", Field::Size, IMAGES),
     ("quality", Field::Quality, IMAGES),
     ("partial_images", Field::PartialImages, IMAGES),
+    ("encoding_format", Field::EncodingFormat, TEXTS),
     // Compaction is an answer of its own, paid besides.
     ("context_management", Field::Unbounded("context_management"), RESPONSES | MESSAGES),
     // What of it the model does not take over is paid as output, besides the limit.

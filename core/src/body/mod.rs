@@ -83,6 +83,8 @@ pub struct BodyFacts {
     pub seconds: Option<u64>,
     /// Input tokens that the provider adds for what the body asks for.
     pub added: u64,
+    /// Embeddings are asked for as base64.
+    pub base64: bool,
     tier: Tier,
     /// The body is a form: values stand in it as they are.
     plain: bool,

@@ -252,6 +252,9 @@ impl Walk {
                 self.facts.characters = if whole { String::from_utf8_lossy(text).chars().count() as u64 } else { len };
             }
             (Field::Spoken, _) => return Err(BodyError::Field("input", "a string")),
+            (Field::EncodingFormat, Scalar::Str { text, .. }) => self.facts.base64 = text == b"base64",
+            (Field::EncodingFormat, Scalar::Null) => {}
+            (Field::EncodingFormat, _) => return Err(BodyError::Field("encoding_format", "a string")),
             (Field::Size, Scalar::Str { .. }) => self.facts.size = word(value, "size")?,
             (Field::Quality, Scalar::Str { .. }) => self.facts.quality = word(value, "quality")?,
             (Field::Background | Field::StoredPrompt | Field::Unbounded(_), Scalar::Null | Scalar::Bool(false)) => {}

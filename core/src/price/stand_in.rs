@@ -6,7 +6,7 @@ use std::borrow::Cow;
 
 impl PriceTable {
     /// The price of a model in an operation that is made for models of these `modes`: as listed, else what stands in.
-    /// `None`: the operation is made for no model, or the provider has none for it.
+    /// `None`: the operation is made for no model.
     pub fn price(&self, provider: &str, model: &str, modes: &[Mode]) -> Option<Cow<'_, Price>> {
         match self.find(provider, model) {
             Some(listed) if modes.contains(&listed.mode) => Some(Cow::Borrowed(listed)),
@@ -17,19 +17,30 @@ impl PriceTable {
     /// What an unlisted model costs. Its base is the longest listed name that it extends at a `-` or `:`. What it extends it by
     /// may be a date: then it costs what the base and its own dated snapshots do; anything else may be a bigger sibling: then it
     /// costs what the base and all that extends the base do. Without a base it costs what all models of these modes do. Of
-    /// several prices, each part is the dearest.
+    /// several prices, each part is the dearest. For a provider of whom no model of these modes is listed (an operator's own, or one
+    /// that is known for other things) the models of all providers are looked at so, those of this very name first.
     pub fn stand_in(&self, provider: &str, model: &str, modes: &[Mode]) -> Option<Price> {
-        let made_for = || self.models(provider).filter(|(_, price)| modes.contains(&price.mode));
-        let base = made_for().map(|(name, _)| name).filter(|name| extension(model, name).is_some()).max_by_key(|name| name.len());
-        let dated = base.and_then(|base| extension(model, base)).is_some_and(is_date);
-        let near = |name: &str| {
-            let Some(base) = base else { return true };
-            name == base || extension(name, base).is_some_and(|by| !dated || is_date(by))
-        };
-        let family: Vec<&Price> = made_for().filter(|(name, _)| near(name)).map(|(_, price)| price).collect();
-        let mode = family.first()?.mode;
-        Some(dearest(mode, &family))
+        let made_for = |price: &Price| modes.contains(&price.mode);
+        let own: Vec<(&str, &Price)> = self.models(provider).filter(|(_, price)| made_for(price)).collect();
+        if !own.is_empty() {
+            return nearest(model, &own);
+        }
+        let everyones = || self.0.iter().filter(|(_, price)| made_for(price)).map(|((_, name), price)| (name.as_str(), price));
+        let namesakes: Vec<&Price> = everyones().filter(|(name, _)| *name == model).map(|(_, price)| price).collect();
+        dearest(&namesakes).or_else(|| nearest(model, &everyones().collect::<Vec<_>>()))
     }
+}
+
+/// What stands in for a model among those that are `listed`. `None`: there are none.
+fn nearest(model: &str, listed: &[(&str, &Price)]) -> Option<Price> {
+    let base = listed.iter().map(|(name, _)| *name).filter(|name| extension(model, name).is_some()).max_by_key(|name| name.len());
+    let dated = base.and_then(|base| extension(model, base)).is_some_and(is_date);
+    let near = |name: &str| {
+        let Some(base) = base else { return true };
+        name == base || extension(name, base).is_some_and(|by| !dated || is_date(by))
+    };
+    let family: Vec<&Price> = listed.iter().filter(|(name, _)| near(name)).map(|(_, price)| *price).collect();
+    dearest(&family)
 }
 
 /// What `name` has behind `base` and a separator.
@@ -43,8 +54,10 @@ fn is_date(text: &str) -> bool {
     matches!(digits, 4 | 8) && text.bytes().all(|b| b.is_ascii_digit() || b == b'-')
 }
 
-/// One price of which no part is below that of any of `family`.
-fn dearest(mode: Mode, family: &[&Price]) -> Price {
+/// One price of which no part is below that of any of `family`. `None`: there are none.
+fn dearest(family: &[&Price]) -> Option<Price> {
+    // Which of several is the same at every look: the table has no order.
+    let mode = Mode::ALL.into_iter().find(|mode| family.iter().any(|price| price.mode == *mode))?;
     let tokens: Vec<&&Price> = family.iter().filter(|price| price.unit == Unit::Tokens).collect();
     let (mut characters, mut seconds, mut picture) = (None, None, None);
     for price in family {
@@ -78,7 +91,7 @@ fn dearest(mode: Mode, family: &[&Price]) -> Price {
             max_output = max_output.max(Some(tokens));
         }
     }
-    Price {
+    Some(Price {
         mode,
         unit,
         base,
@@ -87,7 +100,7 @@ fn dearest(mode: Mode, family: &[&Price]) -> Price {
         max_output,
         reasoning: family.iter().any(|price| price.reasoning),
         stand_in: true,
-    }
+    })
 }
 
 impl Rates {
@@ -110,7 +123,7 @@ impl Rates {
 mod tests {
     use super::*;
     use crate::admission::{Ended, Hold, charge};
-    use crate::operation::{OPERATIONS, PROVIDERS};
+    use crate::operation::OPERATIONS;
     use crate::usage::Usage;
     use proptest::prelude::*;
     #[cfg(target_arch = "wasm32")]
@@ -147,7 +160,52 @@ mod tests {
             assert_eq!((price.base.input.to_usd().as_str(), price.base.output.to_usd().as_str()), (input, output), "{model}");
             assert_eq!(!price.stand_in, listed, "{model}");
         }
-        assert!(table.price("openai", "mystery", &[]).is_none() && table.price("nobody", "mystery", TALKS).is_none());
+        assert!(table.price("openai", "mystery", &[]).is_none() && table.price("nobody", "mystery", &[]).is_none());
+    }
+
+    /// Dollars per million input and output tokens, as above, for the providers with names that have a slash, a region or a family.
+    #[test]
+    fn a_provider_that_lists_it_differently_is_asked_first() {
+        let table = PriceTable::built_in().unwrap();
+        for (provider, model, input, output) in [
+            // gemini-2.5-pro-preview-tts speaks at $20; what gemini-2.5-pro-x does, nobody knows.
+            ("gemini", "gemini-2.5-pro-2027-01-01", "1.25", "10.00"),
+            ("gemini", "gemini-2.5-pro-x", "1.25", "20.00"),
+            // As dear as in the dearest region.
+            ("azure", "gpt-4o-2027-01-01", "5.50", "16.50"),
+            ("groq", "openai/gpt-oss-120b-2027-01-01", "0.15", "0.60"),
+            ("openrouter", "meta-llama/llama-3.3-70b-instruct:free", "0.05", "0.24"),
+            // The dearest there: mistral-large-latest and the mediums; Llama-3.1-405B and Kimi-K3.
+            ("mistral", "mystery", "2.00", "7.50"),
+            ("together", "acme/mystery", "3.50", "15.00"),
+        ] {
+            let price = table.price(provider, model, TALKS).unwrap();
+            assert_eq!((price.base.input.to_usd().as_str(), price.base.output.to_usd().as_str()), (input, output), "{model}");
+            assert!(price.stand_in, "{model}");
+        }
+    }
+
+    /// An operator's own provider, and a listed one that is asked for what it does not sell.
+    #[test]
+    fn a_provider_without_a_listed_model_costs_what_others_do() {
+        let table = PriceTable::built_in().unwrap();
+        let usd = |provider: &str, model: &str, modes: &[Mode]| {
+            let price = table.price(provider, model, modes).unwrap();
+            assert!(price.stand_in && modes.contains(&price.mode), "{provider} {model}");
+            (price.base.input.to_usd(), price.base.output.to_usd())
+        };
+        let is = |input: &str, output: &str| (input.to_owned(), output.to_owned());
+        // OpenAI's at $2.50 and $10, Azure's in Europe at a tenth more.
+        assert_eq!(usd("acme", "gpt-4o", TALKS), is("2.75", "11.00"));
+        assert_eq!(usd("acme", "gpt-4o-mini-2027-01-01", TALKS), is("0.165", "0.66"));
+        // o1-pro, the dearest of all.
+        assert_eq!(usd("acme", "our-model", TALKS), is("150.00", "600.00"));
+        assert_eq!(usd("anthropic", "text-embedding-3-large", &[Mode::Embedding]), is("0.163", "0.00"));
+        for mode in Mode::ALL {
+            assert!(table.price("acme", "", &[mode]).is_some(), "{mode:?}");
+        }
+        // What is asked for at a settlement.
+        assert!(table.price("acme", "our-model", &Mode::ALL).unwrap().stand_in);
     }
 
     #[test]
@@ -188,14 +246,17 @@ mod tests {
         /// Whatever a request used, a stand-in charges no less than any listed model of the family would.
         #[test]
         fn never_below_a_listed_price_of_the_family(
-            pick in 0usize..10_000, suffix in "(-2027-01-01|-20270101|-ultra|-x-2027-01-01|:own|x)", op in 0usize..OPERATIONS.len(),
+            pick in 0usize..10_000, who in 0usize..10_000, suffix in "(-2027-01-01|-20270101|-ultra|-x-2027-01-01|:own|x)", op in 0usize..OPERATIONS.len(),
             counts in proptest::collection::vec(0u64..2_000_000, 8), seconds in 0u64..10_000,
         ) {
             let table = PriceTable::built_in().unwrap();
             let modes = OPERATIONS[op].models;
-            let provider = PROVIDERS.iter().find(|provider| provider.dialect == OPERATIONS[op].dialect).unwrap().name;
+            let mut providers: Vec<&str> = table.0.iter().filter(|(_, price)| modes.contains(&price.mode)).map(|((of, _), _)| of.as_str()).collect();
+            providers.sort_unstable();
+            providers.dedup();
+            prop_assume!(!providers.is_empty());
+            let provider = providers[who % providers.len()];
             let mut listed: Vec<(&str, &Price)> = table.models(provider).filter(|(_, price)| modes.contains(&price.mode)).collect();
-            prop_assume!(!listed.is_empty());
             listed.sort_by_key(|(name, _)| *name);
             let (base, _) = listed[pick % listed.len()];
             let model = format!("{base}{suffix}");
