@@ -3,6 +3,7 @@
 use crate::client::Client;
 use crate::{audit, cli::out};
 use clap::Args;
+use keyward_core::operation::PROVIDERS;
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader, Read};
 use std::net::{Ipv4Addr, TcpListener};
@@ -137,8 +138,11 @@ impl Demo {
         let (listen, admin) = (free_address()?, free_address()?);
         let mut command = Command::new(own);
         command.arg("up").arg("--data").arg(&directory.0).args(["--listen", &listen, "--admin", &admin]);
-        for (provider, variable, secret) in SECRETS {
-            command.args(["--provider", &format!("{provider}={api}")]).env(variable, secret);
+        for provider in &PROVIDERS {
+            command.args(["--provider", &format!("{}={api}", provider.name)]);
+        }
+        for (_, variable, secret) in SECRETS {
+            command.env(variable, secret);
         }
         let mut up = spawn(&mut command)?;
         first_line(&mut up, |line| line.starts_with("keyward is up"))?;

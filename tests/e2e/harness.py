@@ -187,12 +187,17 @@ class Simulator(Part):
         return self.get(f"/control/headers?seq={seq}")
 
 
+# All that are built in: each of them is the simulator here.
+PROVIDERS = ("openai", "anthropic", "gemini", "azure", "groq", "mistral", "deepseek", "together", "openrouter")
+
+
 class Stack:
     """One Envoy, one policy service, one simulator."""
 
     def __init__(self, directory=None, concurrency=1, hold_ttl=3900, sim_options=(), render_options=(), envoy_bin=None, envoy_minor=40,
                  filter_module=None, service_env=None, credentials=None, rotation="router"):
-        """credentials: as the simulator takes them, all of them stored here as well; rotation: by whom a try is repeated."""
+        """credentials: as the simulator takes them, all of them stored here as well, for the provider `at` where they are to be another's
+        here; rotation: by whom a try is repeated."""
         self.owned = directory is None
         self.directory = Path(directory or tempfile.mkdtemp(prefix="keyward-e2e-"))
         self.concurrency, self.hold_ttl = concurrency, hold_ttl
@@ -203,7 +208,7 @@ class Stack:
         # What the service calls each of them, by the simulator's name.
         self.credential_ids = {}
         self.sim = Simulator("sim", self.directory)
-        self.sim.credentials = self.credentials
+        self.sim.credentials = [{name: value for name, value in credential.items() if name != "at"} for credential in self.credentials]
         self.service = Part("service", self.directory)
         self.envoy = Part("envoy", self.directory)
         self.edge_port, self.admin_port = free_port(), free_port()
@@ -220,6 +225,10 @@ class Stack:
             self.start_service()
             for credential in self.credentials:
                 spec = {name: credential[name] for name in ("provider", "secret", "account") if name in credential}
+                spec["provider"] = credential.get("at", spec["provider"])
+                if spec["provider"] == "azure":
+                    # Each account has a host of its own.
+                    self.admin("PUT", "/v1/providers/azure", {"url": self.sim.api, "host": "acme.openai.azure.com"})
                 self.credential_ids[credential["id"]] = self.admin("POST", "/v1/credentials", {**spec, "label": credential["id"]})["id"]
             self.start_envoy()
         except BaseException:
@@ -255,7 +264,7 @@ class Stack:
         if not self.filter_module:
             subprocess.run([KEYWARD_BIN, "filter", "export", str(module)], check=True)
         config = self.directory / "envoy.yaml"
-        providers = [option for name in ("openai", "anthropic") for option in ("--provider", f"{name}={self.sim.api}")]
+        providers = [option for name in PROVIDERS for option in ("--provider", f"{name}={self.sim.api}")]
         ca = ["--provider-ca", self.sim.ca] if self.sim.ca else []
         rendered = subprocess.run(
             [KEYWARD_BIN, "envoy", "render", "--envoy", str(self.envoy_minor), *providers, *ca, "--listen", f"127.0.0.1:{self.listen_port}",

@@ -126,7 +126,7 @@ class Traffic:
         self.bad(2, "revoked", lambda: chat(self.revoked, headers=self.traceparent))
         self.bad(1, "unbounded_input", lambda: chat(self.token, tools=[{"type": "web_search"}]))
         self.bad(5, "missing_key", lambda: call(stack.base, "POST", "/v1/chat/completions", {}), asked=False)
-        self.bad(2, "unknown_provider", lambda: chat(self.token, path="/mistral/v1/chat/completions"), asked=False)
+        self.bad(2, "unknown_provider", lambda: chat(self.token, path="/Nobody/v1/chat/completions"), asked=False)
         self.bad(1, "bad_request", lambda: chat(self.token, stream="perhaps"), asked=False)
         stack.settled(self.key_id)
         stack.sim.quiet()

@@ -155,7 +155,7 @@ def test_every_refusal_names_its_request(stack, case):
             "missing_key": lambda d=dialect: ask(stack, d, None),
             "unknown_key": lambda d=dialect: ask(stack, d, "vk_x"),
             "bad_request": lambda d=dialect, t=token: ask(stack, d, t, b"{"),
-            "unknown_provider": lambda d=dialect, t=token: ask(stack, d, t, path="/mistral" + PATHS[d]),
+            "unknown_provider": lambda d=dialect, t=token: ask(stack, d, t, path="/Nobody" + PATHS[d]),
             "revoked": lambda d=dialect, t=token: ask(stack, d, t),
         }[case]()
         assert answer[1]["x-keyward-reason"] == case
@@ -234,7 +234,7 @@ def test_endpoints_outside_the_table(stack, dialect, method, path):
         check(ask(stack, dialect, token, body_of(dialect), path=path, method=method), dialect, "endpoint_not_allowed")
 
 
-@pytest.mark.parametrize("path", ["/mistral/v1/chat/completions", "/api.openai.com/v1/chat/completions", "/OpenAI/v1/chat/completions",
+@pytest.mark.parametrize("path", ["/Nobody/v1/chat/completions", "/api.openai.com/v1/chat/completions", "/OpenAI/v1/chat/completions",
                                   "/edge/v1/admit", "/keyward_policy/edge/v1/admit", "/", "/v2/chat/completions"])
 def test_unknown_provider(stack, path):
     """The host comes from the table alone: no path leads to the policy service, or anywhere else."""
@@ -246,7 +246,7 @@ def test_unknown_provider(stack, path):
 def test_unknown_provider_in_anthropics_dialect(stack):
     _, token = stack.new_key()
     with refusing(stack, "unknown_provider"):
-        check(ask(stack, ANTHROPIC, token, path="/mistral/v1/messages"), ANTHROPIC, "unknown_provider")
+        check(ask(stack, ANTHROPIC, token, path="/Nobody/v1/messages"), ANTHROPIC, "unknown_provider")
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/../chat/completions", "//v1//chat/completions", "/openai/../v1/./chat/completions"])
@@ -775,7 +775,7 @@ def test_offline_refusals_survive_an_outage_of_the_service(fresh):
     fresh.service.kill()
     try:
         for _ in range(8):
-            ask(fresh, OPENAI, token, path="/mistral/v1/chat/completions")
+            ask(fresh, OPENAI, token, path="/Nobody/v1/chat/completions")
         thread.join()
         time.sleep(1)
     finally:

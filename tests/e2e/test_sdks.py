@@ -371,7 +371,7 @@ def test_openai_refusals_are_the_sdks_own_exceptions(any_stack):
         (call("vk_nonsense"), openai.AuthenticationError, "unknown_key"),
         (call(gone), openai.AuthenticationError, "revoked"),
         (call(good, model="gpt-4o"), openai.PermissionDeniedError, "model_not_allowed"),
-        (call(good, prefix="/mistral/v1"), openai.NotFoundError, "unknown_provider"),
+        (call(good, prefix="/nowhere/v1"), openai.NotFoundError, "unknown_provider"),
         (call(good, extra_body={"web_search_options": {}}), openai.BadRequestError, "unbounded_input"),
         (call(poor), openai.RateLimitError, "cap_exhausted"),
     ]:
@@ -396,7 +396,7 @@ def test_anthropic_refusals_are_the_sdks_own_exceptions(any_stack):
     for error, kind, code, kind_text in [
         (call("vk_nonsense"), anthropic.AuthenticationError, "unknown_key", "authentication_error"),
         (call(good, model="claude-opus-4-6"), anthropic.PermissionDeniedError, "model_not_allowed", "permission_error"),
-        (call(good, prefix="/mistral"), anthropic.NotFoundError, "unknown_provider", "not_found_error"),
+        (call(good, prefix="/nowhere"), anthropic.NotFoundError, "unknown_provider", "not_found_error"),
         (call(good, extra_body={"mcp_servers": [{}]}), anthropic.BadRequestError, "unbounded_input", "invalid_request_error"),
         (call(poor), anthropic.RateLimitError, "cap_exhausted", "rate_limit_error"),
     ]:

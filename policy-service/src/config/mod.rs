@@ -180,7 +180,7 @@ impl Document {
         built_in.chain(self.providers.keys().map(String::as_str).filter(|name| Provider::by_name(name).is_none())).collect()
     }
 
-    fn unknown_provider(&self, name: &str) -> String {
+    pub fn unknown_provider(&self, name: &str) -> String {
         format!("there is no provider {name:?}; there are {}", self.provider_names().join(", "))
     }
 }

@@ -1,7 +1,7 @@
 //! Credentials that are lent to a running service, from a vault string: in memory until it stops, stored nowhere.
 
 use super::{Loaded, ORGANISATION, Service, ServiceError, now_ms};
-use crate::config::{self, Fault, Kind};
+use crate::config;
 use crate::directory::{Directory, shared_account};
 use hmac::{Hmac, KeyInit, Mac};
 use keyward_core::hex;
@@ -39,7 +39,7 @@ impl Service {
         let since_ms = now_ms();
         let mut lent: Vec<Lent> = Vec::with_capacity(loans.len());
         for Loan { provider, label, account, secret } in loans {
-            check(&provider, &secret)?;
+            self.check(&provider, &secret)?;
             let id = self.lent_id(&provider, &label);
             if lent.iter().any(|other| other.id == id) {
                 return Err(ServiceError::Conflict(format!("{provider} {label:?} is lent twice")));
@@ -80,6 +80,16 @@ impl Service {
         }
     }
 
+    /// What every credential must be.
+    fn check(&self, provider: &str, secret: &str) -> Result<(), ServiceError> {
+        let invalid = |field: &str, message: String| ServiceError::Invalid(field.to_owned(), message);
+        let organisation = self.organisation(ORGANISATION)?;
+        if !organisation.document.knows_provider(provider) {
+            return Err(invalid("provider", organisation.document.unknown_provider(provider)));
+        }
+        config::check_secret(secret).map_err(|message| invalid("secret", message))
+    }
+
     /// Tells nothing about the secret, and is not the same in another installation.
     fn lent_id(&self, provider: &str, label: &str) -> String {
         // HMAC takes keys of any length: this can't fail.
@@ -90,13 +100,6 @@ impl Service {
         let digits = hex::encode(&mac.finalize().into_bytes());
         format!("cred_{}", digits.get(..16).unwrap_or(&digits))
     }
-}
-
-/// What every credential must be.
-fn check(provider: &str, secret: &str) -> Result<(), ServiceError> {
-    let fault = |fault: Fault| ServiceError::Invalid(fault.field, fault.message);
-    config::check_name(Kind::Provider, provider).map_err(|message| fault(Fault { field: "provider".to_owned(), message }))?;
-    config::check_secret(secret).map_err(|message| fault(Fault { field: "secret".to_owned(), message }))
 }
 
 #[cfg(test)]

@@ -54,7 +54,7 @@ async fn tries_are_counted_once_however_often_they_are_told() {
     let mut bed = Bed::new().await;
     bed.key(1, None).await;
     assert!(matches!(bed.admit(1, 1, 10, 1).await, Admission::Admitted(_)));
-    let one = |status| Try { credential: "cred_a".to_owned(), status, ms: 1 };
+    let one = |status| Try { credential: "cred_a".to_owned(), status, ms: 1, target: 0, lost: false };
     let settlement = Settlement { tries: vec![one(Some(429)), one(None), one(Some(200))], ..settlement(1, Outcome::Complete, None) };
     let done = bed.settle(settlement.clone(), 2).await;
     let of = |status| ("openai".to_owned(), status);

@@ -6,7 +6,7 @@ use super::*;
 fn created(req: u8, ids: &[&str], credential: &str) -> Settlement {
     Settlement {
         created: ids.iter().map(|id| (*id).to_owned()).collect(),
-        tries: vec![Try { credential: credential.to_owned(), status: Some(200), ms: 1 }],
+        tries: vec![Try { credential: credential.to_owned(), status: Some(200), ms: 1, target: 0, lost: false }],
         ..settlement(req, Outcome::Complete, Some((1, 1)))
     }
 }
@@ -35,7 +35,7 @@ async fn an_object_is_its_makers_own_and_pins_the_credential() {
     bed.settle(created(1, &["resp_1", "msg_1"], "cred_b"), 11).await;
 
     let first = bed.decide(referring(1, 2, &["resp_1", "msg_1"])).await;
-    assert!(matches!(&first, Admission::Admitted(a) if a.credentials == ["cred_b"]), "{first:?}");
+    assert!(matches!(&first, Admission::Admitted(a) if a.targets[0].credentials == ["cred_b"]), "{first:?}");
     assert_eq!(bed.decide(referring(1, 2, &["resp_1", "msg_1"])).await, first, "a replay gets the same");
     let last = bed.events(1).await.pop().unwrap();
     assert!(matches!(last.event, Event::Admitted(a) if a.credentials == ["cred_b"]), "the chain names what was handed out");
