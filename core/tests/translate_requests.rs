@@ -3,6 +3,7 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, clippy::expect_used)]
 
+use keyward_core::body::{BodyReader, Edits, splice_piece};
 use keyward_core::operation::{Dialect, Form};
 use keyward_core::translate::request::{MAX_VALUES, Terms, Untranslatable, translate};
 use proptest::prelude::*;
@@ -240,6 +241,19 @@ fn texts(value: &Value, out: &mut Vec<String>) {
     }
 }
 
+/// Fields that the gate writes into, and values that they may have.
+const GOVERNED: &[(&str, &[&str])] = &[
+    ("model", &["\"m\"", "\"gpt-4.1\""]),
+    ("max_tokens", &["null", "5", "500"]),
+    ("max_completion_tokens", &["null", "5", "500"]),
+    ("stream", &["true", "false", "null"]),
+    ("stream_options", &["null", "{}", "{\"include_usage\":false}", "{\"include_usage\":true,\"include_obfuscation\":false}"]),
+    ("store", &["null", "true", "false"]),
+    ("service_tier", &["null", "\"auto\"", "\"flex\"", "\"default\""]),
+    ("messages", &["[]", "[{\"role\":\"developer\",\"content\":\"a\"}]"]),
+    ("metadata", &["{\"a\":\"b\"}"]),
+];
+
 proptest! {
     #[test]
     fn any_document_is_an_error_or_a_request(document in documents(), wrapped: bool) {
@@ -250,6 +264,41 @@ proptest! {
                 assert!(serde_json::from_str::<Value>(&out).is_ok(), "{text} gave {out}");
             }
         });
+    }
+
+    /// A request to OpenAI says the same whether it is copied here or has the gate's splices written into it.
+    #[test]
+    fn a_copy_for_openai_is_what_the_gate_splices(
+        members in proptest::sample::subsequence(GOVERNED, 0..=GOVERNED.len()),
+        pick: usize,
+        max_tokens in proptest::option::of(1u64..100),
+        no_store: bool,
+        list_price: bool,
+    ) {
+        let values = members.iter().enumerate().map(|(i, (name, values))| {
+            let value = values[(pick >> i) % values.len()];
+            ((*name).to_owned(), serde_json::from_str::<Value>(value).unwrap())
+        });
+        let document: Value = values.collect::<serde_json::Map<_, _>>().into();
+        let text = document.to_string();
+        let mut reader = BodyReader::new(Form::Chat);
+        reader.feed(text.as_bytes()).unwrap();
+        let facts = reader.finish().unwrap();
+        let edits = Edits {
+            model: Some("gpt-4.1"),
+            max_tokens,
+            limits: &["max_completion_tokens", "max_tokens"],
+            include_usage: facts.stream,
+            no_store,
+            list_price,
+        };
+        let mut spliced = Vec::new();
+        splice_piece(text.as_bytes(), 0, &facts.splices(&edits), &mut spliced);
+        let terms = Terms {
+            form: Form::Chat, to: Dialect::OpenAi, is_newest: true, model: "gpt-4.1", max_tokens, max_output: None, no_store, list_price, drops: false,
+        };
+        let copied = translate(text.as_bytes(), &terms).unwrap();
+        prop_assert_eq!(serde_json::from_str::<Value>(&copied).unwrap(), serde_json::from_slice::<Value>(&spliced).unwrap());
     }
 
     #[test]

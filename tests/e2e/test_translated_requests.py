@@ -44,7 +44,8 @@ def cases():
         table = json.loads(path.read_text())
         for case in table["cases"]:
             terms = table["terms"] | case.get("terms", {})
-            if "expect" in case:
+            # A copy has whatever fields the caller wrote.
+            if "expect" in case and adapter(table["form"], terms):
                 yield pytest.param(table["form"], terms, case["expect"], id=f"{path.stem}: {case['name']}")
 
 
@@ -80,8 +81,6 @@ def unknown(written, read, at: str = "") -> list[str]:
 @pytest.mark.parametrize(("form", "terms", "expected"), list(cases()))
 def test_a_provider_could_have_been_sent_this_by_its_own_client(form, terms, expected):
     types = adapter(form, terms)
-    if types is None:
-        pytest.skip("a copy has whatever fields the caller wrote")
     read = types.validate_python(expected)
     if terms["to"] == "gemini":
         # The SDK's models forbid what they don't know; bytes must be Base64, as they are in JSON.
