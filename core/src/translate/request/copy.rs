@@ -52,7 +52,7 @@ pub fn write(root: Value<'_>, terms: &Terms<'_>, p: &mut Problems) -> String {
 }
 
 /// A limit that is no higher than the one that was admitted.
-fn lowered(w: &mut Writer, name: &Cow<'_, str>, value: Value<'_>, terms: &Terms<'_>, p: &mut Problems) {
+fn lowered(w: &mut Writer, name: &str, value: Value<'_>, terms: &Terms<'_>, p: &mut Problems) {
     let own = Some(value).filter(|value| !value.is_null()).and_then(|value| p.count(Some(value), 0, name));
     match terms.max_tokens {
         Some(max) if own.is_none_or(|own| own > max) => w.key(name).number(max),

@@ -11,6 +11,8 @@
 //! | a system message in the middle | joined to the instructions at the top; OpenAI's dialect keeps its place |
 //! | `json_object` at Anthropic's | an instruction |
 //! | `is_error` | Gemini: `{"error": ...}`; OpenAI: the text begins with `Error: ` |
+//! | empty texts and turns; for Anthropic those of white space alone | left out: they are refused, and say nothing |
+//! | an id of a call with letters that Anthropic refuses | their numbers instead, at the call and its result |
 //! | everything else, and every field that is not known here | an error that names it, or left out where the route says so |
 
 mod copy;

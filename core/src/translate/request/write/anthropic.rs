@@ -192,9 +192,8 @@ fn text_block(w: &mut Writer, text: Value<'_>) {
 
 /// Writes a turn, results of tools first, and says whether there was anything in it.
 fn turn(w: &mut Writer, chat: &Chat<'_>, role: Role, parts: &[Part<'_>], p: &mut Problems) -> bool {
-    let is_seen = |part: &&Part<'_>| !matches!(part, Part::Text(text) if is_blank(*text));
-    let (results, others) = (|part: &&Part<'_>| matches!(part, Part::Result(_)), |part: &&Part<'_>| !matches!(part, Part::Result(_)));
-    let seen: Vec<&Part<'_>> = parts.iter().filter(results).chain(parts.iter().filter(others)).filter(is_seen).collect();
+    let mut seen: Vec<&Part<'_>> = parts.iter().filter(|part| is_kept(part, p)).collect();
+    seen.sort_by_key(|part| !matches!(part, Part::Result(_)));
     if seen.is_empty() {
         return false;
     }
@@ -212,7 +211,7 @@ fn turn(w: &mut Writer, chat: &Chat<'_>, role: Role, parts: &[Part<'_>], p: &mut
 fn block(w: &mut Writer, chat: &Chat<'_>, part: &Part<'_>, p: &mut Problems) {
     match part {
         Part::Text(text) => text_block(w, *text),
-        Part::Media(media) => write_media(w, media, p),
+        Part::Media(media) => write_media(w, media),
         Part::Call(call) => {
             let input = arguments(call, p);
             w.object(|w| {
@@ -225,8 +224,7 @@ fn block(w: &mut Writer, chat: &Chat<'_>, part: &Part<'_>, p: &mut Problems) {
         Part::Result(result) => w.object(|w| {
             w.key("type").str("tool_result");
             w.key("tool_use_id").str(&id(result.id));
-            let given: Vec<&Part<'_>> =
-                chat.given(result).iter().filter(|part| !matches!(part, Part::Text(text) if is_blank(*text))).collect();
+            let given: Vec<&Part<'_>> = chat.given(result).iter().filter(|part| is_kept(part, p)).collect();
             match given.as_slice() {
                 [] => {}
                 [Part::Text(text)] => w.key("content").value(*text),
@@ -234,7 +232,7 @@ fn block(w: &mut Writer, chat: &Chat<'_>, part: &Part<'_>, p: &mut Problems) {
                     for part in given {
                         match part {
                             Part::Text(text) => text_block(w, *text),
-                            Part::Media(media) => write_media(w, media, p),
+                            Part::Media(media) => write_media(w, media),
                             _ => {}
                         }
                     }
@@ -271,19 +269,27 @@ fn id(id: Value<'_>) -> String {
     out
 }
 
-fn write_media(w: &mut Writer, media: &Media<'_>, p: &mut Problems) {
-    let kind = match (media.kind, &media.source) {
-        (MediaKind::Image, _) => "image",
-        (MediaKind::File, Source::Data { mime, .. }) if mime == "application/pdf" => "document",
-        (MediaKind::File, _) => return p.unsupported(media.place, "of files it takes PDF only"),
-        (MediaKind::Audio, _) => return p.unsupported(media.place, "it does not listen"),
+/// Whether a part is there to be written: texts with something in them, and media that are taken.
+fn is_kept(part: &Part<'_>, p: &mut Problems) -> bool {
+    let media = match part {
+        Part::Text(text) => return !is_blank(*text),
+        Part::Media(media) => media,
+        _ => return true,
     };
-    if let Source::Data { mime, .. } = &media.source
-        && kind == "image"
-        && !matches!(mime.as_ref(), "image/jpeg" | "image/jpg" | "image/png" | "image/gif" | "image/webp")
-    {
-        return p.unsupported(media.place, "of images it takes JPEG, PNG, GIF and WebP");
-    }
+    let mime = if let Source::Data { mime, .. } = &media.source { Some(mime.as_ref()) } else { None };
+    let refusal = match (media.kind, mime) {
+        (MediaKind::Image, None | Some("image/jpeg" | "image/jpg" | "image/png" | "image/gif" | "image/webp")) => return true,
+        (MediaKind::File, Some("application/pdf")) => return true,
+        (MediaKind::Image, _) => "of images it takes JPEG, PNG, GIF and WebP",
+        (MediaKind::File, _) => "of files it takes PDF only",
+        (MediaKind::Audio, _) => "it does not listen",
+    };
+    p.unsupported(media.place, refusal);
+    false
+}
+
+fn write_media(w: &mut Writer, media: &Media<'_>) {
+    let kind = if media.kind == MediaKind::File { "document" } else { "image" };
     w.object(|w| {
         w.key("type").str(kind);
         w.key("source").object(|w| match &media.source {

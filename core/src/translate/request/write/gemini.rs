@@ -77,19 +77,16 @@ fn content(w: &mut Writer, role: &str, parts: impl FnOnce(&mut Writer)) {
 
 /// Writes what the model said. Thoughts of others are left out.
 fn model_turn<'d>(w: &mut Writer, parts: &[Part<'d>], gemini: Gemini, called: &mut Called<'d>, p: &mut Problems) -> bool {
-    let is_said = |part: &&Part<'_>| match part {
-        Part::Text(text) => !is_empty(*text),
-        part => matches!(part, Part::Call(_) | Part::Media(_)),
-    };
-    if !parts.iter().any(|part| is_said(&part)) {
+    let said: Vec<&Part<'d>> = parts.iter().filter(|part| matches!(part, Part::Call(_)) || is_said(part, gemini, p)).collect();
+    if said.is_empty() {
         return false;
     }
     let mut is_first = true;
     content(w, "model", |w| {
-        for part in parts.iter().filter(is_said) {
+        for part in said {
             match part {
                 Part::Text(text) => text_part(w, *text),
-                Part::Media(media) => write_media(w, media, gemini, p),
+                Part::Media(media) => write_media(w, media),
                 Part::Call(call) => {
                     called.insert(call.id.str().unwrap_or_default(), call.name);
                     let foreign = std::mem::replace(&mut is_first, false) && gemini.wants_signatures();
@@ -125,18 +122,15 @@ fn user_turn<'d>(w: &mut Writer, chat: &Chat<'d>, parts: &[Part<'d>], gemini: Ge
     if has_results {
         content(w, "user", |w| results().for_each(|result| write_result(w, chat, result, gemini, called, p)));
     }
-    let is_said = |part: &&Part<'_>| match part {
-        Part::Text(text) => !is_empty(*text),
-        part => matches!(part, Part::Media(_)),
-    };
-    if !parts.iter().any(|part| is_said(&part)) {
+    let said: Vec<&Part<'d>> = parts.iter().filter(|part| is_said(part, gemini, p)).collect();
+    if said.is_empty() {
         return has_results;
     }
     content(w, "user", |w| {
-        for part in parts.iter().filter(is_said) {
+        for part in said {
             match part {
                 Part::Text(text) => text_part(w, *text),
-                Part::Media(media) => write_media(w, media, gemini, p),
+                Part::Media(media) => write_media(w, media),
                 _ => {}
             }
         }
@@ -186,22 +180,36 @@ fn inline_data(w: &mut Writer, mime: &str, data: &str) {
     });
 }
 
-fn write_media(w: &mut Writer, media: &Media<'_>, gemini: Gemini, p: &mut Problems) {
+/// Whether a part is text with something in it, or media that are taken.
+fn is_said(part: &Part<'_>, gemini: Gemini, p: &mut Problems) -> bool {
+    let media = match part {
+        Part::Text(text) => return !is_empty(*text),
+        Part::Media(media) => media,
+        _ => return false,
+    };
+    let Source::Url(url) = media.source else { return true };
+    let text = url.str().unwrap_or_default();
+    let refusal = match public_path(&text) {
+        _ if !gemini.reads_urls() => "this model does not fetch addresses",
+        None => "only a public address of https is fetched",
+        Some(path) if mime_at(media, path).is_none() => "what kind of image it is can't be told from its address",
+        Some(_) => return true,
+    };
+    p.unsupported(media.place, refusal);
+    false
+}
+
+fn mime_at(media: &Media<'_>, path: &str) -> Option<&'static str> {
+    if media.kind == MediaKind::File { Some("application/pdf") } else { image_type(path) }
+}
+
+fn write_media(w: &mut Writer, media: &Media<'_>) {
     let url = match &media.source {
         Source::Data { mime, data } => return inline_data(w, if mime == "image/jpg" { "image/jpeg" } else { mime }, data),
         Source::Url(url) => *url,
     };
-    if !gemini.reads_urls() {
-        return p.unsupported(media.place, "this model does not fetch addresses");
-    }
     let text = url.str().unwrap_or_default();
-    let Some(path) = public_path(&text) else {
-        return p.unsupported(media.place, "only a public address of https is fetched");
-    };
-    let mime = if media.kind == MediaKind::File { Some("application/pdf") } else { image_type(path) };
-    let Some(mime) = mime else {
-        return p.unsupported(media.place, "what kind of image it is can't be told from its address");
-    };
+    let mime = public_path(&text).and_then(|path| mime_at(media, path)).unwrap_or_default();
     w.object(|w| {
         w.key("fileData").object(|w| {
             w.key("mimeType").str(mime);

@@ -198,13 +198,7 @@ fn user(w: &mut Writer, chat: &Chat<'_>, parts: &[Part<'_>], terms: &Terms<'_>, 
             }
         }
     }
-    let said: Vec<&Part<'_>> = parts
-        .iter()
-        .filter(|part| match part {
-            Part::Text(text) => !is_empty(*text),
-            part => matches!(part, Part::Media(_)),
-        })
-        .collect();
+    let said: Vec<&Part<'_>> = parts.iter().filter(|part| is_said(part, terms, p)).collect();
     if said.is_empty() {
         return any;
     }
@@ -220,7 +214,7 @@ fn user(w: &mut Writer, chat: &Chat<'_>, parts: &[Part<'_>], terms: &Terms<'_>, 
                             w.key("type").str("text");
                             w.key("text").value(*text);
                         }),
-                        Part::Media(media) => write_media(w, media, terms, p),
+                        Part::Media(media) => write_media(w, media),
                         _ => {}
                     }
                 }
@@ -230,30 +224,40 @@ fn user(w: &mut Writer, chat: &Chat<'_>, parts: &[Part<'_>], terms: &Terms<'_>, 
     true
 }
 
-fn write_media(w: &mut Writer, media: &Media<'_>, terms: &Terms<'_>, p: &mut Problems) {
-    match (media.kind, &media.source) {
-        (MediaKind::Image, source) => w.object(|w| {
-            w.key("type").str("image_url");
-            w.key("image_url").object(|w| {
-                w.key("url");
-                match source {
-                    Source::Data { mime, data } => data_url(w, mime, data),
-                    Source::Url(url) => w.value(*url),
-                }
-            });
-        }),
-        (MediaKind::File, Source::Data { mime, data }) if terms.is_newest && mime == "application/pdf" => w.object(|w| {
-            w.key("type").str("file");
-            w.key("file").object(|w| {
+/// Whether a part belongs into the user's own message, and is taken.
+fn is_said(part: &Part<'_>, terms: &Terms<'_>, p: &mut Problems) -> bool {
+    let media = match part {
+        Part::Text(text) => return !is_empty(*text),
+        Part::Media(media) => media,
+        _ => return false,
+    };
+    let is_pdf = matches!(&media.source, Source::Data { mime, .. } if mime == "application/pdf");
+    if media.kind == MediaKind::Image || (media.kind == MediaKind::File && is_pdf && terms.is_newest) {
+        return true;
+    }
+    p.unsupported(media.place, "it does not take such a document");
+    false
+}
+
+fn write_media(w: &mut Writer, media: &Media<'_>) {
+    let is_image = media.kind == MediaKind::Image;
+    let (kind, field) = if is_image { ("image_url", "url") } else { ("file", "file_data") };
+    w.object(|w| {
+        w.key("type").str(kind);
+        w.key(kind).object(|w| {
+            if !is_image {
                 match media.name {
                     Some(name) => w.key("filename").value(name),
                     None => w.key("filename").str("document.pdf"),
                 }
-                data_url(w.key("file_data"), mime, data);
-            });
-        }),
-        _ => p.unsupported(media.place, "it does not take such a document"),
-    }
+            }
+            w.key(field);
+            match &media.source {
+                Source::Data { mime, data } => data_url(w, mime, data),
+                Source::Url(url) => w.value(*url),
+            }
+        });
+    });
 }
 
 fn data_url(w: &mut Writer, mime: &str, data: &str) {
