@@ -116,7 +116,8 @@ impl Fault {
 impl Value<'_> {
     /// `{"type":"error","code":..,"message":..}`, without an object of its own.
     fn is_error(self) -> bool {
-        self.get("type").or_else(|| self.get("object")).is_some_and(|kind| kind.is("error")) && self.get("message").is_some()
+        let says = |name| self.get(name).is_some_and(|kind| kind.is("error"));
+        (says("type") || says("object")) && self.get("message").is_some()
     }
 }
 

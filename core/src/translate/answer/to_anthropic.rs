@@ -193,8 +193,8 @@ impl Streamed {
             has_ended: false,
         };
         self.waiting.push(waiting);
-        if self.held() > HELD {
-            self.close_all(out);
+        while self.held() > HELD {
+            self.next(out);
         }
     }
 
@@ -219,7 +219,9 @@ impl Streamed {
         // What waits may have to go first, so that not too much is kept.
         if !matches!(self.open, Open::Call { number, .. } if number == of) {
             let len = match arguments {
-                Arguments::Piece(text) | Arguments::Whole(text) => text.len().saturating_mul(2),
+                Arguments::Piece(piece) => piece.len(),
+                // Every byte of it may need an escape.
+                Arguments::Whole(json) => json.len().saturating_mul(2),
             };
             if self.held().saturating_add(len) > HELD {
                 while self.waiting.iter().any(|call| call.number == of) {
