@@ -3,7 +3,7 @@
 use serde_json::{Map, Value};
 
 use super::error;
-use crate::answer::{Asked, Extras};
+use crate::answer::{Asked, Extras, Wish};
 use crate::models::Model;
 use crate::openai::request::text_of;
 use crate::provider::{ApiError, Provider};
@@ -95,6 +95,7 @@ pub fn parse(body: &[u8], version: &str) -> Result<Asked, ApiError> {
         prompt_tokens,
         last_user: last_user(messages),
         after_tools: messages.last().is_some_and(|message| blocks(message, "tool_result").next().is_some()),
+        wish: Wish::default(),
         extras: Extras::default(),
     })
 }

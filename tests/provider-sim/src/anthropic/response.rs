@@ -108,6 +108,8 @@ fn stop(choice: &Choice) -> String {
         Finish::Done => ("end_turn", "null".to_owned()),
         Finish::Length => ("max_tokens", "null".to_owned()),
         Finish::Tools => ("tool_use", "null".to_owned()),
+        Finish::Named(reason) => (reason.as_str(), "null".to_owned()),
+        Finish::Blocked(_) => ("refusal", "null".to_owned()),
         Finish::Sequence(sequence) => ("stop_sequence", quoted(sequence)),
     };
     format!(r#""stop_reason":"{reason}","stop_sequence":{sequence}"#)
