@@ -63,7 +63,6 @@ pub enum Shown {
     No,
     Whole,
     /// That there were thoughts, by their signature alone.
-    #[allow(dead_code, reason = "Anthropic")]
     Signed,
 }
 

@@ -218,8 +218,8 @@ fn serve(parts: &Parts, body: &Bytes, endpoint: Option<Endpoint>, reply: &mut Re
         Endpoint::Models => listing::models(provider, None).map(Served::Document),
         Endpoint::Model => {
             // Names of OpenRouter's models have a slash in them.
-            let name = call.tail().strip_prefix("models/").unwrap_or_default();
-            listing::models(provider, Some(name)).map(Served::Document)
+            let name = call.tail().strip_prefix("models/").unwrap_or_default().replace("%2F", "/");
+            listing::models(provider, Some(&name)).map(Served::Document)
         }
         Endpoint::Messages => converse(anthropic::request::parse(body, version)?, &mut call).map(Served::from),
         Endpoint::CountTokens => count_tokens(&mut call, version).map(Served::Document),
