@@ -4,7 +4,9 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::directive::Directive;
+use crate::document;
 use crate::models::{Model, Usage};
+use crate::provider::Provider;
 use crate::text::identifier;
 use crate::tokens::Text;
 
@@ -19,6 +21,7 @@ pub struct Asked {
     /// Output tokens allowed for each of them, hidden ones included.
     pub limit: u64,
     pub stop: Vec<String>,
+    /// Those that may be called.
     pub tools: Vec<String>,
     /// A tool that must be called.
     pub forced_tool: Option<String>,
@@ -27,7 +30,40 @@ pub struct Asked {
     pub last_user: String,
     /// The conversation ends with results of tools: a scripted call has been made already.
     pub after_tools: bool,
+    pub wish: Wish,
     pub extras: Extras,
+}
+
+/// What a request wants of the answer's form.
+#[derive(Debug, Default)]
+pub struct Wish {
+    /// A JSON document that fits this schema; null is any object.
+    pub json: Option<Value>,
+    /// At most one tool is called at a time.
+    pub one_call: bool,
+    pub thinking: Thinking,
+}
+
+/// What a request says of hidden tokens.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Thinking {
+    /// Nothing: as the model does by itself.
+    #[default]
+    Unsaid,
+    Off,
+    /// At most so many tokens.
+    On {
+        most: u64,
+        shown: Shown,
+    },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shown {
+    No,
+    Whole,
+    /// That there were thoughts, by their signature alone.
+    Signed,
 }
 
 /// What reaches beyond the one exchange.
@@ -75,6 +111,10 @@ pub enum Finish {
     Tools,
     /// A stop sequence, and which.
     Sequence(String),
+    /// The script's reason.
+    Named(String),
+    /// The prompt was not answered.
+    Blocked(String),
 }
 
 #[derive(Debug)]
@@ -96,6 +136,9 @@ pub struct Choice {
 
 #[derive(Debug)]
 pub struct Answer {
+    /// What is shown of the hidden tokens.
+    pub thoughts: Text,
+    pub shown: Shown,
     pub choices: Vec<Choice>,
     pub usage: Usage,
 }
@@ -107,13 +150,22 @@ const BENCH_TOKENS: u64 = 8;
 const DEFAULT_REASONING: u64 = 64;
 /// Tokens of a call's name and envelope.
 const CALL_OVERHEAD: u64 = 4;
+/// Thoughts are other words than the answer.
+const THOUGHTS_SEED: usize = 5;
+/// Words in each text of a JSON document.
+const JSON_WORDS: u64 = 3;
 
 pub fn compose(asked: &Asked, directive: &Directive, said: &str, bench: bool) -> Answer {
     let hidden = directive.reasoning.unwrap_or(if asked.model.reasons { DEFAULT_REASONING } else { 0 });
-    let can_hide = asked.model.reasons || asked.model.provider == crate::provider::Provider::Anthropic;
+    let can_hide = asked.model.reasons || !matches!(asked.model.provider, Provider::Openai | Provider::Azure);
+    let (hidden, shown) = match asked.wish.thinking {
+        Thinking::Unsaid => (hidden, Shown::No),
+        Thinking::Off => (0, Shown::No),
+        Thinking::On { most, shown } => (hidden.min(most), shown),
+    };
     // A model that runs away is a provider that broke its word: what it makes is charged all the same.
     let limit = if directive.runaway { u64::MAX } else { asked.limit };
-    let hidden = if can_hide { hidden.min(limit) } else { 0 };
+    let hidden = if can_hide && directive.block.is_none() { hidden.min(limit) } else { 0 };
     let budget = limit - hidden;
     let choices: Vec<Choice> = (0..asked.choices).map(|index| choice(asked, directive, said, budget, index, bench)).collect();
     let reasoning = hidden * asked.choices as u64;
@@ -130,16 +182,28 @@ pub fn compose(asked: &Asked, directive: &Directive, said: &str, bench: bool) ->
         completion: reasoning + visible,
         ..Usage::default()
     };
-    Answer { choices, usage }
+    let thoughts = match shown {
+        Shown::Whole => Text::generate(usize::try_from(hidden).unwrap_or(usize::MAX), THOUGHTS_SEED, directive.unicode),
+        Shown::No | Shown::Signed => Text::default(),
+    };
+    let shown = if hidden == 0 { Shown::No } else { shown };
+    Answer { thoughts, shown, choices, usage }
 }
 
 fn choice(asked: &Asked, directive: &Directive, said: &str, budget: u64, index: usize, bench: bool) -> Choice {
+    if let Some(reason) = &directive.block {
+        return Choice { text: Text::default(), calls: Vec::new(), finish: Finish::Blocked(reason.clone()), visible: 0 };
+    }
     let calls = scripted_calls(asked, directive);
     if !calls.is_empty() {
         return call_tools(calls, directive, budget, index);
     }
     let mut text = if directive.echo {
         Text::of(said)
+    } else if let Some(wanted) = &asked.wish.json {
+        let words = usize::try_from(directive.tokens.unwrap_or(JSON_WORDS).min(budget)).unwrap_or(usize::MAX);
+        let words = Text::generate(words, index, directive.unicode);
+        Text::of(document::fitting(wanted, words.as_str()).to_string())
     } else {
         let wanted = directive.tokens.unwrap_or(if bench { BENCH_TOKENS } else { DEFAULT_TOKENS });
         // One more than the budget is enough to see that it was cut.
@@ -148,7 +212,7 @@ fn choice(asked: &Asked, directive: &Directive, said: &str, budget: u64, index: 
     };
     let first_stop =
         asked.stop.iter().filter_map(|stop| Some((text.as_str().find(stop.as_str())?, stop.clone()))).min_by_key(|(at, _)| *at);
-    let mut finish = Finish::Done;
+    let mut finish = directive.finish.clone().map_or(Finish::Done, Finish::Named);
     if let Some((at, stop)) = first_stop {
         text = Text::of(text.as_str().get(..at).unwrap_or_default());
         finish = Finish::Sequence(stop);
@@ -162,7 +226,8 @@ fn choice(asked: &Asked, directive: &Directive, said: &str, budget: u64, index: 
 fn scripted_calls(asked: &Asked, directive: &Directive) -> Vec<Call> {
     let scripted = directive.tools.iter().filter(|tool| !asked.after_tools && asked.tools.contains(&tool.name));
     let call = |name: &String, args: &str| Call { id: identifier("", 24), name: name.clone(), args: Text::of(args) };
-    let mut calls: Vec<Call> = scripted.map(|tool| call(&tool.name, &tool.args)).collect();
+    let most = if asked.wish.one_call { 1 } else { usize::MAX };
+    let mut calls: Vec<Call> = scripted.map(|tool| call(&tool.name, &tool.args)).take(most).collect();
     if let Some(name) = asked.forced_tool.as_ref().filter(|_| calls.is_empty()) {
         calls.push(call(name, "{}"));
     }
@@ -199,7 +264,6 @@ pub const fn call_overhead() -> u64 {
 #[cfg(test)]
 pub mod tests {
     use super::*;
-    use crate::provider::Provider;
 
     pub fn asked(provider: Provider, model: &str) -> Option<Asked> {
         let model = Model::find(provider, model)?;
@@ -215,6 +279,7 @@ pub mod tests {
             prompt_tokens: 30,
             last_user: String::new(),
             after_tools: false,
+            wish: Wish::default(),
             extras: Extras::default(),
         })
     }

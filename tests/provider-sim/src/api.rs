@@ -13,11 +13,13 @@ use serde::Deserialize;
 
 use crate::answer::{self, Asked};
 use crate::anthropic;
+use crate::azure;
 use crate::body::SimBody;
 use crate::call::{Call, Ready, Shape};
 use crate::connection::Connection;
 use crate::credentials::{Credential, State};
-use crate::endpoint::Endpoint;
+use crate::endpoint::{self, Endpoint};
+use crate::gemini;
 use crate::ledger::{Ended, Entry};
 use crate::listing;
 use crate::openai;
@@ -34,12 +36,13 @@ const LONGEST_TAG: usize = 256;
 /// Answers one request. Never fails: what goes wrong is the provider's answer.
 pub async fn answer(shared: Arc<Shared>, connection: Arc<Connection>, request: Request<Incoming>) -> Result<Response<SimBody>, Infallible> {
     let (parts, body) = request.into_parts();
-    let provider = addressed(&parts);
+    let provider = addressed(&shared, &parts);
     let endpoint = Endpoint::find(provider, &parts.method, parts.uri.path());
     let seq = shared.ledger.begin(opening_entry(&shared, &parts, provider, endpoint));
     let mut ticket = Ticket::new(Arc::clone(&shared), connection, seq, endpoint.map(Endpoint::name));
     let lines = if shared.bench { Vec::new() } else { header_lines(&parts, ticket.connection()) };
-    let mut reply = Reply::new(provider);
+    let mut reply = Reply::new(provider, parts.uri.path());
+    reply.wrapped = endpoint == Some(Endpoint::StreamGenerate) && !gemini::as_events(parts.uri.query());
 
     let body = match receive(&parts, body, &ticket).await {
         Ok(body) => body,
@@ -67,17 +70,35 @@ pub enum Served {
     Answer(Box<Ready>),
 }
 
-/// Which provider a request is meant for: the path tells, else the headers only Anthropic's clients send.
-fn addressed(parts: &Parts) -> Provider {
-    let path = parts.uri.path();
-    let claude = parts.headers.contains_key("anthropic-version") || parts.headers.contains_key("x-api-key");
-    if path.starts_with("/v1/messages") || (claude && !path.starts_with("/v1/chat/")) { Provider::Anthropic } else { Provider::Openai }
+/// Which provider a request is meant for: the path tells, else the headers that only one's clients send, else whose secret it has.
+fn addressed(shared: &Shared, parts: &Parts) -> Provider {
+    let (path, has) = (parts.uri.path(), |name: &str| parts.headers.contains_key(name));
+    let owner = || shared.credentials().by_secret(bearer(parts)?).map(|credential| credential.provider);
+    if path.starts_with("/v1beta/") || (path.starts_with("/v1/models/") && path.contains(':')) || has("x-goog-api-key") {
+        return Provider::Gemini;
+    }
+    if path.starts_with("/openai/") {
+        let versioned = parts.uri.query().is_some_and(|query| query.contains("api-version="));
+        let azure = path.starts_with("/openai/deployments/") || has("api-key") || versioned || owner() == Some(Provider::Azure);
+        return if azure { Provider::Azure } else { Provider::Compatible };
+    }
+    if path.starts_with("/api/v1/") {
+        return Provider::Compatible;
+    }
+    let claude = has("anthropic-version") || has("x-api-key");
+    if path.starts_with("/v1/messages") || (claude && !path.starts_with("/v1/chat/")) {
+        return Provider::Anthropic;
+    }
+    if path.starts_with("/v1/models") && gemini::key(parts.uri.query()).is_some() {
+        return Provider::Gemini;
+    }
+    if owner() == Some(Provider::Compatible) { Provider::Compatible } else { Provider::Openai }
 }
 
 fn opening_entry(shared: &Shared, parts: &Parts, provider: Provider, endpoint: Option<Endpoint>) -> Entry {
     let header_names = if shared.bench { Vec::new() } else { parts.headers.keys().map(|name| name.as_str().to_owned()).collect() };
     Entry {
-        query: parts.uri.query().map(str::to_owned),
+        query: parts.uri.query().map(|query| shown_query(shared, query)),
         endpoint: endpoint.map(Endpoint::name),
         http_version: if parts.version == Version::HTTP_2 { "HTTP/2" } else { "HTTP/1.1" },
         client_request_id: header(&parts.headers, "x-client-request-id").map(str::to_owned),
@@ -85,6 +106,11 @@ fn opening_entry(shared: &Shared, parts: &Parts, provider: Provider, endpoint: O
         header_names,
         ..Entry::new(provider, parts.method.as_str(), parts.uri.path())
     }
+}
+
+/// A query may hold a credential, if it is for Google.
+fn shown_query(shared: &Shared, query: &str) -> String {
+    if query.contains("key=") { shared.credentials().redact(query) } else { query.to_owned() }
 }
 
 /// The header lines as they were sent; over HTTP/2, which has no lines, as they were decoded.
@@ -174,7 +200,10 @@ fn digest(body: &[u8]) -> String {
 
 fn serve(parts: &Parts, body: &Bytes, endpoint: Option<Endpoint>, reply: &mut Reply, ticket: &mut Ticket) -> Result<Served, ApiError> {
     let provider = reply.provider;
-    let endpoint = endpoint.ok_or_else(|| unknown_url(provider, parts))?;
+    let endpoint = endpoint.ok_or_else(|| provider.unknown_url(parts.method.as_str(), parts.uri.path()))?;
+    if provider == Provider::Azure {
+        check_azure_version(parts)?;
+    }
     let credential = authenticate(parts, provider, ticket)?;
     let version = header(&parts.headers, "anthropic-version");
     if provider == Provider::Anthropic {
@@ -187,10 +216,20 @@ fn serve(parts: &Parts, body: &Bytes, endpoint: Option<Endpoint>, reply: &mut Re
     let mut call = Call { parts, body, endpoint, credential, reply, ticket };
     match endpoint {
         Endpoint::Models => listing::models(provider, None).map(Served::Document),
-        Endpoint::Model => listing::models(provider, Some(call.segment(1))).map(Served::Document),
+        Endpoint::Model => {
+            // Names of OpenRouter's models have a slash in them.
+            let name = call.tail().strip_prefix("models/").unwrap_or_default().replace("%2F", "/");
+            listing::models(provider, Some(&name)).map(Served::Document)
+        }
         Endpoint::Messages => converse(anthropic::request::parse(body, version)?, &mut call).map(Served::from),
         Endpoint::CountTokens => count_tokens(&mut call, version).map(Served::Document),
-        Endpoint::Chat => converse(openai::request::parse(body)?, &mut call).map(Served::from),
+        Endpoint::Chat => converse(openai::request::parse(body, call.shop())?, &mut call).map(Served::from),
+        Endpoint::Generate | Endpoint::StreamGenerate => {
+            let asked = gemini::request::parse(call.body, gemini::model(&call)?, endpoint == Endpoint::StreamGenerate, &call)?;
+            converse(asked, &mut call).map(Served::from)
+        }
+        Endpoint::GeminiTokens => gemini::count_tokens(&mut call).map(Served::Document),
+        Endpoint::Embed | Endpoint::BatchEmbed => gemini::embeddings::create(&mut call),
         _ => openai::serve(&mut call),
     }
 }
@@ -201,21 +240,36 @@ impl From<Ready> for Served {
     }
 }
 
+/// A version must be named where deployments are; elsewhere it may be.
+fn check_azure_version(parts: &Parts) -> Result<(), ApiError> {
+    let pairs = parts.uri.query().unwrap_or_default().split('&').filter_map(|pair| pair.split_once('='));
+    let version = pairs.filter(|(name, _)| *name == "api-version").map(|(_, version)| version).next();
+    let needed = endpoint::deployment(parts.uri.path()).is_some();
+    let fits = match version {
+        Some(version) => azure::is_version(version) || (!needed && ["v1", "preview", "latest"].contains(&version)),
+        None => !needed,
+    };
+    if fits { Ok(()) } else { Err(azure::not_found()) }
+}
+
+fn bearer(parts: &Parts) -> Option<&str> {
+    let (scheme, secret) = header(&parts.headers, "authorization")?.split_once(' ')?;
+    scheme.eq_ignore_ascii_case("bearer").then_some(secret.trim())
+}
+
 fn authenticate(parts: &Parts, provider: Provider, ticket: &mut Ticket) -> Result<Arc<Credential>, ApiError> {
-    let bearer = header(&parts.headers, "authorization")
-        .and_then(|value| value.split_once(' '))
-        .filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"))
-        .map(|(_, secret)| secret.trim());
-    let own = header(&parts.headers, "x-api-key").filter(|_| provider == Provider::Anthropic);
-    let secret = match (own.or(bearer), provider) {
-        (Some(secret), _) => secret,
-        (None, Provider::Openai) => return Err(openai::error::missing_key()),
-        (None, Provider::Anthropic) => return Err(anthropic::error::missing_key()),
+    let own = match provider {
+        Provider::Openai | Provider::Compatible => None,
+        Provider::Anthropic => header(&parts.headers, "x-api-key"),
+        Provider::Gemini => header(&parts.headers, "x-goog-api-key").or_else(|| gemini::key(parts.uri.query())),
+        Provider::Azure => header(&parts.headers, "api-key"),
     };
-    let refused = || match provider {
-        Provider::Openai => openai::error::bad_key(secret),
-        Provider::Anthropic => anthropic::error::bad_key(own.is_none()),
-    };
+    let bearer = bearer(parts);
+    if provider == Provider::Gemini && own.is_none() && bearer.is_some() {
+        return Err(gemini::error::bad_token());
+    }
+    let secret = own.or(bearer).ok_or_else(|| provider.missing_key())?;
+    let refused = || provider.bad_key(secret, own.is_none());
     let credentials = ticket.shared().credentials();
     let known = credentials.by_secret(secret).filter(|credential| credential.provider == provider);
     let credential = Arc::clone(known.ok_or_else(refused)?);
@@ -224,17 +278,13 @@ fn authenticate(parts: &Parts, provider: Provider, ticket: &mut Ticket) -> Resul
         entry.credential = Some(Arc::clone(&credential.id));
         entry.account = Some(Arc::clone(&credential.account));
     });
-    let error = match (credential.meet(), provider) {
-        (State::Ok, _) => return Ok(credential),
-        (State::Invalid, _) => refused(),
-        (State::Forbidden, Provider::Openai) => openai::error::forbidden(),
-        (State::Forbidden, Provider::Anthropic) => anthropic::error::forbidden(),
-        (State::InsufficientQuota, Provider::Openai) => openai::error::insufficient_quota(),
-        (State::InsufficientQuota, Provider::Anthropic) => anthropic::error::insufficient_quota(),
-        (State::Overloaded, Provider::Openai) => openai::error::overloaded(),
-        (State::Overloaded, Provider::Anthropic) => anthropic::error::overloaded(),
-    };
-    Err(error)
+    Err(match credential.meet() {
+        State::Ok => return Ok(credential),
+        State::Invalid => refused(),
+        State::Forbidden => provider.forbidden(),
+        State::InsufficientQuota => provider.insufficient_quota(),
+        State::Overloaded => provider.overloaded(),
+    })
 }
 
 /// A chat completion or message: decides the whole answer.
@@ -248,15 +298,33 @@ fn converse(mut asked: Asked, call: &mut Call) -> Result<Ready, ApiError> {
     let (script, said) = call.steer(Some(asked.model), asked.stream, &asked.last_user)?;
     let answer = answer::compose(&asked, &script, &said, call.shared().bench);
     call.admit(asked.model, answer.usage.prompt + answer.usage.completion, &script)?;
+    if let Some(error) = script.block.as_ref().and_then(|_| call.credential.provider.blocked()) {
+        return Err(error);
+    }
     let id = match call.credential.provider {
-        Provider::Openai => identifier("chatcmpl-", 29),
+        Provider::Openai | Provider::Azure | Provider::Compatible => identifier("chatcmpl-", 29),
         Provider::Anthropic => identifier("msg_01", 22),
+        Provider::Gemini => identifier("", 22),
     };
     call.charge(Bill::new(asked.model, answer.usage, asked.stream), Some(&id));
     let per_delta = script.deltas_of();
+    let mut shape = if asked.stream { Shape::Events } else { Shape::Json };
     let frames = match (asked.model.provider, asked.stream) {
-        (Provider::Openai, stream) => {
-            let head = openai::response::Head { id: &id, created: unix_us() / 1_000_000, model: asked.model.snapshot };
+        (Provider::Gemini, stream) => {
+            let head = gemini::response::Head { id: &id, model: asked.model.snapshot };
+            let listed = stream && call.query("alt") != Some("sse");
+            if listed {
+                shape = Shape::List;
+            }
+            if stream {
+                gemini::response::stream(&head, &answer, &script, per_delta, listed)
+            } else {
+                gemini::response::buffered(&head, &answer, &script)
+            }
+        }
+        (provider @ (Provider::Openai | Provider::Azure | Provider::Compatible), stream) => {
+            let (created, flavour) = (unix_us() / 1_000_000, call.reply.flavour);
+            let head = openai::response::Head { id: &id, created, model: asked.model.snapshot, provider, flavour };
             if let Some(kept) = &asked.extras.kept {
                 openai::stored_chats::keep(call, &head, &answer, kept);
             }
@@ -278,9 +346,9 @@ fn converse(mut asked: Asked, call: &mut Call) -> Result<Ready, ApiError> {
     if !asked.stream {
         return Ok(Ready::new(frames, Shape::Json, script));
     }
-    Ok(Ready::events(frames, script, |_| match call.credential.provider {
-        Provider::Openai => openai::error::event(&openai::error::server_error()),
-        Provider::Anthropic => anthropic::error::event(&anthropic::error::overloaded(), &call.reply.request_id),
+    Ok(Ready::streamed(frames, shape, script, |_| match shape {
+        Shape::List => gemini::response::failure_item(),
+        _ => call.credential.provider.failure_event(&call.reply.request_id, call.reply.flavour),
     }))
 }
 
@@ -290,11 +358,4 @@ fn count_tokens(call: &mut Call, version: &str) -> Result<String, ApiError> {
     let (script, _) = call.steer(Some(model), false, &last_user)?;
     call.admit_free(Some(model), &script)?;
     Ok(format!(r#"{{"input_tokens":{tokens}}}"#))
-}
-
-fn unknown_url(provider: Provider, parts: &Parts) -> ApiError {
-    match provider {
-        Provider::Openai => openai::error::unknown_url(parts.method.as_str(), parts.uri.path()),
-        Provider::Anthropic => anthropic::error::unknown_url(),
-    }
 }

@@ -7,16 +7,15 @@ use bytes::Bytes;
 use hyper::http::request::Parts;
 
 use crate::answer::Sent;
-use crate::anthropic;
 use crate::credentials::Credential;
 use crate::directive::{Directive, Found};
-use crate::endpoint::Endpoint;
+use crate::endpoint::{self, Endpoint};
 use crate::frames::{self, Frame};
 use crate::ledger::{Ended, How, Made, Reference};
 use crate::limits::{Exceeded, Quota};
 use crate::models::Model;
 use crate::objects::{Content, Kind, Object};
-use crate::openai;
+use crate::openai::fields::Shop;
 use crate::provider::{ApiError, Provider};
 use crate::reply::Reply;
 use crate::shared::Shared;
@@ -38,6 +37,8 @@ pub enum Shape {
     Text,
     /// Server-sent events.
     Events,
+    /// A JSON document that is sent as it is made.
+    List,
     /// Bytes of this type, sent as they are made.
     Bytes(&'static str),
 }
@@ -62,13 +63,18 @@ impl Ready {
 
     /// A stream; `failure` makes the event that the script may want in place of its second half, given the number of
     /// events before it.
-    pub fn events(mut frames: Vec<Frame>, script: Directive, failure: impl FnOnce(usize) -> String) -> Self {
+    pub fn events(frames: Vec<Frame>, script: Directive, failure: impl FnOnce(usize) -> String) -> Self {
+        Ready::streamed(frames, Shape::Events, script, failure)
+    }
+
+    /// The same in another shape.
+    pub fn streamed(mut frames: Vec<Frame>, shape: Shape, script: Directive, failure: impl FnOnce(usize) -> String) -> Self {
         let mut outcome = Ended::Complete;
         if script.error_midstream {
             outcome = Ended::Fault;
             frames::fail_midstream(&mut frames, failure);
         }
-        Ready { outcome, ..Ready::new(frames, Shape::Events, script) }
+        Ready { outcome, ..Ready::new(frames, shape, script) }
     }
 }
 
@@ -77,9 +83,21 @@ impl Call<'_> {
         self.ticket.shared()
     }
 
-    /// The nth segment of the path after `/v1/`.
+    /// The nth segment of the path after the provider's base path.
     pub fn segment(&self, nth: usize) -> &str {
-        self.parts.uri.path().split('/').nth(nth + 2).unwrap_or_default()
+        self.tail().split('/').nth(nth).unwrap_or_default()
+    }
+
+    /// The path after the provider's base path.
+    pub fn tail(&self) -> &str {
+        endpoint::tail(self.credential.provider, self.parts.uri.path()).unwrap_or_default()
+    }
+
+    /// Where its model is looked up.
+    pub fn shop(&self) -> Shop<'_> {
+        let deployment = endpoint::deployment(self.parts.uri.path()).map(|(name, _)| name);
+        let provider = self.credential.provider;
+        Shop { provider, deployment: deployment.filter(|_| provider == Provider::Azure), flavour: self.reply.flavour }
     }
 
     /// One member of the query, as it stands there.
@@ -96,7 +114,8 @@ impl Call<'_> {
             entry.model = model.map(|model| model.name.into());
             entry.stream = stream;
         });
-        let complain = |error| ApiError::invalid(format!("provider-sim directive: {error}"));
+        let kind = if self.credential.provider == Provider::Gemini { "INVALID_ARGUMENT" } else { "invalid_request_error" };
+        let complain = |error| ApiError::new(400, kind, format!("provider-sim directive: {error}"));
         let found = Directive::find(text).map_err(complain)?;
         let (mut script, said) = match found {
             None => (Directive::default(), text.to_owned()),
@@ -139,19 +158,13 @@ impl Call<'_> {
     }
 
     fn rate_limited(&self, model: &str, exceeded: Exceeded) -> ApiError {
-        match self.credential.provider {
-            Provider::Openai => openai::error::rate_limited(model, exceeded),
-            Provider::Anthropic => anthropic::error::rate_limited(exceeded.what, exceeded.limit, exceeded.wait_ms),
-        }
+        self.credential.provider.rate_limited(model, exceeded)
     }
 
     /// Answers with the error of the script, if it has one.
     fn refuse_if_scripted(&mut self, script: &Directive, model: Option<&Model>, quota: Option<Quota>) -> Result<(), ApiError> {
         let (name, snapshot) = model.map_or(("default", "default"), |model| (model.name, model.snapshot));
-        let scripted = match self.credential.provider {
-            Provider::Openai => openai::error::scripted(script, &self.credential.secret, (name, snapshot)),
-            Provider::Anthropic => anthropic::error::scripted(script, name),
-        };
+        let scripted = self.credential.provider.scripted(script, &self.credential.secret, (name, snapshot));
         let Some(error) = scripted else { return Ok(()) };
         self.reply.quota = match (error.status, error.code.as_deref()) {
             (_, Some("insufficient_quota")) | (401 | 403, _) => None,

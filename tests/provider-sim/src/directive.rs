@@ -26,7 +26,7 @@ pub struct Directive {
     pub tools: Vec<ToolScript>,
     /// Answers with this HTTP error.
     pub status: Option<u16>,
-    /// The error's code (OpenAI) or type (Anthropic); alone it brings its own status.
+    /// The error's code (OpenAI), type (Anthropic) or status (Gemini); alone it brings its own HTTP status.
     pub error: Option<String>,
     /// Seconds.
     pub retry_after: Option<u64>,
@@ -52,6 +52,12 @@ pub struct Directive {
     pub crlf: bool,
     pub no_usage: bool,
     pub error_midstream: bool,
+    /// Why the answer ends, in the words of its dialect.
+    pub finish: Option<String>,
+    /// Why the prompt is not answered at all.
+    pub block: Option<String>,
+    /// The error stands in a list of one, as Google's sometimes does.
+    pub wrapped: bool,
     /// A response that ends as failed.
     pub failed: bool,
     pub echo: bool,
@@ -117,6 +123,9 @@ impl Directive {
             crlf: self.crlf || other.crlf,
             no_usage: self.no_usage || other.no_usage,
             error_midstream: self.error_midstream || other.error_midstream,
+            finish: self.finish.or(other.finish),
+            block: self.block.or(other.block),
+            wrapped: self.wrapped || other.wrapped,
             failed: self.failed || other.failed,
             echo: self.echo || other.echo,
             unicode: self.unicode || other.unicode,
@@ -180,6 +189,9 @@ impl Directive {
             "crlf" => self.crlf = flag()?,
             "no_usage" => self.no_usage = flag()?,
             "error_midstream" => self.error_midstream = flag()?,
+            "finish" => self.finish = Some(word(key, value)?),
+            "block" => self.block = Some(word(key, value)?),
+            "wrapped" => self.wrapped = flag()?,
             "failed" => self.failed = flag()?,
             "echo" => self.echo = flag()?,
             "unicode" => self.unicode = flag()?,
@@ -204,6 +216,12 @@ fn value(text: &str, bracketed: bool) -> Result<(String, &str), String> {
     }
     let (raw, left) = text.split_at(end);
     Ok((raw.to_owned(), left))
+}
+
+/// A reason as the dialects write them: letters and underscores.
+fn word(key: &str, value: &str) -> Result<String, String> {
+    let fits = !value.is_empty() && value.chars().all(|char| char.is_ascii_alphabetic() || char == '_');
+    if fits { Ok(value.to_owned()) } else { Err(format!("`{key}` is one word, not `{}`", head(value))) }
 }
 
 /// `NAME:VALUE`, the value escaped as in a URL.
@@ -252,7 +270,7 @@ mod tests {
                      error=insufficient_quota retry_after=2 first_ms=500 silent_ms=60000 cut_after_bytes=100 \
                      reset_after_bytes=101 split=1 gzip=1 trailers=1 crlf=1 no_usage=1 error_midstream=1 failed=1 cache_read=10 \
                      cache_write=11 echo=1 pad_bytes=100000 unicode=1 runaway=1 header=retry-after:-1 header=\"x-a:b, c\" \
-                     no_limit_headers=1 body=%7B%22a%22:%20%25%7D";
+                     no_limit_headers=1 body=%7B%22a%22:%20%25%7D finish=SAFETY block=OTHER wrapped=1";
         let expected = Directive {
             tokens: Some(200),
             reasoning: Some(50),
@@ -281,6 +299,9 @@ mod tests {
             crlf: true,
             no_usage: true,
             error_midstream: true,
+            finish: Some("SAFETY".into()),
+            block: Some("OTHER".into()),
+            wrapped: true,
             failed: true,
             echo: true,
             unicode: true,
@@ -319,6 +340,7 @@ mod tests {
             ("[[sim header=a:b%0d%0ac:d]]", "NAME:VALUE"),
             ("[[sim header=Content-Length:1]]", "frames the answer"),
             ("[[sim body=100%]]", "lone %"),
+            ("[[sim finish=\"a b\"]]", "one word"),
         ] {
             let error = Directive::find(words).err().unwrap_or_default();
             assert!(error.contains(complaint), "{words}: {error}");

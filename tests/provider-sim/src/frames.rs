@@ -47,9 +47,10 @@ pub fn fail_midstream(frames: &mut Vec<Frame>, event: impl FnOnce(usize) -> Stri
 /// Ends every line by CR LF. JSON holds no raw line feed, so all that are there end lines.
 pub fn with_crlf(frames: &mut [Frame]) {
     for frame in frames {
-        let mut wide = Vec::with_capacity(frame.bytes.len() + 4);
+        let mut wide: Vec<u8> = Vec::with_capacity(frame.bytes.len() + 4);
         for &byte in &frame.bytes {
-            if byte == b'\n' {
+            // Some lines have it already.
+            if byte == b'\n' && wide.last() != Some(&b'\r') {
                 wide.push(b'\r');
             }
             wide.push(byte);

@@ -1,21 +1,24 @@
-//! `GET /v1/models`, in both dialects.
+//! `GET /v1/models`, in every dialect.
 
-use crate::anthropic;
+use crate::gemini;
 use crate::models::Model;
-use crate::openai;
 use crate::provider::{ApiError, Provider};
 use crate::text::rfc3339;
 
 /// All models of a provider, or the one of this name.
 pub fn models(provider: Provider, name: Option<&str>) -> Result<String, ApiError> {
     if let Some(name) = name {
-        let missing = || match provider {
-            Provider::Openai => openai::error::model_not_found(name),
-            Provider::Anthropic => anthropic::error::model_not_found(name),
-        };
-        return Model::find(provider, name).map(|model| one(model, name)).ok_or_else(missing);
+        return Model::find(provider, name).map(|model| one(model, name)).ok_or_else(|| provider.model_not_found(name));
     }
     Ok(match provider {
+        Provider::Gemini => {
+            let rows: Vec<String> = Model::of(provider).map(gemini::response::model).collect();
+            format!(r#"{{"models":[{}]}}"#, rows.join(","))
+        }
+        Provider::Azure | Provider::Compatible => {
+            let rows: Vec<String> = Model::of(provider).map(|model| one(model, model.name)).collect();
+            format!(r#"{{"object":"list","data":[{}]}}"#, rows.join(","))
+        }
         Provider::Openai => {
             let names = Model::of(provider).flat_map(|model| [(model, model.name), (model, model.snapshot)]);
             let rows: Vec<String> = names.map(|(model, name)| one(model, name)).collect();
@@ -32,7 +35,8 @@ pub fn models(provider: Provider, name: Option<&str>) -> Result<String, ApiError
 
 fn one(model: &Model, name: &str) -> String {
     match model.provider {
-        Provider::Openai => {
+        Provider::Gemini => gemini::response::model(model),
+        Provider::Openai | Provider::Azure | Provider::Compatible => {
             format!(r#"{{"id":"{name}","object":"model","created":{},"owned_by":"system"}}"#, model.created)
         }
         Provider::Anthropic => format!(

@@ -1,18 +1,23 @@
-//! `provider-sim`: the OpenAI and Anthropic APIs as an oracle. It answers as they do, by a script if told to, and knows
-//! exactly what it was asked, by whom, and what that cost.
+//! `provider-sim`: the APIs of OpenAI, Anthropic, Gemini, Azure and servers like them as an oracle. It answers as they do, by
+//! a script if told to, and knows exactly what it was asked, by whom, and what that cost.
 
 mod answer;
 mod anthropic;
 mod api;
+mod azure;
 mod body;
 mod call;
+mod compatible;
 mod connection;
 mod control;
 mod credentials;
+mod dialect;
 mod directive;
+mod document;
 mod endpoint;
 mod faults;
 mod frames;
+mod gemini;
 mod ledger;
 mod limits;
 mod listing;
@@ -42,7 +47,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use crate::shared::Shared;
 
-/// Simulates the OpenAI and Anthropic APIs and keeps the books that tests compare with.
+/// Simulates the APIs of model providers and keeps the books that tests compare with.
 #[derive(Debug, Parser)]
 #[command(version)]
 struct Args {

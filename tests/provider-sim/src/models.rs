@@ -46,6 +46,8 @@ pub struct Model {
     /// Anthropic's five-minute cache; equal to `input` where writes are not charged apart.
     pub cache_write: u64,
     pub output: u64,
+    /// Input, cached input and output where a prompt has more than `LONG_PROMPT` tokens.
+    pub long: Option<(u64, u64, u64)>,
     /// The largest prompt.
     pub context: u64,
     pub max_output: u64,
@@ -72,6 +74,9 @@ pub struct Usage {
     pub seconds: u64,
 }
 
+/// From here on some models are dearer.
+const LONG_PROMPT: u64 = 200_000;
+
 impl Usage {
     /// Prompt tokens charged at the full input price.
     pub fn fresh(&self) -> u64 {
@@ -97,13 +102,15 @@ impl Model {
             Kind::Listening { seconds } => (self.input, 0, seconds),
             _ => (self.input, 0, 0),
         };
-        let total = product(usage.fresh(), self.input)
+        let plain = (self.input, self.cached_input, self.output);
+        let (input, cached_input, output) = self.long.filter(|_| usage.prompt > LONG_PROMPT).unwrap_or(plain);
+        let total = product(usage.fresh(), input)
             + product(usage.audio, audio)
             + product(usage.characters, characters)
             + product(usage.seconds, seconds)
-            + product(usage.cache_read, self.cached_input)
+            + product(usage.cache_read, cached_input)
             + product(usage.cache_write, self.cache_write)
-            + product(usage.completion, self.output);
+            + product(usage.completion, output);
         u64::try_from(total.div_ceil(1_000_000)).unwrap_or(u64::MAX)
     }
 }
@@ -127,6 +134,7 @@ const fn openai(
         cached_input,
         cache_write: input,
         output,
+        long: None,
         context,
         max_output,
         reasons,
@@ -161,10 +169,31 @@ const fn claude(
         cached_input,
         cache_write,
         output,
+        long: None,
         context,
         max_output,
         reasons: false,
     }
+}
+
+/// A model as another provider sells it, at the same price.
+const fn sold_by(provider: Provider, model: Model) -> Model {
+    Model { provider, ..model }
+}
+
+const fn gemini(
+    (name, display): (&'static str, &'static str),
+    (input, cached_input, output): (u64, u64, u64),
+    long: Option<(u64, u64, u64)>,
+    reasons: bool,
+) -> Model {
+    let model = openai(name, name, 0, (input, cached_input, output), (1_048_576, 65_536), reasons);
+    Model { provider: Provider::Gemini, display, long, ..model }
+}
+
+/// A model of a server that speaks OpenAI's chat, at a price of our own.
+const fn compatible(name: &'static str, prices: (u64, u64, u64), limits: (u64, u64)) -> Model {
+    Model { provider: Provider::Compatible, ..openai(name, name, 1_733_447_754, prices, limits, false) }
 }
 
 /// One dollar per million tokens.
@@ -174,7 +203,7 @@ const CENT: u64 = USD / 100;
 const MILL: u64 = CENT / 10;
 
 #[rustfmt::skip]
-static MODELS: [Model; 22] = [
+static MODELS: [Model; 42] = [
     openai("gpt-4o", "gpt-4o-2024-08-06", 1_715_367_049, (250 * CENT, 125 * CENT, 10 * USD), (128_000, 16_384), false),
     openai("gpt-4o-mini", "gpt-4o-mini-2024-07-18", 1_721_172_741, (15 * CENT, 75 * MILL, 60 * CENT), (128_000, 16_384), false),
     openai("gpt-4.1", "gpt-4.1-2025-04-14", 1_744_316_542, (2 * USD, 50 * CENT, 8 * USD), (1_047_576, 32_768), false),
@@ -198,6 +227,26 @@ static MODELS: [Model; 22] = [
     // $0.006 a minute.
     special(Kind::Listening { seconds: 100 * USD }, ("whisper-1", "whisper-1"), 1_677_532_384, (0, 0), (0, 0)),
     special(Kind::ListeningTokens { audio: 6 * USD }, ("gpt-4o-transcribe", "gpt-4o-transcribe"), 1_742_068_463, (250 * CENT, 10 * USD), (16_000, 2_000)),
+    claude(("claude-opus-4-7", "claude-opus-4-7", "Claude Opus 4.7"), 1_776_297_600, (5 * USD, 50 * CENT, 625 * CENT, 25 * USD), (1_000_000, 128_000)),
+    gemini(("gemini-2.5-flash", "Gemini 2.5 Flash"), (30 * CENT, 3 * CENT, 250 * CENT), None, false),
+    gemini(("gemini-2.5-pro", "Gemini 2.5 Pro"), (125 * CENT, 125 * MILL, 10 * USD), Some((250 * CENT, 25 * CENT, 15 * USD)), true),
+    gemini(("gemini-3-pro-preview", "Gemini 3 Pro Preview"), (2 * USD, 20 * CENT, 12 * USD), Some((4 * USD, 40 * CENT, 18 * USD)), true),
+    sold_by(Provider::Gemini, special(Kind::Embedding { dimensions: 3072 }, ("gemini-embedding-001", "gemini-embedding-001"), 0, (15 * CENT, 0), (2_048, 0))),
+    sold_by(Provider::Azure, openai("gpt-4o", "gpt-4o-2024-08-06", 1_715_367_049, (250 * CENT, 125 * CENT, 10 * USD), (128_000, 16_384), false)),
+    sold_by(Provider::Azure, openai("gpt-4o-mini", "gpt-4o-mini-2024-07-18", 1_721_172_741, (15 * CENT, 75 * MILL, 60 * CENT), (128_000, 16_384), false)),
+    sold_by(Provider::Azure, openai("gpt-4.1", "gpt-4.1-2025-04-14", 1_744_316_542, (2 * USD, 50 * CENT, 8 * USD), (1_047_576, 32_768), false)),
+    sold_by(Provider::Azure, openai("gpt-4.1-mini", "gpt-4.1-mini-2025-04-14", 1_744_318_173, (40 * CENT, 10 * CENT, 160 * CENT), (1_047_576, 32_768), false)),
+    sold_by(Provider::Azure, openai("gpt-5", "gpt-5-2025-08-07", 1_754_425_777, (125 * CENT, 125 * MILL, 10 * USD), (272_000, 128_000), true)),
+    sold_by(Provider::Azure, openai("gpt-5-mini", "gpt-5-mini-2025-08-07", 1_754_425_928, (25 * CENT, 25 * MILL, 2 * USD), (272_000, 128_000), true)),
+    sold_by(Provider::Azure, openai("o4-mini", "o4-mini-2025-04-16", 1_744_225_351, (110 * CENT, 275 * MILL, 440 * CENT), (200_000, 100_000), true)),
+    sold_by(Provider::Azure, special(Kind::Embedding { dimensions: 1536 }, ("text-embedding-3-small", "text-embedding-3-small"), 1_705_948_997, (2 * CENT, 0), (8_192, 0))),
+    sold_by(Provider::Azure, special(Kind::Embedding { dimensions: 3072 }, ("text-embedding-3-large", "text-embedding-3-large"), 1_705_953_180, (13 * CENT, 0), (8_192, 0))),
+    compatible("llama-3.3-70b-versatile", (59 * CENT, 59 * CENT, 79 * CENT), (131_072, 32_768)),
+    compatible("deepseek-chat", (28 * CENT, 28 * MILL, 42 * CENT), (131_072, 8_192)),
+    compatible("mistral-large-latest", (50 * CENT, 50 * MILL, 150 * CENT), (262_144, 131_072)),
+    compatible("meta-llama/llama-3.3-70b-instruct", (13 * CENT, 13 * CENT, 40 * CENT), (131_072, 16_384)),
+    compatible("qwen3:8b", (0, 0, 0), (40_960, 40_960)),
+    sold_by(Provider::Compatible, special(Kind::Embedding { dimensions: 768 }, ("nomic-embed-text", "nomic-embed-text"), 1_733_447_754, (MILL, 0), (8_192, 0))),
 ];
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! The two providers and the error both dialects are rendered from.
+//! The providers and the error that all dialects are rendered from.
 
 use std::borrow::Cow;
 
@@ -9,9 +9,16 @@ use serde::{Deserialize, Serialize};
 pub enum Provider {
     Openai,
     Anthropic,
+    /// Google's Generative Language API.
+    Gemini,
+    /// OpenAI's models as Azure sells them.
+    Azure,
+    /// A server of somebody else that speaks OpenAI's chat: Groq, Mistral, OpenRouter, vLLM and so on.
+    Compatible,
 }
 
-/// An error before it takes a provider's shape. `code` and `param` exist only in OpenAI's.
+/// An error before it takes a provider's shape. Where a dialect has no `type`, `code` or `param`, its `error` module says what
+/// they mean to it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ApiError {
     pub status: u16,

@@ -4,25 +4,26 @@ use bytes::Bytes;
 use hyper::header::{self as names, HeaderMap, HeaderName, HeaderValue};
 use hyper::{Response, StatusCode};
 
-use crate::anthropic;
 use crate::body::SimBody;
 use crate::call::{Ready, Shape};
+use crate::compatible::Flavour;
 use crate::directive::Directive;
 use crate::frames;
 use crate::ledger::Ended;
 use crate::limits::Quota;
-use crate::openai;
 use crate::provider::{ApiError, Provider};
 use crate::text::{duration, identifier, rfc3339, unix_us};
 use crate::ticket::Ticket;
 
 const JSON: HeaderValue = HeaderValue::from_static("application/json");
+const PLAIN_EVENTS: HeaderValue = HeaderValue::from_static("text/event-stream");
 const EVENTS: HeaderValue = HeaderValue::from_static("text/event-stream; charset=utf-8");
 
 /// What is known about the answer to one request so far.
 #[derive(Debug)]
 pub struct Reply {
     pub provider: Provider,
+    pub flavour: Flavour,
     pub request_id: String,
     /// Where the credential stands, once it has been asked.
     pub quota: Option<Quota>,
@@ -31,17 +32,29 @@ pub struct Reply {
     /// Headers of the script.
     headers: Vec<(HeaderName, HeaderValue)>,
     no_limit_headers: bool,
+    /// The error stands in a list.
+    pub wrapped: bool,
     /// What the script has for the body of an error.
     body: Option<Bytes>,
 }
 
 impl Reply {
-    pub fn new(provider: Provider) -> Self {
+    pub fn new(provider: Provider, path: &str) -> Self {
         let request_id = match provider {
-            Provider::Openai => identifier("req_", 32),
             Provider::Anthropic => identifier("req_011", 21),
+            _ => identifier("req_", 32),
         };
-        Reply { provider, request_id, quota: None, wait_ms: None, headers: Vec::new(), no_limit_headers: false, body: None }
+        Reply {
+            provider,
+            flavour: Flavour::of(path),
+            request_id,
+            quota: None,
+            wait_ms: None,
+            headers: Vec::new(),
+            no_limit_headers: false,
+            wrapped: false,
+            body: None,
+        }
     }
 
     /// Takes from the script what it says of the head, and of an error's body.
@@ -49,6 +62,7 @@ impl Reply {
         self.wait_ms = script.first_ms;
         self.headers.clone_from(&script.headers);
         self.no_limit_headers = script.no_limit_headers;
+        self.wrapped |= script.wrapped;
         self.body.clone_from(&script.body);
     }
 
@@ -60,17 +74,19 @@ impl Reply {
     }
 
     pub fn refuse(&self, mut ticket: Ticket, error: &ApiError) -> Response<SimBody> {
-        let body = self.body.clone().unwrap_or_else(|| match self.provider {
-            Provider::Openai => openai::error::body(error).into(),
-            Provider::Anthropic => anthropic::error::body(error, &self.request_id).into(),
+        let body = self.body.clone().unwrap_or_else(|| {
+            let body = self.provider.error_body(error, &self.request_id, self.flavour);
+            if self.wrapped { format!("[{body}]").into() } else { body.into() }
         });
         ticket.answered(error.status);
         let status = StatusCode::from_u16(error.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
         let mut response = self.with_headers(SimBody::plain(body, ticket, Ended::Error), status, JSON);
         let headers = response.headers_mut();
-        if let Some(ms) = error.retry_after_ms.filter(|_| !self.no_limit_headers) {
+        // Google says when in the body alone.
+        let told = !self.no_limit_headers && self.provider != Provider::Gemini;
+        if let Some(ms) = error.retry_after_ms.filter(|_| told) {
             headers.insert(names::RETRY_AFTER, ms.div_ceil(1000).into());
-            if self.provider == Provider::Openai {
+            if matches!(self.provider, Provider::Openai | Provider::Azure) {
                 put(headers, "retry-after-ms", ms.into());
             }
         }
@@ -92,7 +108,8 @@ impl Reply {
         let (kind, announce) = match shape {
             Shape::Json => (JSON, true),
             Shape::Text => (HeaderValue::from_static("text/plain; charset=utf-8"), true),
-            Shape::Events => (EVENTS, false),
+            Shape::Events => (if self.provider == Provider::Gemini { PLAIN_EVENTS } else { EVENTS }, false),
+            Shape::List => (JSON, false),
             Shape::Bytes(kind) => (HeaderValue::from_static(kind), false),
         };
         let body = SimBody::scripted(frames, ticket, outcome, &script, announce);
@@ -135,6 +152,14 @@ impl Reply {
         match self.provider {
             Provider::Openai => self.openai(headers),
             Provider::Anthropic => self.anthropic(headers),
+            Provider::Gemini => put(headers, "server-timing", HeaderValue::from_static("gfet4t7; dur=7")),
+            Provider::Azure => self.azure(headers),
+            Provider::Compatible => {
+                put(headers, "x-request-id", text(&self.request_id));
+                if self.flavour == Flavour::Groq {
+                    self.limits(headers, true);
+                }
+            }
         }
         response
     }
@@ -146,12 +171,27 @@ impl Reply {
         put(headers, "openai-version", HeaderValue::from_static("2020-10-01"));
         let cookie = format!("{}; path=/; HttpOnly; Secure; SameSite=None", identifier("__cf_bm=", 40));
         headers.insert(names::SET_COOKIE, text(&cookie));
+        self.limits(headers, true);
+    }
+
+    fn azure(&self, headers: &mut HeaderMap) {
+        put(headers, "apim-request-id", text(&self.request_id));
+        put(headers, "x-request-id", text(&self.request_id));
+        put(headers, "x-ms-region", HeaderValue::from_static("Sweden Central"));
+        self.limits(headers, false);
+    }
+
+    /// The figures of limits as OpenAI has them; when they are whole again only if `resets`.
+    fn limits(&self, headers: &mut HeaderMap, resets: bool) {
         let Some(quota) = self.told() else { return };
-        let reset = text(&duration(quota.reset_ms));
         put(headers, "x-ratelimit-limit-requests", quota.limit_requests.into());
         put(headers, "x-ratelimit-limit-tokens", quota.limit_tokens.into());
         put(headers, "x-ratelimit-remaining-requests", quota.remaining_requests.into());
         put(headers, "x-ratelimit-remaining-tokens", quota.remaining_tokens.into());
+        if !resets {
+            return;
+        }
+        let reset = text(&duration(quota.reset_ms));
         put(headers, "x-ratelimit-reset-requests", reset.clone());
         put(headers, "x-ratelimit-reset-tokens", reset);
     }

@@ -17,7 +17,7 @@ const AUTH_HEADERS: [&str; 5] = ["authorization", "proxy-authorization", "x-api-
 /// How real secrets begin; anything of that look that isn't known has leaked from somewhere.
 const SECRET_PREFIXES: [&str; 5] = ["sk-", "sk_live_", "sk_test_", "AIza", "rk_live_"];
 /// Fields that decide what a request costs or reaches: two of them, and the gate and the provider may read different ones.
-const GOVERNED: [&str; 16] = [
+const GOVERNED: [&str; 23] = [
     "model",
     "stream",
     "max_tokens",
@@ -34,6 +34,13 @@ const GOVERNED: [&str; 16] = [
     "quality",
     "input",
     "prompt",
+    "contents",
+    "generationConfig",
+    "systemInstruction",
+    "toolConfig",
+    "cachedContent",
+    "thinking",
+    "output_config",
 ];
 
 pub fn of(request: &Received, credentials: &Credentials) -> Vec<String> {
@@ -89,12 +96,30 @@ fn secrets(request: &Received, credentials: &Credentials, found: &mut Vec<String
             None => found.push(format!("unknown_secret: header {name}")),
         }
     }
+    let (target, key) = without_key(request);
+    if let Some(secret) = key {
+        auth_lines += 1;
+        match credentials.by_secret(secret) {
+            Some(credential) if credential.provider == request.provider => {}
+            Some(credential) => found.push(format!("foreign_secret: query key has credential {}", credential.id)),
+            None => found.push("unknown_secret: query key".into()),
+        }
+    }
+    if holds_secret(&target, credentials) {
+        found.push("secret_outside_auth: path or query".into());
+    }
     if auth_lines > 1 {
         found.push(format!("several_auth_headers: {auth_lines}"));
     }
-    if holds_secret(request.target, credentials) {
-        found.push("secret_outside_auth: path or query".into());
-    }
+}
+
+/// Path and query without Google's `key`, which may hold a credential; and what that holds.
+fn without_key<'a>(request: &Received<'a>) -> (String, Option<&'a str>) {
+    let Some((path, query)) = request.target.split_once('?').filter(|_| request.provider == Provider::Gemini) else {
+        return (request.target.to_owned(), None);
+    };
+    let (keys, others): (Vec<&str>, Vec<&str>) = query.split('&').partition(|pair| pair.starts_with("key="));
+    (format!("{path}?{}", others.join("&")), keys.first().and_then(|pair| pair.strip_prefix("key=")))
 }
 
 fn holds_secret(text: &str, credentials: &Credentials) -> bool {
@@ -228,6 +253,29 @@ mod tests {
         for (target, headers, body, expected) in cases {
             assert_eq!(check(target, headers, body)?, [expected]);
         }
+        Ok(())
+    }
+
+    #[test]
+    fn a_key_in_the_query_is_google_s_alone_and_must_be_its_own() -> Result<(), String> {
+        let given = r#"[{"id":"g","provider":"gemini","secret":"AIzaGoogle"},{"id":"z","provider":"azure","secret":"0123456789abcdef"}]"#;
+        let credentials = Credentials::new(serde_json::from_str(given).map_err(|error| error.to_string())?)?;
+        let check = |provider, target, headers: &[(&str, &str)]| {
+            let headers: Vec<_> = headers.iter().map(|(name, value)| ((*name).into(), (*value).into())).collect();
+            of(&Received { provider, target, headers: &headers, body: b"" }, &credentials)
+        };
+        use Provider::{Azure, Gemini};
+        assert_eq!(check(Gemini, "/?alt=sse&key=AIzaGoogle", &[]), Vec::<String>::new());
+        assert_eq!(check(Gemini, "/", &[("x-goog-api-key", "AIzaGoogle")]), Vec::<String>::new());
+        assert_eq!(check(Azure, "/", &[("api-key", "0123456789abcdef")]), Vec::<String>::new());
+        assert_eq!(check(Gemini, "/?key=0123456789abcdef", &[]), ["foreign_secret: query key has credential z"]);
+        assert_eq!(check(Gemini, "/?key=AIzaNobody", &[]), ["unknown_secret: query key"]);
+        assert_eq!(check(Gemini, "/?key=AIzaGoogle", &[("x-goog-api-key", "AIzaGoogle")]), ["several_auth_headers: 2"]);
+        assert_eq!(check(Gemini, "/?k=AIzaGoogle", &[]), ["secret_outside_auth: path or query"]);
+        assert_eq!(check(Azure, "/?key=AIzaGoogle", &[]), ["secret_outside_auth: path or query"]);
+        assert_eq!(check(Azure, "/", &[("api-key", "AIzaGoogle")]), ["foreign_secret: header api-key has credential g"]);
+        let virtual_key = check(Gemini, "/?key=vk_0123456789", &[]);
+        assert_eq!(virtual_key, ["virtual_key: path or query", "unknown_secret: query key"]);
         Ok(())
     }
 

@@ -2,17 +2,17 @@
 
 use serde_json::{Map, Value};
 
-use super::error;
-use crate::answer::{Asked, Extras};
+use super::{error, form, history};
+use crate::answer::{Asked, Extras, Thinking, Wish};
 use crate::models::Model;
 use crate::openai::request::text_of;
 use crate::provider::{ApiError, Provider};
 use crate::tokens;
 
-type Fields = Map<String, Value>;
+pub type Fields = Map<String, Value>;
 
 /// The version since which sampling parameters are refused.
-const NO_SAMPLING: &str = "2026-10-21";
+pub const NO_SAMPLING: &str = "2026-10-21";
 const VERSIONS: [&str; 3] = ["2023-01-01", "2023-06-01", NO_SAMPLING];
 
 const KNOWN: &[&str] = &[
@@ -70,8 +70,11 @@ pub fn parse(body: &[u8], version: &str) -> Result<Asked, ApiError> {
             model.max_output, model.snapshot
         )));
     }
-    sampling(&fields, version)?;
-    check_messages(messages, version)?;
+    let thinking = form::thinking(&fields, model, limit)?;
+    sampling(&fields, version, model, thinking)?;
+    system(&fields)?;
+    form::metadata(&fields)?;
+    history::check(messages, version, model, matches!(thinking, Thinking::On { .. }) && form::budgeted(&fields))?;
     let tools = tools(&fields)?;
     let prompt_tokens = prompt_tokens(&fields, messages).min(body.len() as u64) + added_tokens(&fields);
     if prompt_tokens > model.context {
@@ -90,11 +93,12 @@ pub fn parse(body: &[u8], version: &str) -> Result<Asked, ApiError> {
         choices: 1,
         limit,
         stop: stop(&fields)?,
-        forced_tool: forced_tool(&fields, &tools)?,
-        tools,
+        forced_tool: forced_tool(&fields, &tools, thinking)?,
+        tools: form::callable(&fields, tools),
         prompt_tokens,
         last_user: last_user(messages),
-        after_tools: messages.last().is_some_and(|message| blocks(message, "tool_result").next().is_some()),
+        after_tools: messages.last().is_some_and(|message| history::blocks(message, "tool_result").next().is_some()),
+        wish: Wish { json: form::json(&fields, model)?, one_call: form::one_call(&fields)?, thinking },
         extras: Extras::default(),
     })
 }
@@ -113,7 +117,8 @@ pub fn count(body: &[u8], version: &str) -> Result<(&'static Model, u64, String)
         return Err(ApiError::invalid(format!("{unknown}: Extra inputs are not permitted")));
     }
     let model = Model::find(Provider::Anthropic, name).ok_or_else(|| error::model_not_found(name))?;
-    check_messages(messages, version)?;
+    system(&fields)?;
+    history::check(messages, version, model, false)?;
     tools(&fields)?;
     Ok((model, prompt_tokens(&fields, messages).min(body.len() as u64) + added_tokens(&fields), last_user(messages)))
 }
@@ -141,7 +146,7 @@ fn messages(fields: &Fields) -> Result<&[Value], ApiError> {
     }
 }
 
-fn required(name: &str) -> ApiError {
+pub fn required(name: &str) -> ApiError {
     ApiError::invalid(format!("{name}: Field required"))
 }
 
@@ -154,7 +159,24 @@ fn max_tokens(fields: &Fields) -> Result<u64, ApiError> {
     }
 }
 
-fn sampling(fields: &Fields, version: &str) -> Result<(), ApiError> {
+/// The instructions: a text, or blocks of text.
+fn system(fields: &Fields) -> Result<(), ApiError> {
+    match fields.get("system") {
+        None | Some(Value::Null | Value::String(_)) => Ok(()),
+        Some(Value::Array(blocks)) => {
+            let text =
+                |block: &Value| block.get("type").is_some_and(|kind| kind == "text") && block.get("text").is_some_and(Value::is_string);
+            match blocks.iter().position(|block| !text(block)) {
+                None => Ok(()),
+                Some(at) => Err(ApiError::invalid(format!("system.{at}.type: Input should be 'text'"))),
+            }
+        }
+        Some(_) => Err(ApiError::invalid("system: Input should be a valid string")),
+    }
+}
+
+fn sampling(fields: &Fields, version: &str, model: &Model, thinking: Thinking) -> Result<(), ApiError> {
+    let given = |name: &str| fields.get(name).is_some_and(|value| !value.is_null());
     for name in ["temperature", "top_p", "top_k"] {
         let Some(value) = fields.get(name).filter(|value| !value.is_null()) else { continue };
         if version == NO_SAMPLING {
@@ -166,114 +188,18 @@ fn sampling(fields: &Fields, version: &str) -> Result<(), ApiError> {
         if name != "top_k" && !(0.0..=1.0).contains(&number) {
             return Err(ApiError::invalid(format!("{name}: range: 0..1")));
         }
-    }
-    Ok(())
-}
-
-fn check_messages(messages: &[Value], version: &str) -> Result<(), ApiError> {
-    if messages.is_empty() {
-        return Err(ApiError::invalid("messages: at least one message is required"));
-    }
-    let mut open: Vec<&str> = Vec::new();
-    for (index, message) in messages.iter().enumerate() {
-        let role = match message.get("role").and_then(Value::as_str) {
-            Some(role @ ("user" | "assistant")) => role,
-            Some("system") if version == NO_SAMPLING => "system",
-            Some(_) => {
-                let message = format!("messages.{index}.role: Input should be 'user' or 'assistant'");
-                return Err(ApiError::invalid(message));
-            }
-            None => return Err(required(&format!("messages.{index}.role"))),
-        };
-        if index == 0 && role == "assistant" {
-            return Err(ApiError::invalid("messages: first message must use the \"user\" role"));
+        let default = (1.0..=1.0).contains(&number);
+        if name == "temperature" && !default && form::is_newest(model) {
+            return Err(ApiError::invalid("`temperature` is deprecated for this model."));
         }
-        check_content(index, role, message, version)?;
-        open = pair_tools(index, message, &open)?;
-    }
-    unanswered(messages.len(), &open)
-}
-
-fn check_content(index: usize, role: &str, message: &Value, version: &str) -> Result<(), ApiError> {
-    let parts = match message.get("content") {
-        Some(Value::String(text)) if text.is_empty() && role != "assistant" => return Err(empty(index)),
-        Some(Value::String(_)) => return Ok(()),
-        Some(Value::Array(parts)) => parts,
-        Some(_) => return Err(ApiError::invalid(format!("messages.{index}.content: Input should be a valid list"))),
-        None => return Err(required(&format!("messages.{index}.content"))),
-    };
-    if parts.is_empty() && role != "assistant" {
-        return Err(empty(index));
-    }
-    for (at, part) in parts.iter().enumerate() {
-        let place = format!("messages.{index}.content.{at}");
-        let kind = part.get("type").and_then(Value::as_str).ok_or_else(|| required(&format!("{place}.type")))?;
-        let has = |field: &str| part.get(field).ok_or_else(|| required(&format!("{place}.{kind}.{field}")));
-        match kind {
-            "text" => match has("text")?.as_str() {
-                Some("") => return Err(ApiError::invalid("messages: text content blocks must be non-empty")),
-                Some(_) => {}
-                None => return Err(ApiError::invalid(format!("{place}.text.text: Input should be a valid string"))),
-            },
-            "tool_use" if role == "assistant" => {
-                has("id")?;
-                has("name")?;
-                has("input")?;
-            }
-            "tool_result" if role == "user" => {
-                has("tool_use_id")?;
-            }
-            "document" if role == "assistant" && version == NO_SAMPLING => {
-                return Err(ApiError::invalid(format!("{place}: Extra inputs are not permitted")));
-            }
-            "image" | "document" => {
-                has("source")?;
-            }
-            "thinking" | "redacted_thinking" if role == "assistant" => {}
-            "search_result" | "server_tool_use" | "web_search_tool_result" | "container_upload" => {}
-            _ => {
-                let message = format!("{place}: Input tag '{kind}' found using 'type' does not match any of the expected tags");
-                return Err(ApiError::invalid(message));
-            }
+        if name == "temperature" && !default && matches!(thinking, Thinking::On { .. }) {
+            return Err(ApiError::invalid("`temperature` may only be set to 1 when thinking is enabled."));
         }
     }
+    if given("temperature") && given("top_p") {
+        return Err(ApiError::invalid("`temperature` and `top_p` cannot both be specified for this model. Please use only one."));
+    }
     Ok(())
-}
-
-fn empty(index: usize) -> ApiError {
-    ApiError::invalid(format!("messages.{index}: user messages must have non-empty content"))
-}
-
-/// Checks the results in `message` against the calls of the message before; gives the calls this one makes.
-fn pair_tools<'a>(index: usize, message: &'a Value, open: &[&'a str]) -> Result<Vec<&'a str>, ApiError> {
-    let id = |block: &'a Value, field: &str| block.get(field).and_then(Value::as_str).unwrap_or_default();
-    let results: Vec<&str> = blocks(message, "tool_result").map(|block| id(block, "tool_use_id")).collect();
-    if let Some(stray) = results.iter().find(|result| !open.contains(result)) {
-        return Err(ApiError::invalid(format!(
-            "messages.{index}.content.0: unexpected `tool_use_id` found in `tool_result` blocks: {stray}. Each \
-             `tool_result` block must have a corresponding `tool_use` block in the previous message."
-        )));
-    }
-    let missing: Vec<&str> = open.iter().copied().filter(|call| !results.contains(call)).collect();
-    unanswered(index, &missing)?;
-    Ok(blocks(message, "tool_use").map(|block| id(block, "id")).collect())
-}
-
-fn unanswered(index: usize, missing: &[&str]) -> Result<(), ApiError> {
-    if missing.is_empty() {
-        return Ok(());
-    }
-    Err(ApiError::invalid(format!(
-        "messages.{}: `tool_use` ids were found without `tool_result` blocks immediately after: {}. Each `tool_use` block \
-         must have a corresponding `tool_result` block in the next message.",
-        index.saturating_sub(1),
-        missing.join(", ")
-    )))
-}
-
-fn blocks<'a>(message: &'a Value, kind: &str) -> impl Iterator<Item = &'a Value> {
-    let parts = message.get("content").and_then(Value::as_array).into_iter().flatten();
-    parts.filter(move |part| part.get("type").is_some_and(|given| given == kind))
 }
 
 fn stop(fields: &Fields) -> Result<Vec<String>, ApiError> {
@@ -311,14 +237,19 @@ fn tools(fields: &Fields) -> Result<Vec<String>, ApiError> {
         }
         Ok(name.to_owned())
     };
-    tools.iter().enumerate().map(one).collect()
+    let names: Vec<String> = tools.iter().enumerate().map(one).collect::<Result<_, _>>()?;
+    let twice = names.iter().enumerate().any(|(at, name)| names.iter().take(at).any(|before| before == name));
+    if twice { Err(ApiError::invalid("tools: Tool names must be unique.")) } else { Ok(names) }
 }
 
-fn forced_tool(fields: &Fields, tools: &[String]) -> Result<Option<String>, ApiError> {
+fn forced_tool(fields: &Fields, tools: &[String], thinking: Thinking) -> Result<Option<String>, ApiError> {
     let Some(choice) = fields.get("tool_choice").filter(|choice| !choice.is_null()) else { return Ok(None) };
     match choice.get("type").and_then(Value::as_str) {
         Some("auto" | "none") => Ok(None),
         Some("any" | "tool") if tools.is_empty() => Err(ApiError::invalid("tool_choice may only be specified while providing tools")),
+        Some("any" | "tool") if matches!(thinking, Thinking::On { .. }) => {
+            Err(ApiError::invalid("Thinking may not be enabled when tool_choice forces tool use."))
+        }
         Some("any") => Ok(tools.first().cloned()),
         Some("tool") => {
             let name = choice.get("name").and_then(Value::as_str).ok_or_else(|| required("tool_choice.tool.name"))?;

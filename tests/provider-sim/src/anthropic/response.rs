@@ -2,7 +2,8 @@
 
 use serde_json::Value;
 
-use crate::answer::{Answer, Choice, Finish, call_overhead};
+use super::history::signature;
+use crate::answer::{Answer, Choice, Finish, Shown, call_overhead};
 use crate::directive::Directive;
 use crate::frames::{Frame, Frames};
 use crate::models::Usage;
@@ -18,6 +19,10 @@ pub struct Head<'a> {
 pub fn buffered(head: &Head, answer: &Answer, directive: &Directive) -> Vec<Frame> {
     let Some(choice) = answer.choices.first() else { return Vec::new() };
     let mut blocks = Vec::new();
+    if answer.shown != Shown::No {
+        let (thought, signature) = (quoted(answer.thoughts.as_str()), signature(answer.thoughts.as_str()));
+        blocks.push(format!(r#"{{"type":"thinking","thinking":{thought},"signature":"{signature}"}}"#));
+    }
     if !choice.text.as_str().is_empty() {
         blocks.push(format!(r#"{{"type":"text","text":{}}}"#, quoted(choice.text.as_str())));
     }
@@ -55,7 +60,7 @@ pub fn stream(head: &Head, answer: &Answer, directive: &Directive, per_delta: us
         ),
     ));
     frames.push(event("ping", ""));
-    content_events(&mut frames, choice, padding(directive), per_delta);
+    content_events(&mut frames, answer, choice, padding(directive), per_delta);
     let last = with_usage(format!(
         r#","usage":{{"input_tokens":{},"cache_creation_input_tokens":{},"cache_read_input_tokens":{},"output_tokens":{}}}"#,
         answer.usage.fresh(),
@@ -68,7 +73,7 @@ pub fn stream(head: &Head, answer: &Answer, directive: &Directive, per_delta: us
     frames.into_vec()
 }
 
-fn content_events(frames: &mut Frames, choice: &Choice, mut extra: String, per_delta: usize) {
+fn content_events(frames: &mut Frames, answer: &Answer, choice: &Choice, mut extra: String, per_delta: usize) {
     let mut index = 0;
     let start = |index: u64, block: &str| event("content_block_start", &format!(r#","index":{index},"content_block":{block}"#));
     let mut delta = |index: u64, delta: &str| {
@@ -77,6 +82,17 @@ fn content_events(frames: &mut Frames, choice: &Choice, mut extra: String, per_d
         text
     };
     let end = |index: u64| event("content_block_stop", &format!(r#","index":{index}"#));
+    if answer.shown != Shown::No {
+        frames.push(start(index, r#"{"type":"thinking","thinking":"","signature":""}"#));
+        for (piece, _) in answer.thoughts.deltas(per_delta) {
+            // Hidden tokens are charged before the first visible one.
+            frames.push_delta(delta(index, &format!(r#"{{"type":"thinking_delta","thinking":{}}}"#, quoted(piece))), 0);
+        }
+        let signature = signature(answer.thoughts.as_str());
+        frames.push(delta(index, &format!(r#"{{"type":"signature_delta","signature":"{signature}"}}"#)));
+        frames.push(end(index));
+        index += 1;
+    }
     if choice.text.tokens() > 0 {
         frames.push(start(index, r#"{"type":"text","text":""}"#));
         for (piece, tokens) in choice.text.deltas(per_delta) {
@@ -108,6 +124,8 @@ fn stop(choice: &Choice) -> String {
         Finish::Done => ("end_turn", "null".to_owned()),
         Finish::Length => ("max_tokens", "null".to_owned()),
         Finish::Tools => ("tool_use", "null".to_owned()),
+        Finish::Named(reason) => (reason.as_str(), "null".to_owned()),
+        Finish::Blocked(_) => ("refusal", "null".to_owned()),
         Finish::Sequence(sequence) => ("stop_sequence", quoted(sequence)),
     };
     format!(r#""stop_reason":"{reason}","stop_sequence":{sequence}"#)

@@ -7,7 +7,7 @@ use super::fields::{self, Fields, flag, integer};
 use super::prompts::{self, Prompt};
 use super::request::{include_usage, sampling, stop};
 use super::response::{padding, usage};
-use crate::answer::{self, Answer, Asked, Choice, Extras, Finish};
+use crate::answer::{self, Answer, Asked, Choice, Extras, Finish, Wish};
 use crate::api::Served;
 use crate::call::{Call, Ready, Shape};
 use crate::directive::Directive;
@@ -134,6 +134,7 @@ fn composed(request: &Request, script: &Directive, said: &str, bench: bool) -> A
         prompt_tokens: request.prompts.iter().map(|prompt| prompt.tokens).sum(),
         last_user: String::new(),
         after_tools: false,
+        wish: Wish::default(),
         extras: Extras::default(),
     };
     let mut answer = answer::compose(&asked, script, said, bench);

@@ -18,7 +18,7 @@ const MOST_TOKENS: u64 = 300_000;
 pub fn create(call: &mut Call) -> Result<Served, ApiError> {
     let fields = fields::object(call.body)?;
     fields::only(&fields, KNOWN)?;
-    let model = fields::model(&fields, None, |kind| matches!(kind, Kind::Embedding { .. }))?;
+    let model = fields::sold(&fields, call.shop(), |kind| matches!(kind, Kind::Embedding { .. }))?;
     let inputs = inputs(&fields, model)?;
     let dimensions = dimensions(&fields, model)?;
     let base64 = word(&fields, "encoding_format", &["float", "base64"])? == Some("base64");
@@ -87,7 +87,7 @@ fn row(index: usize, input: &Prompt, dimensions: u64, base64: bool) -> String {
 
 /// A direction that depends on the text alone.
 #[allow(clippy::float_arithmetic, clippy::cast_possible_truncation, reason = "a vector has floats; no money is counted here")]
-fn vector(input: &Prompt, dimensions: u64) -> Vec<f32> {
+pub fn vector(input: &Prompt, dimensions: u64) -> Vec<f32> {
     // FNV-1a for the start, splitmix64 for the rest.
     let hash = |hash: u64, byte: u8| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
     let mut state = input.text.bytes().fold(0xcbf2_9ce4_8422_2325 ^ input.tokens, hash);

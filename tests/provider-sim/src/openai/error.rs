@@ -72,6 +72,14 @@ pub fn rate_limited(model: &str, exceeded: Exceeded) -> ApiError {
     ApiError::new(429, what, message).code("rate_limit_exceeded").retry_after_ms(Some(wait_ms))
 }
 
+/// A prompt that may not be answered.
+pub fn blocked() -> ApiError {
+    ApiError::invalid(
+        "Invalid prompt: your prompt was flagged as potentially violating our usage policy. Please try again with a different prompt.",
+    )
+    .code("invalid_prompt")
+}
+
 pub fn overloaded() -> ApiError {
     ApiError::new(503, "server_error", "The engine is currently overloaded, please try again later")
 }

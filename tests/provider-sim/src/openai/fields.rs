@@ -3,10 +3,20 @@
 use serde_json::{Map, Value};
 
 use super::error;
+use crate::compatible::Flavour;
 use crate::models::{Kind, Model};
 use crate::provider::{ApiError, Provider};
 
 pub type Fields = Map<String, Value>;
+
+/// Whose models a request asks for, and in what manner.
+#[derive(Clone, Copy, Debug)]
+pub struct Shop<'a> {
+    pub provider: Provider,
+    /// Azure's deployment, if the path names one: the body's model is not looked at.
+    pub deployment: Option<&'a str>,
+    pub flavour: Flavour,
+}
 
 /// The body as an object.
 pub fn object(body: &[u8]) -> Result<Fields, ApiError> {
@@ -25,6 +35,20 @@ pub fn only(fields: &Fields, known: &[&str]) -> Result<(), ApiError> {
             Err(error.param(unknown).code("unknown_parameter"))
         }
     }
+}
+
+/// The model that a shop has under the name given, if it can do what is asked of it.
+pub fn sold(fields: &Fields, shop: Shop, fits: fn(Kind) -> bool) -> Result<&'static Model, ApiError> {
+    if shop.provider == Provider::Openai {
+        return model(fields, None, fits);
+    }
+    let name = match (shop.deployment, fields.get("model")) {
+        (Some(deployment), _) => deployment,
+        (None, Some(Value::String(name))) => name.as_str(),
+        (None, _) => return Err(missing("model")),
+    };
+    let model = Model::find(shop.provider, name).ok_or_else(|| shop.provider.model_not_found(name))?;
+    if fits(model.kind) { Ok(model) } else { Err(error::wrong_kind(model, fits)) }
 }
 
 /// The model named, if it can do what is asked of it; `default` where none need be named.

@@ -5,6 +5,7 @@ pub mod embeddings;
 pub mod error;
 pub mod fields;
 pub mod files;
+pub mod form;
 pub mod images;
 pub mod moderations;
 pub mod page;
@@ -46,8 +47,6 @@ pub fn serve(call: &mut Call) -> Result<Served, ApiError> {
         Endpoint::File => files::read(call),
         Endpoint::FileDelete => files::delete(call),
         Endpoint::FileContent => files::content(call),
-        Endpoint::Chat | Endpoint::Messages | Endpoint::CountTokens | Endpoint::Models | Endpoint::Model => {
-            Err(error::unknown_url(call.parts.method.as_str(), call.parts.uri.path()))
-        }
+        _ => Err(error::unknown_url(call.parts.method.as_str(), call.parts.uri.path())),
     }
 }

@@ -4,10 +4,12 @@ use std::collections::HashSet;
 
 use serde_json::Value;
 
-use super::fields::{self, Fields, flag, integer, missing, wrong_type};
-use crate::answer::{Asked, Extras, Kept, Sent};
+use super::fields::{self, Fields, Shop, flag, integer, missing, wrong_type};
+use super::form::{self, json, one_call, thinking};
+use crate::answer::{Asked, Extras, Kept, Sent, Wish};
+use crate::compatible;
 use crate::models::{Kind, Model};
-use crate::provider::ApiError;
+use crate::provider::{ApiError, Provider};
 use crate::tokens;
 
 /// Arguments that exist; any other is refused by name.
@@ -56,13 +58,19 @@ const MESSAGE_OVERHEAD: u64 = 3;
 /// An image counts at most this, and never more than its address has bytes.
 const IMAGE_TOKENS: u64 = 85;
 
-pub fn parse(body: &[u8]) -> Result<Asked, ApiError> {
+pub fn parse(body: &[u8], shop: Shop) -> Result<Asked, ApiError> {
     let fields = fields::object(body)?;
-    let model = fields::model(&fields, None, |kind| kind == Kind::Chat)?;
+    let model = fields::sold(&fields, shop, |kind| kind == Kind::Chat)?;
+    if shop.provider == Provider::Compatible {
+        compatible::only(&fields, KNOWN, shop.flavour)?;
+    }
     if let Some(unknown) = fields.keys().find(|key| !KNOWN.contains(&key.as_str())) {
         return Err(ApiError::invalid(format!("Unrecognized request argument supplied: {unknown}")));
     }
     let messages = messages(&fields)?;
+    if shop.provider == Provider::Compatible {
+        compatible::check_roles(messages, shop.flavour)?;
+    }
     let limit = limit(&fields, model)?;
     let stream = flag(&fields, "stream")?.unwrap_or(false);
     sampling(&fields, model)?;
@@ -86,7 +94,8 @@ pub fn parse(body: &[u8]) -> Result<Asked, ApiError> {
         limit,
         stop: stop(&fields, model)?,
         forced_tool: forced_tool(&fields, &tools)?,
-        tools,
+        wish: Wish { json: json(&fields, messages)?, one_call: one_call(&fields, &tools)?, thinking: thinking(&fields, model)? },
+        tools: callable(&fields, tools),
         prompt_tokens,
         last_user: last_user(messages),
         after_tools: messages.last().and_then(|message| message.get("role")).is_some_and(|role| role == "tool"),
@@ -322,7 +331,9 @@ fn tools(fields: &Fields) -> Result<Vec<String>, ApiError> {
             Some("custom") => tool.pointer("/custom/name"),
             _ => None,
         };
-        name.and_then(Value::as_str).map(str::to_owned).ok_or_else(|| missing(&format!("tools[{index}].function.name")))
+        let name = name.and_then(Value::as_str).ok_or_else(|| missing(&format!("tools[{index}].function.name")))?;
+        form::check_function(&format!("tools[{index}].function"), name, tool.get("function"))?;
+        Ok(name.to_owned())
     };
     tools.iter().enumerate().map(name).collect()
 }
@@ -349,6 +360,16 @@ fn forced_tool(fields: &Fields, tools: &[String]) -> Result<Option<String>, ApiE
             let error = ApiError::invalid("Invalid value for 'tool_choice'.");
             Err(error.param("tool_choice").code("invalid_value"))
         }
+    }
+}
+
+/// What the answer may call: nothing if the choice says so, or the one that it names.
+fn callable(fields: &Fields, tools: Vec<String>) -> Vec<String> {
+    let Some(choice) = fields.get("tool_choice") else { return tools };
+    match (choice.as_str(), choice.pointer("/function/name").and_then(Value::as_str)) {
+        (Some("none"), _) => Vec::new(),
+        (_, Some(name)) => vec![name.to_owned()],
+        _ => tools,
     }
 }
 

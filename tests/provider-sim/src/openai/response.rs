@@ -1,9 +1,12 @@
 //! Chat completions and their chunks.
 
 use crate::answer::{Answer, Choice, Finish, call_overhead};
+use crate::azure;
+use crate::compatible::Flavour;
 use crate::directive::Directive;
 use crate::frames::{Frame, Frames};
 use crate::models::Usage;
+use crate::provider::Provider;
 use crate::text::quoted;
 
 /// What every part of one response repeats.
@@ -11,19 +14,43 @@ pub struct Head<'a> {
     pub id: &'a str,
     pub created: u64,
     pub model: &'static str,
+    pub provider: Provider,
+    pub flavour: Flavour,
 }
 
-const FINGERPRINT: &str = "fp_51db84afab";
+impl Head<'_> {
+    /// What OpenAI says of how it was served.
+    fn service(&self) -> &'static str {
+        match self.provider {
+            Provider::Openai => concat!(r#""service_tier":"default","#, r#""system_fingerprint":"fp_51db84afab""#),
+            _ => r#""system_fingerprint":"fp_51db84afab""#,
+        }
+    }
+
+    /// What a choice says besides.
+    fn filtered(&self) -> String {
+        if self.provider == Provider::Azure { format!(r#","content_filter_results":{}"#, azure::PASSED) } else { String::new() }
+    }
+
+    /// Usage comes with the last choice, as DeepSeek has it, instead of after it.
+    fn joins_usage(&self) -> bool {
+        self.provider == Provider::Compatible && self.flavour == Flavour::Plain
+    }
+}
 
 pub fn buffered(head: &Head, answer: &Answer, directive: &Directive) -> Vec<Frame> {
-    let choices: Vec<String> = answer.choices.iter().enumerate().map(|(i, choice)| whole_choice(i, choice)).collect();
+    let choices: Vec<String> =
+        answer.choices.iter().enumerate().map(|(i, choice)| whole_choice(head, i, choice, answer.thoughts.as_str())).collect();
     let usage = if directive.no_usage { String::new() } else { format!(r#","usage":{}"#, usage(&answer.usage)) };
+    let azure = head.provider == Provider::Azure;
+    let filtered = if azure { format!(r#","prompt_filter_results":{}"#, azure::PROMPT_PASSED) } else { String::new() };
     let body = format!(
-        r#"{{"id":"{}","object":"chat.completion","created":{},"model":"{}","choices":[{}]{usage},"service_tier":"default","system_fingerprint":"{FINGERPRINT}"{}}}"#,
+        r#"{{"id":"{}","object":"chat.completion","created":{},"model":"{}","choices":[{}]{usage},{}{filtered}{}}}"#,
         head.id,
         head.created,
         head.model,
         choices.join(","),
+        head.service(),
         padding(directive),
     );
     let mut frames = Frames::default();
@@ -31,7 +58,7 @@ pub fn buffered(head: &Head, answer: &Answer, directive: &Directive) -> Vec<Fram
     frames.into_vec()
 }
 
-fn whole_choice(index: usize, choice: &Choice) -> String {
+fn whole_choice(head: &Head, index: usize, choice: &Choice, thoughts: &str) -> String {
     let calls: Vec<String> = choice
         .calls
         .iter()
@@ -46,33 +73,52 @@ fn whole_choice(index: usize, choice: &Choice) -> String {
         .collect();
     let content = content(choice);
     let calls = if calls.is_empty() { String::new() } else { format!(r#","tool_calls":[{}]"#, calls.join(",")) };
+    let others = match head.provider {
+        Provider::Compatible if thoughts.is_empty() => String::new(),
+        Provider::Compatible => format!(r#","reasoning_content":{}"#, quoted(thoughts)),
+        _ => r#","refusal":null,"annotations":[]"#.into(),
+    };
     format!(
-        r#"{{"index":{index},"message":{{"role":"assistant","content":{content}{calls},"refusal":null,"annotations":[]}},"logprobs":null,"finish_reason":"{}"}}"#,
-        finish(choice)
+        r#"{{"index":{index},"message":{{"role":"assistant","content":{content}{calls}{others}}},"logprobs":null,"finish_reason":"{}"{}}}"#,
+        finish(choice),
+        head.filtered(),
     )
 }
 
 pub fn stream(head: &Head, answer: &Answer, directive: &Directive, include_usage: bool, per_delta: usize) -> Vec<Frame> {
     let with_usage = include_usage && !directive.no_usage;
+    let (service, filtered) = (head.service(), head.filtered());
     let chunk = |choices: &str, usage: &str, extra: &str| {
         let usage = if with_usage { format!(r#","usage":{usage}"#) } else { String::new() };
         format!(
             "data: {{\"id\":\"{}\",\"object\":\"chat.completion.chunk\",\"created\":{},\"model\":\"{}\",\
-             \"service_tier\":\"default\",\"system_fingerprint\":\"{FINGERPRINT}\",\"choices\":[{choices}]{usage}{extra}}}\n\n",
+             {service},\"choices\":[{choices}]{usage}{extra}}}\n\n",
             head.id, head.created, head.model
         )
     };
     let delta = |index: usize, delta: &str, finish: &str, extra: &str| {
-        let choice = format!(r#"{{"index":{index},"delta":{delta},"logprobs":null,"finish_reason":{finish}}}"#);
+        let choice = format!(r#"{{"index":{index},"delta":{delta},"logprobs":null,"finish_reason":{finish}{filtered}}}"#);
         chunk(&choice, "null", extra)
     };
     let mut frames = Frames::default();
+    if head.provider == Provider::Azure {
+        frames.push(format!(
+            "data: {{\"choices\":[],\"created\":0,\"id\":\"\",\"model\":\"\",\"object\":\"\",\"prompt_filter_results\":{}}}\n\n",
+            azure::PROMPT_PASSED
+        ));
+    }
     for (index, choice) in answer.choices.iter().enumerate() {
         let content = if choice.calls.is_empty() { "\"\"" } else { "null" };
-        let role = format!(r#"{{"role":"assistant","content":{content},"refusal":null}}"#);
+        let refusal = if head.provider == Provider::Compatible { "" } else { r#","refusal":null"# };
+        let role = format!(r#"{{"role":"assistant","content":{content}{refusal}}}"#);
         frames.push(delta(index, &role, "null", ""));
     }
     let mut extra = padding(directive);
+    for (piece, _) in answer.thoughts.deltas(per_delta) {
+        // Hidden tokens are charged before the first visible one.
+        let thought = format!(r#"{{"content":null,"reasoning_content":{}}}"#, quoted(piece));
+        frames.push_delta(delta(0, &thought, "null", ""), 0);
+    }
     let mut queues: Vec<_> = answer.choices.iter().map(|choice| choice_deltas(choice, per_delta).into_iter()).collect();
     // Choices are generated side by side: their deltas come in turns.
     let mut more = true;
@@ -87,9 +133,15 @@ pub fn stream(head: &Head, answer: &Answer, directive: &Directive, include_usage
         }
     }
     for (index, choice) in answer.choices.iter().enumerate() {
+        let last = index + 1 == answer.choices.len();
+        if with_usage && last && head.joins_usage() {
+            let choice = format!(r#"{{"index":{index},"delta":{{}},"logprobs":null,"finish_reason":{}}}"#, quoted(finish(choice)));
+            frames.push(chunk(&choice, &usage(&answer.usage), ""));
+            continue;
+        }
         frames.push(delta(index, "{}", &quoted(finish(choice)), ""));
     }
-    if with_usage {
+    if with_usage && !head.joins_usage() {
         frames.push(chunk("", &usage(&answer.usage), ""));
     }
     frames.push("data: [DONE]\n\n".into());
@@ -121,8 +173,10 @@ fn content(choice: &Choice) -> String {
     quoted(choice.text.as_str())
 }
 
-fn finish(choice: &Choice) -> &'static str {
-    match choice.finish {
+fn finish(choice: &Choice) -> &str {
+    match &choice.finish {
+        Finish::Named(reason) => reason,
+        Finish::Blocked(_) => "content_filter",
         Finish::Done | Finish::Sequence(_) => "stop",
         Finish::Length => "length",
         Finish::Tools => "tool_calls",
@@ -154,9 +208,9 @@ mod tests {
 
     use super::*;
     use crate::answer::{compose, tests::asked};
-    use crate::provider::Provider;
 
-    const HEAD: Head = Head { id: "chatcmpl-1", created: 1, model: "gpt-4o-2024-08-06" };
+    const HEAD: Head =
+        Head { id: "chatcmpl-1", created: 1, model: "gpt-4o-2024-08-06", provider: Provider::Openai, flavour: Flavour::Plain };
 
     fn text(frames: &[Frame]) -> String {
         frames.iter().map(|frame| String::from_utf8_lossy(&frame.bytes).into_owned()).collect()

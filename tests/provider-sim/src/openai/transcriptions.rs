@@ -4,7 +4,7 @@ use super::fields::{missing, unsupported};
 use super::files::{field, form};
 use super::response::padding;
 use super::{error, sound};
-use crate::answer::{self, Answer, Asked, Extras};
+use crate::answer::{self, Answer, Asked, Extras, Wish};
 use crate::api::Served;
 use crate::call::{Call, Ready, Shape};
 use crate::directive::Directive;
@@ -110,6 +110,7 @@ impl Request {
             prompt_tokens: 0,
             last_user: String::new(),
             after_tools: false,
+            wish: Wish::default(),
             extras: Extras::default(),
         }
     }

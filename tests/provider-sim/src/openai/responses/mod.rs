@@ -12,7 +12,7 @@ use serde_json::Value;
 use self::render::{Ending, Rendered};
 use self::request::Request;
 use super::{error, files};
-use crate::answer::{self, Answer, Asked, Extras, Finish, Sent};
+use crate::answer::{self, Answer, Asked, Extras, Finish, Sent, Wish};
 use crate::api::Served;
 use crate::call::{Call, Ready, Shape};
 use crate::directive::Directive;
@@ -168,6 +168,7 @@ fn asked(request: &Request, context: &Context) -> Result<Asked, ApiError> {
         prompt_tokens,
         last_user: String::new(),
         after_tools: request.after_tools,
+        wish: Wish::default(),
         extras: Extras::default(),
     })
 }
