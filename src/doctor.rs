@@ -187,16 +187,18 @@ impl Patient {
 
         let providers = known.map(Configuration::providers).unwrap_or_default();
         let names: Vec<String> = providers.iter().map(|(name, _)| name.clone()).collect();
-        report.add(
-            "credentials",
-            match admin_token.filter(|_| may_read) {
-                Some(_) if names.is_empty() => Outcome::not_checked("which providers there are is not known"),
-                Some(token) => service::credentials(&self.admin, token, &names),
-                None => Outcome::not_checked("it needs an admin token that may read them: see admin-token"),
-            },
-        );
+        let (credentials, used) = match admin_token.filter(|_| may_read) {
+            Some(_) if names.is_empty() => (Outcome::not_checked("which providers there are is not known"), None),
+            Some(token) => service::credentials(&self.admin, token, &names),
+            None => (Outcome::not_checked("it needs an admin token that may read them: see admin-token"), None),
+        };
+        report.add("credentials", credentials);
         let mut clocks: Vec<(String, i64)> = ahead.map(|ahead| ("the policy service".to_owned(), ahead)).into_iter().collect();
         for (name, cluster) in providers {
+            if used.as_ref().is_some_and(|used| !used.contains(&name)) {
+                report.add(format!("provider:{name}"), Outcome::not_checked("no credential is stored for it: nothing goes there"));
+                continue;
+            }
             let (outcome, ahead) = providers::check(cluster);
             report.add(format!("provider:{name}"), outcome);
             clocks.extend(ahead.map(|ahead| (name, ahead)));

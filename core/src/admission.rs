@@ -16,7 +16,7 @@ const TOKENS_PER_IMAGE: u64 = 50_000;
 pub const MIN_OUTPUT_TOKENS: u64 = 16;
 /// Output that a provider may have made, unseen, by the time it notices that a stream was cut: per choice.
 pub const IN_FLIGHT_TOKENS: u64 = 256;
-/// Output tokens of an answer whose model has no known limit, for keys without a budget.
+/// Output tokens of an answer whose model has no known limit. On a key with a limit they are written down, so that they hold.
 const GUESSED_OUTPUT: u64 = 16_384;
 /// Output tokens of a picture that is shown before it is finished (API reference, `partial_images`).
 const TOKENS_PER_PARTIAL_IMAGE: u64 = 100;
@@ -232,7 +232,7 @@ pub fn part(ask: &Ask, operation: &'static Operation, price: Option<&Price>, cla
 
 pub(crate) fn asked_output(ask: &Ask, price: &Price) -> u64 {
     let most = price.max_output.unwrap_or(u64::MAX);
-    ask.max_tokens.unwrap_or(most).min(most.max(1))
+    ask.max_tokens.unwrap_or(price.max_output.unwrap_or(GUESSED_OUTPUT)).min(most.max(1))
 }
 
 /// The most the request can cost; `None` when nothing bounds it. Where output has a limit that stands in the body, it is
@@ -272,8 +272,7 @@ pub(crate) fn input_tokens(ask: &Ask, price: &Price) -> Option<u64> {
 
 fn tokens_bound(ask: &Ask, operation: &'static Operation, price: &Price, clamp: Option<u64>) -> Option<Hold> {
     let input_tokens = input_tokens(ask, price)?;
-    let limit = clamp.unwrap_or(u64::MAX).min(asked_output(ask, price)).min(price.max_output?.max(1));
-    let limit = if operation.limits().is_empty() { price.max_output? } else { limit };
+    let limit = if operation.limits().is_empty() { price.max_output? } else { clamp.unwrap_or(u64::MAX).min(asked_output(ask, price)) };
     let (each_input, each_output) = price.dearest_for(input_tokens);
     let input = (input_tokens, each_input);
     let output = (limit.saturating_mul(ask.choices.max(1)), each_output);

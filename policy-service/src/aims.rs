@@ -56,6 +56,15 @@ pub fn places<'a>(organisation: &'a Organisation, table: &PriceTable, ask: &'a A
     }
 }
 
+/// The provider that a request is for, as far as that can be told: who is named, or where its model leads first.
+pub fn provider<'a>(organisation: &'a Organisation, table: &PriceTable, ask: &'a Ask) -> Cow<'a, str> {
+    let route = ask.model.as_deref().and_then(|model| organisation.route(model)).and_then(|route| route.targets.first());
+    match route.filter(|_| ask.provider.is_empty()) {
+        Some(target) => Cow::Borrowed(&target.provider),
+        None => by_model(organisation, table, ask).provider,
+    }
+}
+
 fn by_route<'a>(route: &'a Route, ask: &Ask, req: RequestId) -> Result<Places<'a>, Refusal> {
     let named = |target: &&RouteTarget| ask.provider.is_empty() || target.provider == ask.provider;
     let mut targets: Vec<&RouteTarget> = route.targets.iter().filter(named).collect();

@@ -216,11 +216,11 @@ pub fn gate_answers(manager: &Manager) -> Outcome {
     }
 }
 
-/// Every provider that the configuration leads to has something to be called with.
-pub fn credentials(admin: &str, token: &str, providers: &[String]) -> Outcome {
+/// Some provider that the configuration leads to has something to be called with. Gives those that have, where that could be seen.
+pub fn credentials(admin: &str, token: &str, providers: &[String]) -> (Outcome, Option<Vec<String>>) {
     let list = match Client::new(admin, token).list("/v1/credentials") {
         Ok(list) => list,
-        Err(error) => return Outcome::not_checked(error),
+        Err(error) => return (Outcome::not_checked(error), None),
     };
     let stored = |provider: &&String| {
         let is = |credential: &Value| credential.get("provider").and_then(Value::as_str) == Some(provider.as_str());
@@ -229,11 +229,13 @@ pub fn credentials(admin: &str, token: &str, providers: &[String]) -> Outcome {
     let (with, without): (Vec<&String>, Vec<&String>) = providers.iter().partition(stored);
     let names = |all: &[&String]| all.iter().map(|name| name.as_str()).collect::<Vec<_>>().join(", ");
     let cure = |name: &str| format!("keyward credentials add {name}");
-    match (with.as_slice(), without.as_slice()) {
+    let outcome = match (with.as_slice(), without.as_slice()) {
         ([], [first, ..]) => Outcome::fault(format!("no credential is stored for {}: nothing can be called", names(&without)), cure(first)),
         (_, []) => Outcome::ok(format!("stored for {}", names(&with))),
-        (_, [first, ..]) => Outcome::warn(format!("none is stored for {}; stored for {}", names(&without), names(&with)), cure(first)),
-    }
+        // Nobody has them all.
+        _ => Outcome::ok(format!("stored for {}; none for {}", names(&with), names(&without))),
+    };
+    (outcome, Some(with.into_iter().cloned().collect()))
 }
 
 /// This machine's clock against all others that were seen, in seconds that they are ahead.

@@ -370,7 +370,7 @@ PATHS = ["/", "", "*", "/v1", "/v1/", "/v1/chat", "/v1/chat/completions/", "/v1/
          "/v1%2fchat/completions", "/v1/chat%2Fcompletions", "/v1/chat%5ccompletions", "/v1/chat/completions%20", "/v1/chat/completions%3fkey=x",
          "/..", "/../../etc/passwd", "/v1/../edge/v1/admit", "/edge/v1/admit", "/edge/v1/settle", "/edge/v1/watch?since=0",
          "/keyward_policy/edge/v1/admit", "/openai", "/openai/", "/openai/edge/v1/admit",
-         "/openai/openai/v1/chat/completions", "/anthropic/v1/chat/completions", "/openai/v1/messages", "/mistral/v1/chat/completions",
+         "/openai/openai/v1/chat/completions", "/anthropic/v1/responses", "/openai/v1/messages/count_tokens", "/nobody/v1/chat/completions",
          "/v1/models/gpt-4o/x", "/é", "/%", "/%zz", "/v1/chat/completions#f",
          "http://", "http:///", "http://api.openai.com", "http://127.0.0.1:1/edge/v1/admit", "ftp://x/v1/files", "//edge/v1/admit", "/healthz",
          "/metrics", "/v1/keys", "/ready", "/stats", "/" + "a" * 50_000]

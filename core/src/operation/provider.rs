@@ -113,5 +113,7 @@ pub fn is_provider_name(name: &str) -> bool {
     (1..=64).contains(&name.len())
         && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
         && name.bytes().next().is_some_and(|b| b.is_ascii_lowercase())
-        && !matches!(name, "v1" | "edge")
+        && name != "edge"
+        // A version of an API, not somebody's.
+        && !name.strip_prefix('v').is_some_and(|rest| !rest.is_empty() && rest.bytes().all(|b| b.is_ascii_digit()))
 }

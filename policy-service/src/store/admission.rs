@@ -140,7 +140,7 @@ impl Ledger<'_> {
         let provider = first.map_or(ask.provider.as_str(), |target| target.provider.as_str());
         let mut chain = key.chain.clone();
         if let Some(refusal) = &forgiven {
-            chain = self.append(&key.id, &chain, now.wall_ms, Event::WouldRefuse(refused(admit, refusal)))?;
+            chain = self.append(&key.id, &chain, now.wall_ms, Event::WouldRefuse(refused(admit, provider, refusal)))?;
             self.count_forgiven(&key, admit, provider, refusal, now)?;
         }
         let event = Event::Admitted(audit::Admitted {
@@ -426,7 +426,10 @@ impl Ledger<'_> {
     }
 
     fn refuse(&self, key: &Found, admit: &Admit, refusal: Refusal) -> Result<Admission, StoreError> {
-        self.append_alone(&key.id, &key.chain, admit.now.wall_ms, Event::Refused(refused(admit, &refusal)))?;
+        let organisation = admit.directory.organisations.get(&key.chain.organisation);
+        let provider =
+            organisation.map(|organisation| aims::provider(organisation, &self.keys.prices, &admit.request.ask)).unwrap_or_default();
+        self.append_alone(&key.id, &key.chain, admit.now.wall_ms, Event::Refused(refused(admit, &provider, &refusal)))?;
         Ok(Admission::Refused(refusal))
     }
 
@@ -583,12 +586,12 @@ fn is_at(target: &Target, place: &Place<'_>) -> bool {
     target.provider == place.provider && target.model.as_deref() == place.model.as_deref()
 }
 
-fn refused(admit: &Admit, refusal: &Refusal) -> audit::Refused {
+fn refused(admit: &Admit, provider: &str, refusal: &Refusal) -> audit::Refused {
     let ask = &admit.request.ask;
     audit::Refused {
         req: admit.request.req.0,
         code: refusal.code.name().to_owned(),
-        provider: ask.provider.clone(),
+        provider: provider.to_owned(),
         endpoint: ask.endpoint.clone(),
         model: ask.model.clone().unwrap_or_default(),
     }
