@@ -341,7 +341,7 @@ impl Ledger<'_> {
             match self.credentials(organisation, key, admit, place)? {
                 Ok((credentials, in_order)) => {
                     way.in_order |= in_order;
-                    way.targets.push(self.at(organisation, ask, place, credentials));
+                    way.targets.push(self.at(organisation, ask, place, places.places.len() > 1, credentials));
                 }
                 Err(why) => refusal = refusal.or(Some(why)),
             }
@@ -385,10 +385,11 @@ impl Ledger<'_> {
         Ok(Ok((credentials, in_order)))
     }
 
-    fn at(&self, organisation: &Organisation, ask: &Ask, place: &Place<'_>, credentials: Vec<String>) -> Target {
+    fn at(&self, organisation: &Organisation, ask: &Ask, place: &Place<'_>, has_others: bool, credentials: Vec<String>) -> Target {
         let model = place.model.as_deref();
-        // Anthropic's API alone must be told a limit.
-        let is_told = organisation.dialect(&place.provider) == Some(Dialect::Anthropic) && ask.dialect != Dialect::Anthropic;
+        // Anthropic's API must be told a limit, and of several targets not all give as much.
+        let is_told =
+            has_others || (organisation.dialect(&place.provider) == Some(Dialect::Anthropic) && ask.dialect != Dialect::Anthropic);
         let price = model
             .filter(|_| is_told)
             .and_then(|model| organisation.price(&self.keys.prices, &place.provider, model, admission::operation(ask).models));
