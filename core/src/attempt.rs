@@ -551,6 +551,13 @@ impl Flight {
         }
     }
 
+    /// Of a gate that makes its tries itself: the last one never connected. What comes next.
+    pub fn not_connected(&mut self, ring: &mut Keyring, shared: &impl SharedData, now_ms: u64) -> Next {
+        self.never_connected(ring, now_ms);
+        self.fallback = None;
+        self.go_on_elsewhere(ring, shared, now_ms)
+    }
+
     /// The connection of this try came about, and it ended without an answer.
     pub fn lose(&mut self, number: usize) {
         if let Some(lost) = number.checked_sub(1).and_then(|at| self.tries.get_mut(at)).filter(|lost| lost.status.is_none()) {
