@@ -23,6 +23,10 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::borrow::Cow;
 
+/// Tokens that Anthropic puts before a request that has tools or asks for a schema, several times what is known of them (tool use guide:
+/// 346 for Claude 4, 530 at most for Claude 3).
+const TOKENS_FOR_INSTRUCTIONS: u64 = 2_000;
+
 /// A key found by one of its tokens.
 struct Found {
     id: String,
@@ -218,11 +222,8 @@ impl Ledger<'_> {
         };
         let operation = admission::operation(ask);
         let all = places.clone();
-        let way = match self.way(organisation, key, admit, &places)? {
-            Ok(way) => Ok(way),
-            // Why it can't go anywhere is told only to those who may.
-            Err(refusal) => Err(refusal),
-        };
+        // Why it can't go anywhere is told only to those who may.
+        let way = self.way(organisation, key, admit, &places)?;
         if let Ok(way) = &way {
             // Those that can't be used now are not held for.
             places.places.retain(|place| way.targets.is_empty() || way.targets.iter().any(|target| is_at(target, place)));
@@ -241,6 +242,7 @@ impl Ledger<'_> {
             }
         };
         let price = together.as_deref();
+        let ask = &with_instructions(organisation, ask, &places);
         let aimed: Vec<Aim<'_>> = all.places.iter().map(Place::aim).collect();
         let levels = key.levels(organisation);
         let decided = self.with_levels(&key.id, &levels, now, |levels| {
@@ -581,6 +583,16 @@ fn admitted(
         targets: Vec::new(),
     };
     Admission::Admitted(Box::new(Admitted { hold, targets, plan }))
+}
+
+/// The request as its bound is worked out: of one that is translated for Anthropic's API, with what the provider puts before tools and
+/// schemas.
+fn with_instructions<'a>(organisation: &Organisation, ask: &'a Ask, places: &Places<'_>) -> Cow<'a, Ask> {
+    let is_translated = |place: &Place<'_>| organisation.dialect(&place.provider) == Some(Dialect::Anthropic);
+    if ask.dialect == Dialect::Anthropic || !places.places.iter().any(is_translated) {
+        return Cow::Borrowed(ask);
+    }
+    Cow::Owned(Ask { added: ask.added.saturating_add(TOKENS_FOR_INSTRUCTIONS), ..ask.clone() })
 }
 
 fn is_at(target: &Target, place: &Place<'_>) -> bool {
