@@ -4,7 +4,7 @@ use crate::config::{Route, RouteTarget, Unsupported};
 use crate::directory::Organisation;
 use keyward_core::admission::{Aim, operation};
 use keyward_core::edge::{Ask, RequestId};
-use keyward_core::operation::{Dialect, carries};
+use keyward_core::operation::carries;
 use keyward_core::price::PriceTable;
 use keyward_core::refusal::{Code, Refusal};
 use std::borrow::Cow;
@@ -111,10 +111,7 @@ fn by_model<'a>(organisation: &Organisation, table: &PriceTable, ask: &'a Ask) -
     if !ask.provider.is_empty() {
         return at(Cow::Borrowed(&ask.provider), model);
     }
-    let default = match ask.dialect {
-        Dialect::Anthropic => "anthropic",
-        Dialect::OpenAi | Dialect::Gemini => "openai",
-    };
+    let default = ask.dialect.provider();
     let Some(name) = model else { return at(Cow::Borrowed(default), None) };
     if let Some((provider, rest)) = name.split_once('/').filter(|(provider, _)| organisation.document.knows_provider(provider)) {
         return at(Cow::Borrowed(provider), Some(rest));

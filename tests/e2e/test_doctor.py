@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 from harness import CREDENTIALS, ENVOY_BIN, KEYWARD_BIN, PROVIDERS, ROOT, Part, Simulator, Stack, call, free_port, wait_for
 
-HOSTS = ("--host", "api.openai.com", "--host", "api.anthropic.com")
+HOSTS = [option for host in ("api.openai.com", "api.anthropic.com", "generativelanguage.googleapis.com", "api.groq.com", "api.mistral.ai",
+                             "api.deepseek.com", "api.together.xyz", "openrouter.ai") for option in ("--host", host)]
 VERSIONS = sorted({line.split()[0] for line in (ROOT / "tools/envoy-versions.txt").read_text().splitlines() if re.match(r"1\.\d+\.\d+\s", line)})
 # What is read from the running Envoy: none of it can be known when there is none.
 OF_ENVOY = ("envoy-version", "envoy-flags", "gate", "attempt", "vm", "routes", "timeouts", "policy-cluster", "provider-tls", "access-log",
