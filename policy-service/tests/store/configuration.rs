@@ -76,7 +76,11 @@ async fn policy_team_and_route_decide_with_the_key() {
         bed.store.admit(asked)
     };
     let Admission::Admitted(plain) = ask(1, "gpt-4o").await.unwrap() else { panic!() };
-    assert_eq!((plain.targets[0].model.as_deref(), plain.targets[0].credentials.clone()), (Some("gpt-4o"), vec!["cred_b".to_owned()]), "the policy's pool");
+    assert_eq!(
+        (plain.targets[0].model.as_deref(), plain.targets[0].credentials.clone()),
+        (Some("gpt-4o"), vec!["cred_b".to_owned()]),
+        "the policy's pool"
+    );
     let Admission::Admitted(routed) = ask(2, "fast").await.unwrap() else { panic!() };
     assert_eq!((routed.targets[0].model.as_deref(), routed.plan.rev), (Some("gpt-4o-mini"), 2));
     assert!(matches!(ask(3, "gpt-4.1").await.unwrap(), Admission::Refused(r) if r.code == Code::ModelNotAllowed), "the policy says no");
