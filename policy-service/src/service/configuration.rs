@@ -64,7 +64,7 @@ impl Service {
         let id = known.map_or_else(new_credential_id, |meta| Ok(meta.id.clone()))?;
         let name = name.map_or_else(|| id.clone(), str::to_owned);
         config::check_name(Kind::Credential, &name).map_err(|message| ServiceError::Invalid("name".to_owned(), message))?;
-        let row = self.seal(&who.organisation, &name, &id, credential, known.is_some()).await?;
+        let row = self.seal(&who.organisation, &organisation.document, &name, &id, credential, known.is_some()).await?;
         let edit = Edit::PutCredential { row, managed: false, expect };
         self.edit(who, vec![edit], None).await.map_err(|error| relative(error, Kind::Credential, &name))?;
         let organisation = self.organisation(&who.organisation)?;
@@ -72,17 +72,18 @@ impl Service {
         Ok((name, meta))
     }
 
-    /// A credential as it will be stored. Without a new secret it keeps the one it has.
+    /// A credential as it will be stored, of a provider that `all` knows. Without a new secret it keeps the one it has.
     async fn seal(
         &self,
         organisation: &str,
+        all: &Document,
         name: &str,
         id: &str,
         credential: &Credential,
         known: bool,
     ) -> Result<CredentialRow, ServiceError> {
         let mut faults = Vec::new();
-        credential.check("", &Document::default(), &mut faults);
+        credential.check("", all, &mut faults);
         if let Some(fault) = faults.into_iter().next() {
             return Err(ServiceError::Invalid(fault.field.trim_start_matches('.').to_owned(), fault.message));
         }
@@ -181,7 +182,7 @@ impl Service {
         for (name, credential) in &document.credentials {
             let meta = work.now.meta(Kind::Credential, name);
             let id = meta.map_or_else(new_credential_id, |meta| Ok(meta.id.clone()))?;
-            let row = self.seal(&who.organisation, name, &id, credential, meta.is_some()).await?;
+            let row = self.seal(&who.organisation, document, name, &id, credential, meta.is_some()).await?;
             let view =
                 |credential: &Credential| serde_json::to_value(Credential { secret: None, ..credential.clone() }).unwrap_or_default();
             let before = work.now.document.credentials.get(name).map(view);
