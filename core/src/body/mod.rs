@@ -341,12 +341,15 @@ mod tests {
             (r#"{"tools":[{"type":"web_search_20250305"}]}"#, "a tool that runs at the provider"),
             (r#"{"messages":[{"content":[{"type":"input_audio"}]}]}"#, "a file or audio part"),
             (r#"{"messages":[{"content":[{"type":"tool_result","content":[{"type":"document"}]}]}]}"#, "a file or audio part"),
+            (r#"{"messages":[{"role":"assistant","audio":{"id":"x"}}]}"#, "audio"),
             (r#"{"service_tier":"priority"}"#, "service_tier"),
         ] {
             assert_eq!(read(text).unwrap().unbounded, Some(what), "{text}");
         }
         for fine in [
             r#"{"audio":null,"prompt":null}"#,
+            // As the openai SDK sends back what its helper for streams has put together.
+            r#"{"messages":[{"role":"assistant","content":null,"audio":null,"function_call":null,"refusal":null}]}"#,
             r#"{"tools":[{"type":"custom"},{"name":"f","input_schema":{"type":"object"}}]}"#,
             r#"{"service_tier":"auto"}"#,
         ] {

@@ -96,6 +96,8 @@ enum Slot {
     ItemId,
     ItemRole,
     ItemSealed,
+    /// Sound of an earlier answer, kept at the provider.
+    MessageAudio,
     /// The id of an object at the provider, or an object that holds ids; the name is for the caller.
     Reference(&'static str),
     /// An id of the operator's as well as of a key's: only what is certainly a key's counts.
@@ -288,6 +290,10 @@ impl Walk {
             Slot::Into(node) => if_object(object, node),
             Slot::Top(field) => return self.enter_field(field, object, at),
             Slot::Reference(_) => if_object(object, Node::Holder),
+            Slot::MessageAudio => {
+                self.unbounded("audio");
+                if_object(object, Node::Holder)
+            }
             Slot::PerhapsReference | Slot::Ignored => Node::Other,
             Slot::IncludeUsage
             | Slot::ToolType
@@ -368,10 +374,7 @@ impl Walk {
             Node::Part | Node::Message | Node::Source | Node::Item if is("content") => Slot::Into(Node::Content),
             // The output of a call: text, a list of parts, or one object that may be a file.
             Node::Item if is("output") => Slot::Into(Node::Content),
-            Node::Message if is("audio") => {
-                self.unbounded("audio");
-                Slot::Into(Node::Holder)
-            }
+            Node::Message if is("audio") => Slot::MessageAudio,
             Node::StoredPrompt if is("variables") => Slot::Into(Node::Variables),
             Node::Part if is("file") => Slot::Into(Node::Holder),
             Node::Tool | Node::Part if is("input_image_mask") => Slot::Into(Node::Holder),
@@ -473,7 +476,7 @@ impl Visitor for Walk {
             | Slot::PerhapsReference
             | Slot::ItemId
             | Slot::Into(Node::Anywhere) => MAX_ID,
-            Slot::Ignored | Slot::Into(_) | Slot::ItemSealed | Slot::Top(Field::Texts) => 0,
+            Slot::Ignored | Slot::Into(_) | Slot::ItemSealed | Slot::MessageAudio | Slot::Top(Field::Texts) => 0,
             _ => MAX_WORD,
         }
     }
@@ -511,6 +514,8 @@ impl Visitor for Walk {
                 }
                 _ => {}
             },
+            (Slot::MessageAudio, Scalar::Null) => {}
+            (Slot::MessageAudio, _) => self.unbounded("audio"),
             (Slot::SourceType, Scalar::Str { text: b"file", .. }) => self.unbounded("a file or audio part"),
             // Tokens instead of text: the whole list is one text.
             (_, Scalar::Str { .. }) if self.node() == Node::Texts => self.facts.texts += 1,

@@ -203,7 +203,7 @@ const CENT: u64 = USD / 100;
 const MILL: u64 = CENT / 10;
 
 #[rustfmt::skip]
-static MODELS: [Model; 42] = [
+static MODELS: [Model; 43] = [
     openai("gpt-4o", "gpt-4o-2024-08-06", 1_715_367_049, (250 * CENT, 125 * CENT, 10 * USD), (128_000, 16_384), false),
     openai("gpt-4o-mini", "gpt-4o-mini-2024-07-18", 1_721_172_741, (15 * CENT, 75 * MILL, 60 * CENT), (128_000, 16_384), false),
     openai("gpt-4.1", "gpt-4.1-2025-04-14", 1_744_316_542, (2 * USD, 50 * CENT, 8 * USD), (1_047_576, 32_768), false),
@@ -231,6 +231,7 @@ static MODELS: [Model; 42] = [
     gemini(("gemini-2.5-flash", "Gemini 2.5 Flash"), (30 * CENT, 3 * CENT, 250 * CENT), None, false),
     gemini(("gemini-2.5-pro", "Gemini 2.5 Pro"), (125 * CENT, 125 * MILL, 10 * USD), Some((250 * CENT, 25 * CENT, 15 * USD)), true),
     gemini(("gemini-3-pro-preview", "Gemini 3 Pro Preview"), (2 * USD, 20 * CENT, 12 * USD), Some((4 * USD, 40 * CENT, 18 * USD)), true),
+    gemini(("gemini-3.1-pro-preview", "Gemini 3.1 Pro Preview"), (2 * USD, 20 * CENT, 12 * USD), Some((4 * USD, 40 * CENT, 18 * USD)), true),
     sold_by(Provider::Gemini, special(Kind::Embedding { dimensions: 3072 }, ("gemini-embedding-001", "gemini-embedding-001"), 0, (15 * CENT, 0), (2_048, 0))),
     sold_by(Provider::Azure, openai("gpt-4o", "gpt-4o-2024-08-06", 1_715_367_049, (250 * CENT, 125 * CENT, 10 * USD), (128_000, 16_384), false)),
     sold_by(Provider::Azure, openai("gpt-4o-mini", "gpt-4o-mini-2024-07-18", 1_721_172_741, (15 * CENT, 75 * MILL, 60 * CENT), (128_000, 16_384), false)),
