@@ -55,9 +55,13 @@ fn check(root: Value<'_>, terms: &Terms<'_>) {
         assert!(root.get("model").is_some_and(|model| model.is(terms.model)), "{}", root.raw());
     }
     let (Some(max), Form::Chat | Form::Messages) = (terms.max_tokens, terms.form) else { return };
-    let own = if terms.to == Dialect::Gemini { root.get("generationConfig") } else { Some(root) };
-    let limits = ["max_tokens", "max_completion_tokens", "maxOutputTokens"];
-    let limits: Vec<Value<'_>> = limits.into_iter().filter_map(|name| own?.get(name)).collect();
+    // Each dialect's own: what another calls so is a field like any.
+    let (own, names) = match terms.to {
+        Dialect::OpenAi => (Some(root), &["max_tokens", "max_completion_tokens"][..]),
+        Dialect::Anthropic => (Some(root), &["max_tokens"][..]),
+        Dialect::Gemini => (root.get("generationConfig"), &["maxOutputTokens"][..]),
+    };
+    let limits: Vec<Value<'_>> = names.iter().filter_map(|name| own?.get(name)).collect();
     assert!(!limits.is_empty(), "no limit: {}", root.raw());
     for limit in limits {
         // What 64 bits with a sign don't hold is not what was admitted, unless that is as much.

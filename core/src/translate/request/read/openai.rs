@@ -21,6 +21,9 @@ const IGNORED: &[&str] =
 /// Of a part: only its cost.
 const PART_IGNORED: &[&str] = &["prompt_cache_breakpoint"];
 
+/// Of a call or a thought: what is left of a stream that a client has put together.
+const INDEX: &[&str] = &["index"];
+
 const FIELDS: [&str; 26] = [
     "messages",
     "stream",
@@ -347,14 +350,14 @@ fn assistant<'d>(chat: &mut Chat<'d>, value: Value<'d>, place: Place, p: &mut Pr
 fn thought<'d>(block: Value<'d>, at: Arguments<'_>, p: &mut Problems) -> Option<Part<'d>> {
     match block.get("type").and_then(Value::str).as_deref() {
         Some("thinking") => {
-            let [_, text, signature] = p.fields(block, at, ["type", "thinking", "signature"], &[]);
+            let [_, text, signature] = p.fields(block, at, ["type", "thinking", "signature"], INDEX);
             let text = p.required(text, Kind::Str, at)?;
             // Without its signature it is refused, and a signature of Gemini's belongs to a call.
             let signature = signature.filter(|signature| signature.inner().is_some_and(|s| !s.is_empty() && !s.starts_with("gemini:")))?;
             Some(Part::Thinking(text, signature))
         }
         Some("redacted_thinking") => {
-            let [_, data] = p.fields(block, at, ["type", "data"], &[]);
+            let [_, data] = p.fields(block, at, ["type", "data"], INDEX);
             p.required(data, Kind::Str, at).map(Part::Redacted)
         }
         _ => {
@@ -365,9 +368,8 @@ fn thought<'d>(block: Value<'d>, at: Arguments<'_>, p: &mut Problems) -> Option<
 }
 
 fn call<'d>(value: Value<'d>, place: Place, p: &mut Problems) -> Option<Call<'d>> {
-    // An index is what is left of a stream.
     let names = ["type", "id", "function", "extra_content"];
-    let [kind, id, function, extra] = p.fields(value, format_args!("{place}"), names, &["index"]);
+    let [kind, id, function, extra] = p.fields(value, format_args!("{place}"), names, INDEX);
     if kind.is_some_and(|kind| !kind.is("function")) {
         p.unsupported(place, "only tools of type function can be called there");
         return None;
