@@ -167,6 +167,14 @@ impl GateStream {
         (own.holds, own.reads_body) = (false, false);
         let body = host::buffer(Buffer::ResponseBody, 0, size.min(MAX_ERROR_BODY)).unwrap_or_default();
         let next = attempt::judge(&self.vm, flight, &body);
-        self.go_on(next).or_else(|| Some(self.show_headers(false)).filter(|action| *action == Action::Pause))
+        if let Some(action) = self.go_on(next) {
+            return Some(action);
+        }
+        let shown = self.show_headers(false);
+        if matches!(self.stage, Stage::Answering { replaced: false, stands_in: Some(_), .. }) {
+            // They wait for the body, which has come as far as it was read.
+            return Some(self.take_piece(size, end_of_stream));
+        }
+        Some(shown).filter(|action| *action == Action::Pause)
     }
 }
