@@ -154,9 +154,9 @@ def clean(stack, request):
 def validate(sent, body):
     """Parses a body with the types of the provider's own SDK, where nothing may be that they don't have."""
     if sent["provider"] == "anthropic":
-        assert set(unknown(body, MESSAGES.validate_python(body))) <= OLDER, body
+        assert set(unknown(body, MESSAGES.validate_json(json.dumps(body), strict=True))) <= OLDER, body
     else:
-        GenerateContent.model_validate_json(json.dumps(body))
+        GenerateContent.model_validate_json(json.dumps(body), strict=True)
 
 
 def check(answers, scenario):
