@@ -114,18 +114,28 @@ soak-money: build envoy venv ## Lay every kind of demand on budgets and limits f
 soak-rotation: build envoy venv ## Take keys of pools out in every way, at full size; TRIALS=names for some
 	@$(WITH_BINARIES) $(PYTHON) tests/e2e/soak_rotation.py $(TRIALS)
 
+# The fuzz targets are a workspace of their own. TARGETS=names for some; FUZZ_SECONDS and FUZZ_JOBS: see tools/fuzz.
+.PHONY: soak-fuzz
+soak-fuzz: prerequisites ## Fuzz every reader of untrusted bytes, FUZZ_SECONDS=600 each, as many at once as there are cores
+	cargo clippy --manifest-path fuzz/Cargo.toml --all-targets -- -D warnings
+	@tools/fuzz $(TARGETS)
+
 .PHONY: lint
 lint: rust-targets ## Check format, lints, licenses and sources; ADVISORIES=1 adds known vulnerabilities
 	cargo fmt --all --check
+	cargo fmt --manifest-path fuzz/Cargo.toml --check
 	cargo clippy --release --all-targets -- -D warnings
 	cargo clippy --release -p keyward-filter --target wasm32-wasip1 -- -D warnings
-	@deny=$$(tools/cargo-deny) && "$$deny" check bans licenses sources $(if $(filter 1,$(ADVISORIES)),advisories)
+	@deny=$$(tools/cargo-deny) && for manifest in Cargo.toml fuzz/Cargo.toml; do \
+		"$$deny" --manifest-path $$manifest check bans licenses sources $(if $(filter 1,$(ADVISORIES)),advisories) || exit 1; \
+	done
 
 .PHONY: fmt
 fmt: ## Format the code
 	cargo fmt --all
+	cargo fmt --manifest-path fuzz/Cargo.toml
 
 .PHONY: clean
-clean: ## Remove what was built and fetched; the ledger in ./.keyward stays
+clean: ## Remove what was built and fetched; the ledger in ./.keyward stays, and so do inputs that crashed a fuzz target
 	cargo clean
-	rm -rf .venv .tools tests/e2e/node/node_modules
+	rm -rf .venv .tools tests/e2e/node/node_modules fuzz/target fuzz/corpus

@@ -5,7 +5,7 @@ use crate::failure::Failure;
 use crate::secret::{self, MAX_INPUT, ask, environment, from_environment};
 use crate::vault_string::{self, Contents, Fresh, Kdf, Key, Sealed, seal};
 use clap::{Args, Subcommand, ValueEnum};
-use keyward_core::operation::is_provider_name;
+use keyward_core::operation::Provider;
 use keyward_policy_service::files;
 use keyward_policy_service::service::Loan;
 use keyward_policy_service::vault::random;
@@ -159,8 +159,8 @@ pub fn run(command: Vault) -> Result<(), String> {
         }
         Vault::AddKey { provider, name, account, from_env, place, password } => {
             // First what costs nothing, so that nobody types a password for a misspelt provider.
-            if !is_provider_name(&provider) {
-                return Err(format!("{provider:?} is no name of a provider"));
+            if Provider::by_name(&provider).is_none() {
+                return Err(format!("there is no provider {provider:?}"));
             }
             let mut opened = Opened::new(&place, &password)?;
             let secret = secret::read(from_env.as_deref(), &format!("Key of {provider}: "))?;

@@ -551,6 +551,13 @@ impl Flight {
         }
     }
 
+    /// Of a gate that makes its tries itself: the last one never connected. What comes next.
+    pub fn not_connected(&mut self, ring: &mut Keyring, shared: &impl SharedData, now_ms: u64) -> Next {
+        self.never_connected(ring, now_ms);
+        self.fallback = None;
+        self.go_on_elsewhere(ring, shared, now_ms)
+    }
+
     /// The connection of this try came about, and it ended without an answer.
     pub fn lose(&mut self, number: usize) {
         if let Some(lost) = number.checked_sub(1).and_then(|at| self.tries.get_mut(at)).filter(|lost| lost.status.is_none()) {
@@ -606,7 +613,7 @@ impl Flight {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::edge::{Plan, Secret};
+    use crate::edge::{Plan, PlanTarget, Secret};
     use crate::gate::Answering;
     use crate::gate::tests::{admitted_at, plan};
     use crate::ring::shared::Shared;
@@ -715,6 +722,102 @@ mod tests {
         let mut late = Air { shared: air.shared, now_ms: 5_000, ..Air::new(1, |plan| plan.wait_ms = 500) };
         late.ring.cool(&late.shared, At { provider: "openai", model: "gpt-4o" }, &late.flight.pool()[0].clone(), limit(9_000), 5_000);
         assert_eq!(late.begin(), Begun::Stop, "longer than the policy lets it");
+    }
+
+    /// A request that may go to OpenAI, then to Claude, then to Gemini.
+    fn routed(body: &str, change: impl FnOnce(&mut Plan)) -> Air {
+        let mut plan = plan(None);
+        for (provider, model) in [("anthropic", "claude-haiku-4-5"), ("gemini", "gemini-2.5-flash")] {
+            let credential = PlanCredential { id: provider.into(), secret: Secret(format!("sk-{provider}")), account: None };
+            let (provider, model, credentials) = (provider.into(), Some(model.into()), vec![credential]);
+            plan.targets.push(PlanTarget { provider, model, credentials, max_output: Some(64_000), site: None });
+        }
+        change(&mut plan);
+        let (answering, flight) = admitted_at(&[], body, plan).forward(true);
+        Air { shared: Shared::default(), ring: Keyring::default(), now_ms: 1_000, flight, answering }
+    }
+
+    const ASKED: &str = r#"{"model":"fast","messages":[{"role":"user","content":"Hi"}]}"#;
+
+    impl Air {
+        /// Begins a try that must be sent, and gives host, path and body.
+        fn target(&mut self) -> (String, String, serde_json::Value) {
+            let Begun::Go(edits) = self.begin() else { panic!("{:?}", self.flight.refusal()) };
+            let value = |of: &str| edits.set.iter().find(|(name, _)| *name == of).unwrap().1.to_string();
+            let body = self.flight.body(ASKED.as_bytes()).unwrap();
+            (value(":authority"), value(":path"), serde_json::from_slice(&body).unwrap())
+        }
+    }
+
+    #[test]
+    fn a_request_goes_on_where_its_route_leads() {
+        let mut air = routed(ASKED, |_| {});
+        let (host, path, body) = air.target();
+        assert_eq!((host.as_str(), path.as_str(), body["model"].as_str()), ("api.openai.com", "/v1/chat/completions", Some("gpt-4o")));
+        assert_eq!(air.flight.cluster_without_answer(), Some("anthropic"), "should it never connect");
+        assert_eq!((air.limited("9"), air.flight.cluster()), (Next::Retry, "anthropic"));
+        let (host, path, body) = air.target();
+        assert_eq!((host.as_str(), path.as_str(), body["max_tokens"].as_u64()), ("api.anthropic.com", "/v1/messages", Some(64_000)));
+        assert_eq!((air.answer("500", &[], "{}"), air.flight.cluster()), (Next::Retry, "gemini"));
+        let (_, path, body) = air.target();
+        assert_eq!(
+            (path.as_str(), body["contents"][0]["role"].as_str()),
+            ("/v1beta/models/gemini-2.5-flash:generateContent", Some("user"))
+        );
+        assert_eq!((air.answer("503", &[], "{}"), air.flight.cluster_without_answer()), (Next::Pass, None), "nobody is left");
+        let tries: Vec<_> = air.flight.tries(0).into_iter().map(|one| (one.target, one.status, one.lost)).collect();
+        assert_eq!(tries, [(0, Some(429), false), (1, Some(500), false), (2, Some(503), false)]);
+        let edits = air.answering.headers(&mut air.flight, 1_000).unwrap();
+        assert!(edits.wait && edits.set.contains(&("x-keyward-served-by", "gemini/gemini-2.5-flash".to_owned())));
+    }
+
+    #[test]
+    fn a_try_that_nobody_heard_of_again_is_told_from_one_that_never_left() {
+        let mut air = routed(ASKED, |plan| plan.first_byte_ms = Some(300));
+        air.target();
+        air.now_ms += 5;
+        assert!(air.target().0.contains("anthropic"), "the router went on by itself");
+        air.now_ms += 300;
+        assert!(air.target().0.contains("googleapis"));
+        air.answer("200", &[], "");
+        let lost: Vec<_> = air.flight.tries(0).iter().map(|one| one.lost).collect();
+        assert_eq!(lost, [false, true, false], "the second took its whole time");
+        let mut air = routed(ASKED, |plan| plan.first_byte_ms = Some(300));
+        air.target();
+        air.flight.lose(1);
+        air.target();
+        assert!(air.flight.tries(0)[0].lost, "its connection had come about");
+    }
+
+    #[test]
+    fn what_a_target_cannot_do_is_told_and_nothing_leaves() {
+        let body = r#"{"model":"fast","n":2,"messages":[{"role":"user","content":"Hi"}]}"#;
+        let mut air = routed(body, |plan| drop(plan.targets.remove(0)));
+        assert!(matches!(air.begin(), Begun::Go(_)));
+        assert_eq!(air.flight.body(body.as_bytes()), None);
+        let refused = air.flight.refused().unwrap().refusal;
+        assert!(refused.code == Code::BadRequest && refused.message.contains("\"n\""), "{refused:?}");
+        assert!(!air.flight.may_have_been_sent());
+    }
+
+    #[test]
+    fn the_first_target_that_can_is_chosen_before_anything_leaves() {
+        let mut air = routed(ASKED, |_| {});
+        let first = air.flight.pool()[0].clone();
+        air.ring.cool(&air.shared, At { provider: "openai", model: "gpt-4o" }, &first, limit(9_000), 1_000);
+        air.flight.choose_target(&mut air.ring, &air.shared, 1_000);
+        assert_eq!(air.flight.cluster(), "anthropic");
+        assert_eq!(air.target().0, "api.anthropic.com");
+    }
+
+    /// A router that did not follow would send one provider's credential to another.
+    #[test]
+    fn two_providers_never_meet_on_one_cluster() {
+        let mut air = routed(ASKED, |_| {});
+        assert!(air.flight.may_run_on(b"one".to_vec()) && air.flight.may_run_on(b"one".to_vec()));
+        air.target();
+        air.answer("500", &[], "{}");
+        assert!(!air.flight.may_run_on(b"one".to_vec()) && air.flight.may_run_on(b"two".to_vec()));
     }
 
     fn limit(wait_ms: u64) -> crate::verdict::Verdict {

@@ -197,7 +197,7 @@ pub struct PlanTarget {
     pub model: Option<String>,
     /// Usable credentials, best first.
     pub credentials: Vec<PlanCredential>,
-    /// Most output tokens that the model gives, for dialects that must be told.
+    /// Most output tokens that the model gives, where its dialect must be told or other targets give more.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_output: Option<u64>,
     /// Of a provider that is not built in, or not as it is built in.

@@ -26,7 +26,7 @@ impl Rewriting {
         let own_limit = self.max_tokens.filter(|_| self.operation.default_limit().is_some());
         self.facts.splices(&Edits {
             model: target.model.as_deref(),
-            max_tokens: plan.clamp.or(own_limit),
+            max_tokens: clamp(plan, target).or(own_limit),
             limits: self.operation.limits(),
             include_usage: self.operation.asks_for_usage() && self.facts.stream,
             no_store: self.must_not_store(plan, site),
@@ -47,7 +47,7 @@ impl Rewriting {
                 to: site.dialect,
                 is_newest: site.is_newest(),
                 model: target.model.as_deref().unwrap_or_default(),
-                max_tokens: plan.clamp,
+                max_tokens: clamp(plan, target),
                 max_output: target.max_output,
                 no_store: site.stores_answers(Some(Form::Chat)) && !plan.state,
                 list_price: site.defaults_tier(),
@@ -73,4 +73,9 @@ impl Rewriting {
     pub fn is_written_once(&self, plan: &Plan, site: &Site, caller: Dialect) -> bool {
         plan.targets.len() == 1 && self.translated(site, caller).is_none()
     }
+}
+
+/// The limit to write for a target: of several, not all give as much.
+fn clamp(plan: &Plan, target: &PlanTarget) -> Option<u64> {
+    plan.clamp.map(|clamp| clamp.min(target.max_output.unwrap_or(u64::MAX)))
 }

@@ -250,6 +250,26 @@ fn little_is_kept_however_much_is_thought_or_called() {
     assert_eq!((told.matches("reasoning_content").count(), told.matches("thinking_blocks").count()), (110, 1));
 }
 
+/// Whatever a stream ends with in the middle of, nothing of it stays behind.
+#[test]
+fn nothing_is_kept_of_a_stream_that_broke_off() {
+    let thinking = concat!(
+        "data: {\"type\":\"content_block_start\",\"index\":0,\"content_block\":{\"type\":\"thinking\",\"thinking\":\"x\",\"signature\":\"\"}}\n\n",
+        "data: {\"type\":\"content_block_delta\",\"index\":0,\"delta\":{\"type\":\"thinking_delta\",\"thinking\":\"y\"}}\n\n",
+    );
+    let calls = [call_piece(0, ""), call_piece(1, ""), call_piece(1, "{\"a\":")].concat();
+    for (from, to, begun) in [(Dialect::Anthropic, Dialect::OpenAi, thinking), (Dialect::OpenAi, Dialect::Anthropic, calls.as_str())] {
+        for end in ["", "data: {\"error\":{\"message\":\"x\"}}\n\n"] {
+            let (mut stream, mut out) = (Stream::new(terms(from, to)), Vec::new());
+            stream.piece(begun.as_bytes(), &mut out);
+            assert!(stream.held() > 0);
+            stream.piece(end.as_bytes(), &mut out);
+            stream.end(&mut out);
+            assert_eq!(stream.held(), 0);
+        }
+    }
+}
+
 fn call_piece(index: u32, arguments: &str) -> String {
     let first = if arguments.is_empty() { format!(r#""id":"call_{index}","type":"function","#) } else { String::new() };
     let name = if arguments.is_empty() { format!(r#""name":"f{index}","#) } else { String::new() };

@@ -4,7 +4,7 @@ use crate::config::{Route, RouteTarget, Unsupported};
 use crate::directory::Organisation;
 use keyward_core::admission::{Aim, operation};
 use keyward_core::edge::{Ask, RequestId};
-use keyward_core::operation::{Dialect, carries};
+use keyward_core::operation::carries;
 use keyward_core::price::PriceTable;
 use keyward_core::refusal::{Code, Refusal};
 use std::borrow::Cow;
@@ -111,19 +111,18 @@ fn by_model<'a>(organisation: &Organisation, table: &PriceTable, ask: &'a Ask) -
     if !ask.provider.is_empty() {
         return at(Cow::Borrowed(&ask.provider), model);
     }
-    let default = match ask.dialect {
-        Dialect::Anthropic => "anthropic",
-        Dialect::OpenAi | Dialect::Gemini => "openai",
-    };
+    let default = ask.dialect.provider();
     let Some(name) = model else { return at(Cow::Borrowed(default), None) };
     if let Some((provider, rest)) = name.split_once('/').filter(|(provider, _)| organisation.document.knows_provider(provider)) {
         return at(Cow::Borrowed(provider), Some(rest));
     }
-    // The provider whose dialect it is comes first, then those that are built in, then the organisation's own.
     let lists = |provider: &str| table.find(provider, name).is_some() || organisation.prices.names(provider, name);
-    let can = |provider: &str| organisation.is_enabled(provider) && organisation.has_credential(provider);
-    let mut all = std::iter::once(default).chain(organisation.document.provider_names());
-    if let Some(provider) = all.find(|provider| lists(provider) && can(provider)) {
+    let can = |provider: &&str| lists(provider) && organisation.is_enabled(provider) && organisation.has_credential(provider);
+    // The provider whose dialect it is comes first, then those that are built in, then the organisation's own.
+    if can(&default) {
+        return at(Cow::Borrowed(default), model);
+    }
+    if let Some(provider) = organisation.document.provider_names().into_iter().find(can) {
         return at(Cow::Owned(provider.to_owned()), model);
     }
     let maker = [("claude", "anthropic"), ("gemini", "gemini"), ("gpt-", "openai")].into_iter().find(|(start, _)| name.starts_with(start));

@@ -350,7 +350,7 @@ mod tests {
             assert_eq!(outcome.status, Status::Ok, "{name}: {outcome:?}");
         }
         assert_eq!(file.edge_token_file.as_deref(), Some("/etc/keyward/edge-token"));
-        assert_eq!(file.providers().len(), 2);
+        assert_eq!(file.providers().len(), 8);
     }
 
     #[test]

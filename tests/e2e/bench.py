@@ -65,10 +65,31 @@ def body(stream, directory):
     return path
 
 
-def load(port, token, stream, connections, requests, directory):
+# Chunks of the streams by which translation is measured.
+CHUNKS = 200
+
+
+def conversation(model, stream, directory):
+    """A 4 KB chat request of several turns and a tool, or a short one whose answer has many chunks."""
+    path = directory / f"conversation-{model}-{stream}.json"
+    if stream:
+        messages = [{"role": "user", "content": f"[[sim tokens={CHUNKS} per_delta=1]] Go on."}]
+        request = {"model": model, "max_tokens": 300, "stream": True, "messages": messages}
+    else:
+        turn = "The quick brown fox jumps over the lazy dog, \"twice\".\n" * 8
+        messages = [{"role": "system", "content": "Be brief."}]
+        messages += [{"role": "assistant" if n % 2 else "user", "content": turn} for n in range(7)]
+        parameters = {"type": "object", "properties": {"city": {"type": "string"}, "unit": {"enum": ["C", "F"]}}, "required": ["city"]}
+        tools = [{"type": "function", "function": {"name": f"tool_{n}", "description": turn[:100], "parameters": parameters}} for n in range(3)]
+        request = {"model": model, "max_tokens": 64, "temperature": 0.5, "messages": messages, "tools": tools}
+    path.write_text(json.dumps(request))
+    return path
+
+
+def load(port, token, stream, connections, requests, directory, file=None):
     command = [LOADGEN_BIN, "--url", f"http://127.0.0.1:{port}/v1/chat/completions", "--connections", str(connections), "--requests", str(requests),
                "--warmup", str(min(500, requests // 4)), "--header", f"authorization: Bearer {token}", "--header", "content-type: application/json",
-               "--body-file", str(body(stream, directory)), "--json", *(["--stream"] if stream else [])]
+               "--body-file", str(file or body(stream, directory)), "--json", *(["--stream"] if stream else [])]
     result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     if result["errors"] or set(result["by_status"]) != {"200"}:
         raise SystemExit(f"the run is worth nothing: {result}")
@@ -76,7 +97,7 @@ def load(port, token, stream, connections, requests, directory):
 
 
 def measure(parts, *args):
-    """A run with the CPU that each part spent per request; the warm-up's requests count as well."""
+    """A run (as `load` takes it) with the CPU that each part spent per request; the warm-up's requests count as well."""
     requests = args[4]
     before = {part.name: cpu_us(part) for part in parts}
     result = load(*args)
@@ -117,6 +138,29 @@ def main():
             plain.kill()
         stack.settled(stack.admin("GET", "/v1/keys")["data"][0]["id"])
         summary(figures, stack)
+        translation(stack, token, directory)
+
+
+def translation(stack, token, directory):
+    """What a request costs more that is translated for Claude than one that goes to OpenAI as it came: the request and its whole answer,
+    then each chunk of a stream."""
+    own, other = "gpt-4o-mini", "claude-haiku-4-5"
+    for stream in (False, True):
+        results = {}
+        for model in (own, other, own, other):
+            file = conversation(model, stream, directory)
+            for connections, requests in ((1, REQUESTS // 6), (BUSY, REQUESTS // (20 if stream else 2))):
+                result = measure([stack.envoy], stack.listen_port, token, stream, connections, requests, directory, file)
+                results.setdefault((model, connections), []).append(result)
+        cpu = {model: min(result["cpu_us"]["envoy"] for result in results[model, BUSY]) for model in (own, other)}
+        if stream:
+            each = (cpu[other] - cpu[own]) / CHUNKS
+            print(f"  translation, streamed: Envoy {cpu[other]:.0f} us for {CHUNKS} chunks, {cpu[own]:.0f} us untranslated: {each:.1f} us each [10]")
+        else:
+            p50 = {model: min(result["latency_us"]["p50"] for result in results[model, 1]) for model in (own, other)}
+            size = conversation(other, False, directory).stat().st_size
+            print(f"  translation, {size / 1024:.1f} KB request with its answer: added p50 {p50[other] - p50[own]} us [60]; "
+                  f"Envoy {cpu[other]:.0f} us, {cpu[own]:.0f} us untranslated: {cpu[other] - cpu[own]:.0f} us")
 
 
 def summary(figures, stack):

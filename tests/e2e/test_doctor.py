@@ -13,9 +13,10 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
-from harness import CREDENTIALS, ENVOY_BIN, KEYWARD_BIN, ROOT, Part, Simulator, Stack, call, free_port, wait_for
+from harness import CREDENTIALS, ENVOY_BIN, KEYWARD_BIN, PROVIDERS, ROOT, Part, Simulator, Stack, call, free_port, wait_for
 
-HOSTS = ("--host", "api.openai.com", "--host", "api.anthropic.com")
+HOSTS = [option for host in ("api.openai.com", "api.anthropic.com", "generativelanguage.googleapis.com", "api.groq.com", "api.mistral.ai",
+                             "api.deepseek.com", "api.together.xyz", "openrouter.ai") for option in ("--host", host)]
 VERSIONS = sorted({line.split()[0] for line in (ROOT / "tools/envoy-versions.txt").read_text().splitlines() if re.match(r"1\.\d+\.\d+\s", line)})
 # What is read from the running Envoy: none of it can be known when there is none.
 OF_ENVOY = ("envoy-version", "envoy-flags", "gate", "attempt", "vm", "routes", "timeouts", "policy-cluster", "provider-tls", "access-log",
@@ -144,18 +145,18 @@ def test_a_healthy_installation_has_no_fault(version, tmp_path):
 
 
 def test_what_keyward_up_starts_is_found_without_an_option(tmp_path):
-    """With one provider's key in the environment, the other's absence is a warning and no fault."""
+    """With one provider's key in the environment, the others are not used, and that is no fault."""
     sim, up = Simulator("sim", tmp_path), Part("up", tmp_path)
     try:
         sim.start()
         admin = free_port()
         secret = CREDENTIALS[0]["secret"]
-        providers = [option for name in ("openai", "anthropic") for option in ("--provider", f"{name}={sim.api}")]
+        providers = [option for name in PROVIDERS for option in ("--provider", f"{name}={sim.api}")]
         command = [KEYWARD_BIN, "up", "--data", tmp_path / ".keyward", "--listen", f"127.0.0.1:{free_port()}", "--admin", f"127.0.0.1:{admin}", *providers]
         up.spawn(list(map(str, command)), env={"OPENAI_API_KEY": secret, "ENVOY_BIN": ENVOY_BIN})
         wait_for("keyward up", lambda: "keyward is up" in up.log.read_text() or not up.running())
-        rows = expect(doctor([secret], "--admin", f"http://127.0.0.1:{admin}", cwd=tmp_path), others={"credentials": "warn"})
-        assert "anthropic" in rows["credentials"]["found"] and "keyward credentials add anthropic" in rows["credentials"]["cure"]
+        rows = expect(doctor([secret], "--admin", f"http://127.0.0.1:{admin}", cwd=tmp_path))
+        assert "stored for openai; none for anthropic" in rows["credentials"]["found"] and "provider:anthropic" not in rows
     finally:
         up.terminate()
         sim.kill()
@@ -338,13 +339,13 @@ def test_a_wrong_admin_token(installation):
 
 
 def test_no_credential(installation):
-    """One provider's is missed, all are a fault: then nothing can be called."""
+    """One provider's absence is said, that of all is a fault: then nothing can be called."""
     stored = installation.admin("GET", "/v1/credentials")["data"]
     try:
         for credential in sorted(stored, key=lambda c: c["provider"]):
             installation.admin("DELETE", f"/v1/credentials/{credential['id']}")
             if credential["provider"] == "anthropic":
-                assert "anthropic" in expect(installation.doctor(), others={"credentials": "warn"})["credentials"]["found"]
+                assert "none for anthropic" in expect(installation.doctor())["credentials"]["found"]
         expect(installation.doctor(), "credentials", "openai", "anthropic")
     finally:
         for credential in CREDENTIALS:

@@ -13,7 +13,7 @@ import time
 import promql_parser
 import pytest
 import yaml
-from harness import CREDENTIALS, ROOT, Stack, call, wait_for
+from harness import CREDENTIALS, PROVIDERS, ROOT, Stack, call, wait_for
 from test_canary import everything, installation, unissued
 
 DOCS = (ROOT / "docs/metrics.md").read_text()
@@ -275,7 +275,7 @@ def test_no_label_has_an_unbounded_value_or_a_secret(traffic):
                 continue
             assert labels.get("reason", "revoked") in REASONS
             assert labels.get("model", "other") in {"other", "gpt-4o", "gpt-4o-mini", "claude-haiku-4-5"}, labels
-            assert labels.get("provider", "openai") in {"openai", "anthropic", "other"}
+            assert labels.get("provider", "openai") in {*PROVIDERS, "other"}
             assert labels.get("method", "GET") in {"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS", "other"}
             assert re.fullmatch(r"(/[a-z0-9.{}*_]+)+|other", labels.get("route", "other")), labels
             assert not re.search(r"key_[0-9a-f]|req_[0-9a-f]|vk_|made-up", json.dumps(labels)), labels

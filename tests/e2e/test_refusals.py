@@ -96,10 +96,10 @@ def last_entry(stack, key_id):
     return stack.audit(key_id)[-1]
 
 
-def check_recorded(stack, key_id, dialect, code):
-    """The key's chain, checked by its MACs, ends with this refusal."""
-    entry = last_entry(stack, key_id)
-    assert (entry["event"], entry["code"], entry["provider"], entry["endpoint"]) == ("REFUSED", code, dialect, f"POST {PATHS[dialect]}"), entry
+def check_recorded(stack, key_id, dialect, code, provider=None):
+    """The key's chain, checked by its MACs, ends with this refusal: of the provider that the model leads to."""
+    entry, provider = last_entry(stack, key_id), provider or dialect
+    assert (entry["event"], entry["code"], entry["provider"], entry["endpoint"]) == ("REFUSED", code, provider, f"POST {PATHS[dialect]}"), entry
     assert stack.key(key_id)["reserved_nanodollars"] == stack.key(key_id)["in_flight"] == 0
 
 
@@ -209,7 +209,8 @@ def test_model_not_allowed(stack, dialect):
     for other in ["gpt-4o", "claude-haiku-4-5-20251001", "GPT-4O-MINI", " gpt-4o-mini", "gpt-4o-\u043cini"]:
         with refusing(stack, "model_not_allowed"):
             check(ask(stack, dialect, token, {**body_of(dialect), "model": other}), dialect, "model_not_allowed")
-        check_recorded(stack, key_id, dialect, "model_not_allowed")
+        makers = {"gpt": "openai", "cla": "anthropic"}
+        check_recorded(stack, key_id, dialect, "model_not_allowed", makers.get(other[:3]))
         assert last_entry(stack, key_id)["model"] == other
 
 

@@ -192,8 +192,8 @@ def test_openai_tools_parallel_calls_and_their_results(any_stack):
 
 @pytest.mark.parametrize("form", [
     {"type": "json_object"},
-    {"type": "json_schema", "json_schema": {"name": "größe", "strict": True, "schema": {
-        "type": "object", "properties": {"stream": {"enum": [1.0, 1e300, -0.0, "🦀 \u2028"]}}, "required": ["stream"]}}},
+    {"type": "json_schema", "json_schema": {"name": "size", "description": "Größe", "strict": True, "schema": {
+        "type": "object", "properties": {"stream": {"enum": [1.0, 1e300, -0.0, "🦀 \u2028"]}}, "required": ["stream"], "additionalProperties": False}}},
 ], ids=["json_object", "json_schema"])
 def test_openai_response_format_passes_byte_for_byte(any_stack, form):
     key_id, token = any_stack.new_key("1.00")

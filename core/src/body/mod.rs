@@ -393,6 +393,22 @@ mod tests {
         );
     }
 
+    /// A body of an operation that is not in the table has members as well: one that is written before them needs a comma.
+    #[test]
+    fn a_model_is_written_into_any_body() {
+        let edits = Edits { model: Some("m"), ..Edits::default() };
+        for (from, to) in [
+            ("{}", r#"{"model":"m"}"#),
+            (r#"{"a":[]}"#, r#"{"model":"m","a":[]}"#),
+            (r#"{"a":{"model":"b"}}"#, r#"{"model":"m","a":{"model":"b"}}"#),
+            (r#"{"model":null}"#, r#"{"model":"m"}"#),
+        ] {
+            let mut out = Vec::new();
+            splice_piece(from.as_bytes(), 0, &read_as(Form::Other, from).unwrap().splices(&edits), &mut out);
+            assert_eq!(String::from_utf8(out).unwrap(), to);
+        }
+    }
+
     #[test]
     fn the_service_tier_is_not_left_to_the_account() {
         let list_price = Edits { list_price: true, ..Edits::default() };

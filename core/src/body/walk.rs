@@ -456,7 +456,10 @@ impl Visitor for Walk {
                 self.top_field(key)?
             }
             // Of what is not in the table, only the model at the top is known by its name.
-            Node::Anywhere if self.nodes.len() == 1 => self.top_field(key)?,
+            Node::Anywhere if self.nodes.len() == 1 => {
+                self.facts.root.filled = true;
+                self.top_field(key)?
+            }
             Node::Variables => Slot::Into(Node::Part),
             node => self.inner_key(node, key)?,
         };

@@ -26,6 +26,17 @@ pub enum Dialect {
     Gemini,
 }
 
+impl Dialect {
+    /// The provider whose own dialect it is.
+    pub fn provider(self) -> &'static str {
+        match self {
+            Dialect::OpenAi => "openai",
+            Dialect::Anthropic => "anthropic",
+            Dialect::Gemini => "gemini",
+        }
+    }
+}
+
 /// A JSON body by what governs in it; [`crate::body`] knows the fields of each.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Form {

@@ -18,12 +18,12 @@ pub struct Upstream {
 /// Whether a caller's operation can be carried out at a provider of this dialect.
 pub fn carries(operation: &Operation, caller: Dialect, provider: Dialect) -> bool {
     caller == provider
-        || match (operation.form(), provider) {
-            (Some(Form::Chat), Dialect::Anthropic | Dialect::Gemini) => true,
-            (Some(Form::Messages), Dialect::OpenAi | Dialect::Gemini) => true,
-            (Some(Form::Embeddings), Dialect::Gemini) => true,
-            _ => false,
-        }
+        || matches!(
+            (operation.form(), provider),
+            (Some(Form::Chat), Dialect::Anthropic)
+                | (Some(Form::Messages), Dialect::OpenAi)
+                | (Some(Form::Chat | Form::Messages | Form::Embeddings), Dialect::Gemini)
+        )
 }
 
 /// The operation at this site. `None`: it has none that does the same.
@@ -33,12 +33,12 @@ pub fn upstream(target: &Target, site: &Site, model: Option<&str>, stream: bool)
     }
     let model = model.unwrap_or_default();
     if target.dialect == site.dialect {
-        let path = own_path(&target.path, site, model, target.operation.form().is_some());
+        let path = own_path(target.path.clone(), site, model, target.operation.form().is_some())?;
         return Some(Upstream { path, tells: target.operation.tells, translates: false });
     }
     let (path, tells) = match (site.dialect, target.operation.form()) {
-        (Dialect::OpenAi, _) => (own_path(&Cow::Borrowed("/v1/chat/completions"), site, model, true), Tells::Completion),
-        (Dialect::Anthropic, _) => (own_path(&Cow::Borrowed("/v1/messages"), site, model, true), Tells::Anthropic),
+        (Dialect::OpenAi, _) => (own_path(Cow::Borrowed("/v1/chat/completions"), site, model, true)?, Tells::Completion),
+        (Dialect::Anthropic, _) => (own_path(Cow::Borrowed("/v1/messages"), site, model, true)?, Tells::Anthropic),
         (Dialect::Gemini, form) => {
             let method = match form {
                 Some(Form::Embeddings) => "batchEmbedContents",
@@ -51,18 +51,22 @@ pub fn upstream(target: &Target, site: &Site, model: Option<&str>, stream: bool)
     Some(Upstream { path, tells, translates: true })
 }
 
-/// A path of the provider's own dialect, at its place.
-fn own_path(path: &Cow<'static, str>, site: &Site, model: &str, has_model: bool) -> Cow<'static, str> {
-    let rest = path.strip_prefix("/v1").unwrap_or(path);
-    match &site.api_version {
-        None if site.base == "/v1" => path.clone(),
+/// A path of the provider's own dialect, at its place. `None`: no deployment can be called as the model is; one of dots alone would lead
+/// out of the deployments.
+fn own_path(path: Cow<'static, str>, site: &Site, model: &str, has_model: bool) -> Option<Cow<'static, str>> {
+    if site.api_version.is_none() && site.base == "/v1" {
+        return Some(path);
+    }
+    let rest = path.strip_prefix("/v1").unwrap_or(&path);
+    Some(match &site.api_version {
         None => Cow::Owned(format!("{}{rest}", site.base)),
+        Some(_) if has_model && model.bytes().all(|byte| byte == b'.') => return None,
         Some(version) => {
             let separator = if rest.contains('?') { '&' } else { '?' };
             let deployment = if has_model { format!("/deployments/{}", encode(model)) } else { String::new() };
             Cow::Owned(format!("/openai{deployment}{rest}{separator}api-version={}", encode(version)))
         }
-    }
+    })
 }
 
 #[cfg(test)]
@@ -103,6 +107,18 @@ mod tests {
             ),
         ] {
             assert_eq!(path(at, &site, stream).as_deref(), expected, "{at} {site:?}");
+        }
+    }
+
+    /// The model is the caller's word: it is one segment of the path, and never a step to another.
+    #[test]
+    fn no_model_leads_out_of_the_deployments() {
+        let target = find("POST", "/v1/chat/completions", b"", false).unwrap();
+        let azure = Site { api_version: Some("2024-10-21".to_owned()), ..Provider::by_name("azure").unwrap().site() };
+        for (model, leads) in [("", false), (".", false), ("..", false), ("...", false), ("../x", true), ("..x", true)] {
+            let path = upstream(&target, &azure, Some(model), false).map(|upstream| upstream.path.into_owned());
+            assert_eq!(path.is_some(), leads, "{model}");
+            assert!(path.is_none_or(|path| path.split('/').count() == 6 && !path.contains("/../")));
         }
     }
 }

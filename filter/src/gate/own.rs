@@ -31,7 +31,12 @@ impl GateStream {
     pub(super) fn judge_own(&mut self, end_of_stream: bool) -> Option<Action> {
         let Stage::Answering { flight, own: Some(own), .. } = &mut self.stage else { return None };
         if !host::property("response\0code_details").is_some_and(|details| details.starts_with(b"via_upstream")) {
-            return None;
+            // Envoy itself has answered: of a connection that never came about another target may know more.
+            if !(flight.borrow().has_fallback() && super::nothing_was_sent()) {
+                return None;
+            }
+            let next = flight.borrow_mut().not_connected(&mut self.vm.keyring.borrow_mut(), &ProcessData, host::monotonic_ms());
+            return self.go_on(next);
         }
         match attempt::answered(&self.vm, flight) {
             Next::Pass => None,

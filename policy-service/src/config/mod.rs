@@ -177,7 +177,8 @@ impl Document {
     /// Names of all providers.
     pub fn provider_names(&self) -> Vec<&str> {
         let built_in = PROVIDERS.iter().map(|provider| provider.name);
-        built_in.chain(self.providers.keys().map(String::as_str).filter(|name| Provider::by_name(name).is_none())).collect()
+        let own = self.providers.iter().filter(|(name, settings)| settings.dialect.is_some() && Provider::by_name(name).is_none());
+        built_in.chain(own.map(|(name, _)| name.as_str())).collect()
     }
 
     pub fn unknown_provider(&self, name: &str) -> String {

@@ -64,7 +64,7 @@ impl Service {
         let id = known.map_or_else(new_credential_id, |meta| Ok(meta.id.clone()))?;
         let name = name.map_or_else(|| id.clone(), str::to_owned);
         config::check_name(Kind::Credential, &name).map_err(|message| ServiceError::Invalid("name".to_owned(), message))?;
-        let row = self.seal(&who.organisation, &organisation.document, &name, &id, credential, known.is_some()).await?;
+        let row = self.seal(&organisation.document, &who.organisation, &name, &id, credential, known.is_some()).await?;
         let edit = Edit::PutCredential { row, managed: false, expect };
         self.edit(who, vec![edit], None).await.map_err(|error| relative(error, Kind::Credential, &name))?;
         let organisation = self.organisation(&who.organisation)?;
@@ -72,18 +72,18 @@ impl Service {
         Ok((name, meta))
     }
 
-    /// A credential as it will be stored, of a provider that `all` knows. Without a new secret it keeps the one it has.
+    /// A credential as it will be stored beside `document`. Without a new secret it keeps the one it has.
     async fn seal(
         &self,
+        document: &Document,
         organisation: &str,
-        all: &Document,
         name: &str,
         id: &str,
         credential: &Credential,
         known: bool,
     ) -> Result<CredentialRow, ServiceError> {
         let mut faults = Vec::new();
-        credential.check("", all, &mut faults);
+        credential.check("", document, &mut faults);
         if let Some(fault) = faults.into_iter().next() {
             return Err(ServiceError::Invalid(fault.field.trim_start_matches('.').to_owned(), fault.message));
         }
@@ -159,10 +159,11 @@ impl Service {
         }
         let now = self.organisation(&who.organisation)?;
         let mut work = Work { now: &now, edits: Vec::new(), differences: Vec::new() };
+        // A credential may be one of a provider that is defined beside it.
+        work.put_all(&now.document.providers, &document.providers)?;
         self.credential_edits(who, document, &mut work).await?;
         work.put_all(&now.document.organisation_by_name(), &document.organisation_by_name())?;
         work.put_all(&now.document.teams, &document.teams)?;
-        work.put_all(&now.document.providers, &document.providers)?;
         work.put_all(&now.document.pools, &document.pools)?;
         work.put_all(&now.document.policies, &document.policies)?;
         work.put_all(&now.document.routes, &document.routes)?;
@@ -182,7 +183,7 @@ impl Service {
         for (name, credential) in &document.credentials {
             let meta = work.now.meta(Kind::Credential, name);
             let id = meta.map_or_else(new_credential_id, |meta| Ok(meta.id.clone()))?;
-            let row = self.seal(&who.organisation, document, name, &id, credential, meta.is_some()).await?;
+            let row = self.seal(document, &who.organisation, name, &id, credential, meta.is_some()).await?;
             let view =
                 |credential: &Credential| serde_json::to_value(Credential { secret: None, ..credential.clone() }).unwrap_or_default();
             let before = work.now.document.credentials.get(name).map(view);

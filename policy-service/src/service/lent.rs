@@ -105,6 +105,7 @@ impl Service {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::Kind;
     use crate::service::bed::{credential, started, who};
     use crate::store::Expect;
 

@@ -237,7 +237,9 @@ impl Service {
         let edge_key = request.need_key.then(|| EdgeKey::derive(&self.roots.edge_master, request.vm));
         let memory = self.memory();
         let now = moment();
-        let (req, provider, endpoint) = (request.req, request.ask.provider.clone(), request.ask.endpoint.clone());
+        let (req, endpoint, named) = (request.req, request.ask.endpoint.clone(), request.ask.provider.clone());
+        // Until it is known where the request goes.
+        let provider = if named.is_empty() { request.ask.dialect.provider().to_owned() } else { named };
         let admit = Admit {
             token_hash: self.pepper(&request.token),
             directory: memory.directory.clone(),

@@ -23,6 +23,10 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::borrow::Cow;
 
+/// Tokens that Anthropic puts before a request that has tools or asks for a schema, several times what is known of them (tool use guide:
+/// 346 for Claude 4, 530 at most for Claude 3).
+const TOKENS_FOR_INSTRUCTIONS: u64 = 2_000;
+
 /// A key found by one of its tokens.
 struct Found {
     id: String,
@@ -218,11 +222,8 @@ impl Ledger<'_> {
         };
         let operation = admission::operation(ask);
         let all = places.clone();
-        let way = match self.way(organisation, key, admit, &places)? {
-            Ok(way) => Ok(way),
-            // Why it can't go anywhere is told only to those who may.
-            Err(refusal) => Err(refusal),
-        };
+        // Why it can't go anywhere is told only to those who may.
+        let way = self.way(organisation, key, admit, &places)?;
         if let Ok(way) = &way {
             // Those that can't be used now are not held for.
             places.places.retain(|place| way.targets.is_empty() || way.targets.iter().any(|target| is_at(target, place)));
@@ -241,6 +242,7 @@ impl Ledger<'_> {
             }
         };
         let price = together.as_deref();
+        let ask = &with_instructions(organisation, ask, &places);
         let aimed: Vec<Aim<'_>> = all.places.iter().map(Place::aim).collect();
         let levels = key.levels(organisation);
         let decided = self.with_levels(&key.id, &levels, now, |levels| {
@@ -341,7 +343,7 @@ impl Ledger<'_> {
             match self.credentials(organisation, key, admit, place)? {
                 Ok((credentials, in_order)) => {
                     way.in_order |= in_order;
-                    way.targets.push(self.at(organisation, ask, place, credentials));
+                    way.targets.push(self.at(organisation, ask, place, places.places.len() > 1, credentials));
                 }
                 Err(why) => refusal = refusal.or(Some(why)),
             }
@@ -385,10 +387,11 @@ impl Ledger<'_> {
         Ok(Ok((credentials, in_order)))
     }
 
-    fn at(&self, organisation: &Organisation, ask: &Ask, place: &Place<'_>, credentials: Vec<String>) -> Target {
+    fn at(&self, organisation: &Organisation, ask: &Ask, place: &Place<'_>, has_others: bool, credentials: Vec<String>) -> Target {
         let model = place.model.as_deref();
-        // Anthropic's API alone must be told a limit.
-        let is_told = organisation.dialect(&place.provider) == Some(Dialect::Anthropic) && ask.dialect != Dialect::Anthropic;
+        // Anthropic's API must be told a limit, and of several targets not all give as much.
+        let is_told =
+            has_others || (organisation.dialect(&place.provider) == Some(Dialect::Anthropic) && ask.dialect != Dialect::Anthropic);
         let price = model
             .filter(|_| is_told)
             .and_then(|model| organisation.price(&self.keys.prices, &place.provider, model, admission::operation(ask).models));
@@ -580,6 +583,16 @@ fn admitted(
         targets: Vec::new(),
     };
     Admission::Admitted(Box::new(Admitted { hold, targets, plan }))
+}
+
+/// The request as its bound is worked out: of one that is translated for Anthropic's API, with what the provider puts before tools and
+/// schemas.
+fn with_instructions<'a>(organisation: &Organisation, ask: &'a Ask, places: &Places<'_>) -> Cow<'a, Ask> {
+    let is_translated = |place: &Place<'_>| organisation.dialect(&place.provider) == Some(Dialect::Anthropic);
+    if ask.dialect == Dialect::Anthropic || !places.places.iter().any(is_translated) {
+        return Cow::Borrowed(ask);
+    }
+    Cow::Owned(Ask { added: ask.added.saturating_add(TOKENS_FOR_INSTRUCTIONS), ..ask.clone() })
 }
 
 fn is_at(target: &Target, place: &Place<'_>) -> bool {

@@ -235,7 +235,7 @@ pub struct Target {
     pub model: Option<String>,
     /// Ids of the credentials to try, in order: where the request refers to objects, the one that reaches them.
     pub credentials: Vec<String>,
-    /// Most output tokens of the model, if its provider must be told.
+    /// Most output tokens of the model, where the gate has to know.
     pub max_output: Option<u64>,
     /// Of a provider that is not just as it is built in.
     pub site: Option<Site>,

@@ -212,6 +212,16 @@ enum Writer {
     Anthropic(to_anthropic::Streamed),
 }
 
+impl Writer {
+    /// Gives back what is kept for events to come: none comes any more.
+    fn forget(&mut self) {
+        match self {
+            Writer::OpenAi(writer) => writer.forget(),
+            Writer::Anthropic(writer) => writer.forget(),
+        }
+    }
+}
+
 /// Where the events of a stream go. After the last nothing is written, whatever comes.
 struct Out<'a> {
     writer: &'a mut Writer,
@@ -226,6 +236,9 @@ impl Sink for Out<'_> {
                 Writer::OpenAi(writer) => writer.take(event, self.out),
                 Writer::Anthropic(writer) => writer.take(event, self.out),
             };
+            if *self.is_over {
+                self.writer.forget();
+            }
         }
     }
 }

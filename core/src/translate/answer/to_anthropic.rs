@@ -77,6 +77,10 @@ impl Streamed {
         self.waiting.iter().map(Waiting::len).sum()
     }
 
+    pub fn forget(&mut self) {
+        self.waiting = Vec::new();
+    }
+
     /// Writes what the event says; `false` when nothing may follow.
     pub fn take(&mut self, event: Event<'_>, out: &mut Vec<u8>) -> bool {
         match event {

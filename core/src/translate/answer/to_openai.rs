@@ -62,6 +62,10 @@ impl Streamed {
         self.choices.iter().map(|choice| choice.thinking.len() + choice.signature.len()).sum()
     }
 
+    pub fn forget(&mut self) {
+        self.choices = Vec::new();
+    }
+
     /// Writes what the event says; `false` when nothing may follow.
     pub fn take(&mut self, event: Event<'_>, out: &mut Vec<u8>) -> bool {
         match event {

@@ -4,6 +4,9 @@ use super::{Problems, Terms};
 use crate::translate::doc::{Kind, Value};
 use crate::translate::write::Writer;
 
+/// As many as OpenAI takes at once (API reference, embeddings, `input`).
+const MAX_TEXTS: usize = 2_048;
+
 pub fn write(root: Value<'_>, terms: &Terms<'_>, p: &mut Problems) -> String {
     // The answer is given in whatever format is asked for, by the answering side.
     let [input, dimensions, format] = p.fields(root, format_args!(""), ["input", "dimensions", "encoding_format"], &["model", "user"]);
@@ -20,6 +23,11 @@ pub fn write(root: Value<'_>, terms: &Terms<'_>, p: &mut Problems) -> String {
     };
     if texts.is_empty() {
         p.invalid("input", "must be a string or a list of strings");
+    }
+    if texts.len() > MAX_TEXTS {
+        // Each would be written with its model's name.
+        p.invalid("input", format_args!("must be at most {MAX_TEXTS} texts"));
+        return String::new();
     }
     let model = terms.model.strip_prefix("models/").unwrap_or(terms.model);
     let model = format!("models/{model}");

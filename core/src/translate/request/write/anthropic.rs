@@ -3,7 +3,7 @@
 use super::super::form::{Chat, Choice, Effort, Format, Kind as MediaKind, Media, Part, Role, Source, Tool, is_blank};
 use super::super::models::Claude;
 use super::super::{Problems, Terms, Untranslatable, float, limit};
-use super::arguments;
+use super::{arguments, room};
 use crate::translate::doc::Value;
 use crate::translate::write::Writer;
 
@@ -38,7 +38,7 @@ pub fn write(chat: &Chat<'_>, terms: &Terms<'_>, size: usize, p: &mut Problems) 
     let (temperature, top_p) = sampling(chat, claude, thinking, p);
     refuse(chat, p);
     let stops: Vec<Value<'_>> = kept_stops(chat, p);
-    let mut w = Writer::with_capacity(size);
+    let mut w = Writer::with_capacity(room(size));
     w.object(|w| {
         w.key("model").str(terms.model);
         w.key("max_tokens").number(max_tokens);

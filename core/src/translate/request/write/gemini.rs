@@ -5,7 +5,7 @@ use super::super::form::{
 };
 use super::super::models::Gemini;
 use super::super::{Problems, Terms, float, limit};
-use super::{arguments, is_object, joined, named};
+use super::{arguments, is_object, joined, named, room};
 use crate::translate::doc::Value;
 use crate::translate::write::Writer;
 use std::borrow::Cow;
@@ -29,7 +29,7 @@ pub fn write(chat: &Chat<'_>, terms: &Terms<'_>, size: usize, p: &mut Problems) 
     if settings.one_call && !tools.is_empty() {
         p.unsupported(chat.names.one_call, "it can't be kept from calling several tools at once");
     }
-    let mut w = Writer::with_capacity(size);
+    let mut w = Writer::with_capacity(room(size));
     w.object(|w| {
         let system = || chat.system.iter().filter(|text| !is_empty(**text));
         if system().next().is_some() {

@@ -15,6 +15,12 @@ use crate::translate::doc::{Kind, Value};
 use crate::translate::write::Writer;
 use std::borrow::Cow;
 
+/// Room for what a body of this size becomes at most, give or take: arguments that are written as a string escape every quote. Growing
+/// on the way would for a moment need both copies, and a worker has 64 MiB.
+fn room(size: usize) -> usize {
+    size.saturating_mul(2)
+}
+
 /// The arguments of a call: an object, as JSON.
 fn arguments<'d>(call: &Call<'d>, p: &mut Problems) -> Cow<'d, str> {
     let Some(input) = call.input else { return Cow::Borrowed("{}") };

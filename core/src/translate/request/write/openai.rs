@@ -3,7 +3,7 @@
 use super::super::form::{Chat, Choice, Effort, Format, Kind as MediaKind, Media, Part, Role, Source, Thinking, is_empty};
 use super::super::models::Gpt;
 use super::super::{Problems, Terms, limit};
-use super::{arguments, joined, named};
+use super::{arguments, joined, named, room};
 use crate::translate::doc::Value;
 use crate::translate::write::Writer;
 
@@ -23,7 +23,7 @@ pub fn write(chat: &Chat<'_>, terms: &Terms<'_>, size: usize, p: &mut Problems) 
     }
     let longest = if terms.is_newest { 64 } else { 128 };
     let tools = named(&chat.tools, chat.names.tool_name, |name| name.len() <= longest, "a name has at most 64 characters", p);
-    let mut w = Writer::with_capacity(size);
+    let mut w = Writer::with_capacity(room(size));
     w.object(|w| {
         w.key("model").str(terms.model);
         let mut any = false;

@@ -1,0 +1,241 @@
+"""Routes: a model name of one's own leads to targets of several providers, and a request goes on to the next where one can't answer.
+Held against the simulator's own count: who was asked, with which credential, and what it cost."""
+
+import collections
+import json
+import statistics
+import subprocess
+import time
+
+import anthropic
+import openai
+import pytest
+from harness import KEYWARD_BIN, Stack, call
+
+CREDENTIALS = [
+    {"id": "openai", "provider": "openai", "secret": "sk-proj-Gp5RkW1vYt7NzQa3PdLx8HgC6JeBm2Fu"},
+    {"id": "groq", "provider": "compatible", "secret": "gsk_Hw6VbQ9xMz2JrTf7CkLp4SnYd8EgKa3V", "at": "groq"},
+    {"id": "claude", "provider": "anthropic", "secret": "sk-ant-api03-Rd5WzLp3XvN7qKt9BhMy2JcSaE"},
+    {"id": "dead", "provider": "compatible", "secret": "gsk_Dm3LqV8xTz5KrWf2CjNp9SbYh6EgXa4U", "at": "dead"},
+]
+OPENAI = {"provider": "openai", "model": "gpt-4o-mini"}
+GROQ = {"provider": "groq", "model": "llama-3.3-70b-versatile"}
+CLAUDE = {"provider": "anthropic", "model": "claude-haiku-4-5"}
+DEAD = {"provider": "dead", "model": "llama-3.3-70b-versatile"}
+# Nobody listens there.
+NOWHERE = "http://127.0.0.1:9"
+ROUTES = {
+    "fast": {"targets": [OPENAI, GROQ, CLAUDE]},
+    "alone": {"targets": [CLAUDE]},
+    "dead-first": {"targets": [DEAD, CLAUDE]},
+    "dead-only": {"targets": [DEAD]},
+    "patient": {"targets": [OPENAI, CLAUDE], "first_byte_timeout_ms": 300},
+    "shared": {"targets": [{**OPENAI, "weight": 3}, {**CLAUDE, "weight": 1}]},
+    "loose": {"targets": [CLAUDE], "unsupported": "drop"},
+}
+
+
+class Routed(Stack):
+    def start_service(self):
+        super().start_service()
+        self.admin("PUT", "/v1/providers/dead", {"dialect": "openai", "url": NOWHERE})
+        for name, route in ROUTES.items():
+            self.admin("PUT", f"/v1/routes/{name}", route)
+
+
+def routed(rotation="router", **options):
+    return Routed(credentials=CREDENTIALS, rotation=rotation, render_options=("--provider", f"dead={NOWHERE}"), **options)
+
+
+@pytest.fixture(scope="module", params=["router", "callout"])
+def any_stack(request):
+    with routed(request.param) as stack:
+        yield stack
+
+
+@pytest.fixture(scope="module")
+def stack():
+    with routed() as stack:
+        yield stack
+
+
+@pytest.fixture(autouse=True)
+def usable(request):
+    """What a provider said of a credential in the test before does not count in this one."""
+    yield
+    for name in {"any_stack", "stack"} & set(request.fixturenames):
+        stack = request.getfixturevalue(name)
+        for credential in stack.admin("GET", "/v1/credentials")["data"]:
+            stack.admin("POST", f"/v1/credentials/{credential['id']}/reset")
+        time.sleep(0.3)
+
+
+def client(stack, token):
+    return openai.OpenAI(base_url=stack.base + "/v1", api_key=token, max_retries=0)
+
+
+def ask(stack, token, model="fast", content="[[sim tokens=12]] Hi", **more):
+    """Who answered, after how many tries, and what."""
+    raw = client(stack, token).chat.completions.with_raw_response.create(model=model, messages=[{"role": "user", "content": content}], **more)
+    parsed = raw.parse()
+    text = parsed.choices[0].message.content if not more.get("stream") else \
+        "".join(chunk.choices[0].delta.content or "" for chunk in parsed if chunk.choices)
+    return raw.headers.get("x-keyward-served-by"), raw.headers.get("x-keyward-attempts"), text
+
+
+def tries(stack, key_id):
+    """Of the key's last request: status of each try, whether it is charged, and who answered."""
+    stack.settled(key_id)
+    end = [entry for entry in stack.audit(key_id) if entry["event"] == "SETTLED"][-1]
+    return [one["status"] for one in end["tries"]], end["charge"], f"{end['provider']}/{end['model']}"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_limit_then_an_error_then_an_answer(any_stack, stream):
+    """One charge, at the price of who answered; three tries in the record."""
+    key_id, token = any_stack.new_key("5.00")
+    words = ask(any_stack, token, "alone", stream=stream)[2]
+    any_stack.sim.fault("status=429 retry_after=30", credential="openai")
+    any_stack.sim.fault("status=500", credential="groq")
+    assert ask(any_stack, token, stream=stream) == ("anthropic/claude-haiku-4-5", "3", words)
+    statuses, charge, served = tries(any_stack, key_id)
+    assert (statuses, served) == ([429, 500, 200], "anthropic/claude-haiku-4-5")
+    true, charged, ends = any_stack.books(key_id)
+    assert true == charged == 2 * charge and not any(end["estimated"] for end in ends)
+    entry = any_stack.calls_of(key_id)[-1]
+    assert (entry["credential"], entry["provider"]) == ("claude", "anthropic")
+    # While OpenAI's limit lasts it is not asked at all.
+    assert ask(any_stack, token)[:2] == ("groq/llama-3.3-70b-versatile", "1")
+
+
+def test_a_request_in_anthropics_dialect_goes_on_as_well(any_stack):
+    key_id, token = any_stack.new_key("5.00")
+    sdk = anthropic.Anthropic(base_url=any_stack.base, api_key=token, max_retries=0)
+    any_stack.sim.fault("status=503", credential="openai")
+    message = sdk.messages.create(model="fast", max_tokens=50, messages=[{"role": "user", "content": "[[sim tokens=9]] Hi"}])
+    assert (message.type, message.stop_reason, message.usage.output_tokens) == ("message", "end_turn", 9)
+    assert tries(any_stack, key_id)[0] == [503, 200]
+    any_stack.books(key_id)
+
+
+def test_who_can_not_be_reached_costs_nothing(any_stack):
+    key_id, token = any_stack.new_key()
+    assert ask(any_stack, token, "dead-first")[:2] == ("anthropic/claude-haiku-4-5", "2")
+    assert tries(any_stack, key_id)[0] == [0, 200]
+    with pytest.raises(openai.InternalServerError) as error:
+        ask(any_stack, token, "dead-only")
+    assert error.value.code == "provider_unreachable"
+    true, charged, ends = any_stack.books(key_id)
+    assert true == charged and not any(end["estimated"] for end in ends)
+
+
+def test_when_nobody_can_answer_the_last_word_is_told(any_stack):
+    key_id, token = any_stack.new_key("5.00")
+    for credential, fault in [("openai", "status=500"), ("groq", "status=502"), ("claude", "status=529")]:
+        any_stack.sim.fault(fault, credential=credential)
+    with pytest.raises(openai.InternalServerError) as error:
+        ask(any_stack, token)
+    assert error.value.status_code == 503, "Claude's 529, as OpenAI's SDKs know it"
+    assert (tries(any_stack, key_id)[0], any_stack.books(key_id)[:2]) == ([500, 502, 529], (0, 0))
+
+
+def test_a_route_with_one_target_never_changes_it(any_stack):
+    key_id, token = any_stack.new_key("5.00")
+    any_stack.sim.fault("status=500", credential="claude")
+    with pytest.raises(openai.InternalServerError):
+        ask(any_stack, token, "alone")
+    assert tries(any_stack, key_id)[0] == [500]
+    # What the caller sent is wrong wherever it goes: nobody else is asked.
+    any_stack.sim.fault("status=400", credential="openai")
+    with pytest.raises(openai.BadRequestError):
+        ask(any_stack, token)
+    assert tries(any_stack, key_id)[0] == [400]
+
+
+def test_a_first_byte_that_takes_too_long(stack):
+    """The try that was given up keeps its share: the provider did its work and was paid for it."""
+    key_id, token = stack.new_key("5.00")
+    stack.sim.fault("first_ms=1500", credential="openai")
+    assert ask(stack, token, "patient")[:2] == ("anthropic/claude-haiku-4-5", "2")
+    statuses, charge, served = tries(stack, key_id)
+    assert (statuses, served) == ([0, 200], "anthropic/claude-haiku-4-5")
+    true, charged, ends = stack.books(key_id)
+    assert charged == charge and ends[-1]["estimated"] and true < charged
+    hold = [entry["hold"] for entry in stack.audit(key_id) if entry["event"] == "ADMITTED"][-1]
+    assert charged < hold, "both targets were held for"
+    # An answer that has begun may take as long as it likes.
+    assert ask(stack, token, "patient", "[[sim tokens=60 pace_ms=40]] Hi", stream=True)[:2] == ("openai/gpt-4o-mini", "1")
+
+
+def test_weights_share_requests_out(stack):
+    _, token = stack.new_key()
+    served = collections.Counter(ask(stack, token, "shared", "[[sim tokens=1]] Hi")[0] for _ in range(120))
+    # 120 draws at 3 to 1: 5 standard deviations are 24.
+    assert set(served) == {"openai/gpt-4o-mini", "anthropic/claude-haiku-4-5"} and 66 <= served["openai/gpt-4o-mini"] <= 114, served
+
+
+def test_what_a_target_can_not_do_is_said_or_left_out(stack):
+    key_id, token = stack.new_key("5.00")
+    with pytest.raises(openai.BadRequestError) as error:
+        ask(stack, token, "alone", seed=7)
+    assert '"seed"' in error.value.message and error.value.code == "bad_request"
+    assert stack.books(key_id)[:2] == (0, 0)
+    assert ask(stack, token, "loose", seed=7)[0] == "anthropic/claude-haiku-4-5"
+    assert "seed" not in json.loads(stack.sim.body(stack.calls_of(key_id)[-1]["seq"]))
+
+
+def test_a_keys_list_holds_wherever_a_route_leads(stack):
+    """Who may use a route's name may use it; who may not needs every one of its targets."""
+    for models, allowed in [(["fast"], True), (["gpt-4o-mini"], False), (["gpt-4o-mini", "llama*", "claude*"], True)]:
+        _, token = stack.new_key(allow={"models": models})
+        status = stack.chat(token, "[[sim tokens=1]] Hi", model="fast")[0]
+        assert status == (200 if allowed else 403), models
+    _, token = stack.new_key(allow={"endpoints": ["openai:*", "groq:*"]})
+    assert stack.chat(token, model="fast")[0] == 403, "one target is Anthropic's"
+
+
+def test_no_credential_meets_another_provider(any_stack):
+    """After hundreds of requests that went on: every provider saw its own credential and no other (the simulator's count of violations)."""
+    key_id, token = any_stack.new_key()
+    for n in range(40):
+        any_stack.sim.fault("status=500", credential="openai")
+        any_stack.sim.fault("status=500", credential="groq")
+        assert ask(any_stack, token, stream=n % 2 == 1)[:2] == ("anthropic/claude-haiku-4-5", "3")
+    any_stack.settled(key_id)
+    assert any_stack.sim.totals()["violations"] == []
+    reqs = {entry["req"] for entry in any_stack.audit(key_id) if entry["event"] == "ADMITTED"}
+    seen = [call for call in any_stack.sim.ledger() if (call["client_request_id"] or "").removeprefix("req_") in reqs]
+    assert len(seen) == 120 and len(reqs) == 40
+
+
+def first_token_ms(stack, token, model):
+    body = {"model": model, "stream": True, "messages": [{"role": "user", "content": "[[sim tokens=6 pace_ms=20]] Hi"}]}
+    with openai.OpenAI(base_url=stack.base + "/v1", api_key=token, max_retries=0) as sdk:
+        began = time.perf_counter()
+        with sdk.chat.completions.create(**body) as answer:
+            for chunk in answer:
+                if chunk.choices and chunk.choices[0].delta.content:
+                    return (time.perf_counter() - began) * 1000
+    raise AssertionError("no token came")
+
+
+def test_first_token_after_two_other_providers(stack):
+    """Printed, and not asserted: how long a fallback takes is for `make bench` to say. That it comes in pieces is what counts here."""
+    _, token = stack.new_key()
+    direct, after = [], []
+    for _ in range(9):
+        direct.append(first_token_ms(stack, token, "alone"))
+        stack.sim.fault("status=500", credential="openai")
+        stack.sim.fault("status=500", credential="groq")
+        after.append(first_token_ms(stack, token, "fast"))
+    print(f"first token: direct {statistics.median(direct):.1f} ms, after two other providers {statistics.median(after):.1f} ms")
+    status, headers, data = call(stack.base, "GET", "/v1/models", None, {"authorization": f"Bearer {token}"})
+    assert status == 200 and {"fast", "alone", "claude-haiku-4-5", "gpt-4o-mini"} <= {model["id"] for model in json.loads(data)["data"]}
+
+
+def test_an_older_envoy_says_so_and_uses_the_first_target():
+    """1.38 can't change the cluster of a request that is under way."""
+    render = [KEYWARD_BIN, "envoy", "render", "--envoy"]
+    rendered = [subprocess.run([*render, minor], capture_output=True, text=True, check=True).stdout for minor in ("38", "39")]
+    assert "refresh_cluster_on_retry" not in rendered[0] and "only the first is used" in rendered[0] and '"fallback"' not in rendered[0]
+    assert "refresh_cluster_on_retry: true" in rendered[1] and '"fallback": true' in rendered[1]
