@@ -120,6 +120,10 @@ SCENARIOS = [
 ]
 
 
+# A client reads all certificates of the machine when it is made: one connection pool serves all clients of an SDK.
+OPENAI_POOL, ANTHROPIC_POOL = openai.DefaultHttpxClient(), anthropic.DefaultHttpxClient()
+
+
 @dataclass(frozen=True)
 class At:
     """Where an SDK is pointed: the base of OpenAI's dialect, the server's own address, a key, and Azure's version, for its own client."""
@@ -162,26 +166,26 @@ def chat(model, scenario):
     return body
 
 
-def openai_client(at, **more):
+def openai_client(at):
+    more = {"api_key": at.key, "max_retries": 0, "http_client": OPENAI_POOL}
     if at.azure:
-        return openai.AzureOpenAI(azure_endpoint=at.server, api_key=at.key, api_version=at.azure, max_retries=0, **more)
-    return openai.OpenAI(base_url=at.openai, api_key=at.key, max_retries=0, **more)
+        return openai.AzureOpenAI(azure_endpoint=at.server, api_version=at.azure, **more)
+    return openai.OpenAI(base_url=at.openai, **more)
 
 
 def openai_python(at, model, scenario):
     """The messages are echoed as the SDK gave them: what a provider put beside a call must come back by itself."""
-    body, answers = chat(model, scenario), []
-    with openai_client(at) as client:
-        while True:
-            if scenario.stream:
-                message, answer = openai_stream(client, body, scenario)
-            else:
-                message, answer = openai_whole(client, body, scenario)
-            answers.append(answer)
-            if not (scenario.results and message.tool_calls):
-                return answers
-            results = [{"role": "tool", "tool_call_id": call.id, "content": scenario.results[call.function.name]} for call in message.tool_calls]
-            body["messages"] = [*body["messages"], message, *results]
+    client, body, answers = openai_client(at), chat(model, scenario), []
+    while True:
+        if scenario.stream:
+            message, answer = openai_stream(client, body, scenario)
+        else:
+            message, answer = openai_whole(client, body, scenario)
+        answers.append(answer)
+        if not (scenario.results and message.tool_calls):
+            return answers
+        results = [{"role": "tool", "tool_call_id": call.id, "content": scenario.results[call.function.name]} for call in message.tool_calls]
+        body["messages"] = [*body["messages"], message, *results]
 
 
 def openai_whole(client, body, scenario):
@@ -306,7 +310,7 @@ class AnyModel(LlamaIndexOpenAI):
 
 
 def llama_index(at, model, scenario):
-    llm = AnyModel(model=model, api_base=at.openai, api_key=at.key, max_retries=0, max_tokens=scenario.max_tokens)
+    llm = AnyModel(model=model, api_base=at.openai, api_key=at.key, max_retries=0, max_tokens=scenario.max_tokens, http_client=OPENAI_POOL)
     more = {name: value for name, value in chat(model, scenario).items() if name in ("stop", "tools", "tool_choice")}
     if scenario.form:
         more["response_format"] = {"type": "json_schema", "json_schema": {"name": "person", "strict": True, "schema": strict(scenario.form)}}
@@ -343,6 +347,10 @@ def llama_index(at, model, scenario):
 STOP_REASON = {"end_turn": "stop", "stop_sequence": "stop", "max_tokens": "length", "tool_use": "calls", "refusal": "filter"}
 
 
+def anthropic_client(at):
+    return anthropic.Anthropic(base_url=at.server, api_key=at.key, max_retries=0, http_client=ANTHROPIC_POOL)
+
+
 def anthropic_python(at, model, scenario):
     """The messages are echoed as the SDK gave them, thoughts included."""
     said = scenario.user
@@ -358,24 +366,23 @@ def anthropic_python(at, model, scenario):
         "output_format": scenario.form,
     }
     body = {"model": model, "max_tokens": scenario.max_tokens, **{name: value for name, value in options.items() if value}}
-    answers = []
-    with anthropic.Anthropic(base_url=at.server, api_key=at.key, max_retries=0) as client:
-        while True:
-            if scenario.stream:
-                with client.messages.stream(**body, messages=messages) as events:
-                    pieces = sum(event.type == "content_block_delta" and event.delta.type == "text_delta" for event in events)
-                    made = events.get_final_message()
-            else:
-                made, pieces = (client.messages.parse if scenario.form else client.messages.create)(**body, messages=messages), 1
-            type(made).model_validate(made.to_dict(mode="json"))
-            uses = [block for block in made.content if block.type == "tool_use"]
-            text = "".join(block.text for block in made.content if block.type == "text")
-            meaning = Meaning(text, tuple((use.name, canonical(use.input)) for use in uses), STOP_REASON[made.stop_reason])
-            answers.append(Answer(meaning, (made.usage.input_tokens, made.usage.output_tokens), pieces, made.parsed_output if scenario.form else None))
-            if not (scenario.results and uses):
-                return answers
-            results = [{"type": "tool_result", "tool_use_id": use.id, "content": scenario.results[use.name]} for use in uses]
-            messages += [{"role": "assistant", "content": made.content}, {"role": "user", "content": results}]
+    client, answers = anthropic_client(at), []
+    while True:
+        if scenario.stream:
+            with client.messages.stream(**body, messages=messages) as events:
+                pieces = sum(event.type == "content_block_delta" and event.delta.type == "text_delta" for event in events)
+                made = events.get_final_message()
+        else:
+            made, pieces = (client.messages.parse if scenario.form else client.messages.create)(**body, messages=messages), 1
+        type(made).model_validate(made.to_dict(mode="json"))
+        uses = [block for block in made.content if block.type == "tool_use"]
+        text = "".join(block.text for block in made.content if block.type == "text")
+        meaning = Meaning(text, tuple((use.name, canonical(use.input)) for use in uses), STOP_REASON[made.stop_reason])
+        answers.append(Answer(meaning, (made.usage.input_tokens, made.usage.output_tokens), pieces, made.parsed_output if scenario.form else None))
+        if not (scenario.results and uses):
+            return answers
+        results = [{"type": "tool_result", "tool_use_id": use.id, "content": scenario.results[use.name]} for use in uses]
+        messages += [{"role": "assistant", "content": made.content}, {"role": "user", "content": results}]
 
 
 # --- google-genai, for reference ---------------------------------------------------------------------------------------
