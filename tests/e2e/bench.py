@@ -69,26 +69,31 @@ def body(stream, directory):
 CHUNKS = 200
 
 
-def conversation(model, stream, directory):
-    """A 4 KB chat request of several turns and a tool, or a short one whose answer has many chunks."""
-    path = directory / f"conversation-{model}-{stream}.json"
+def conversation(dialect, stream, directory):
+    """A 4 KB request to Claude of several turns and three tools, or a short one whose answer has many chunks, in either dialect."""
+    path = directory / f"conversation-{dialect}-{stream}.json"
+    request = {"model": "claude-haiku-4-5", "max_tokens": 300 if stream else 64}
     if stream:
-        messages = [{"role": "user", "content": f"[[sim tokens={CHUNKS} per_delta=1]] Go on."}]
-        request = {"model": model, "max_tokens": 300, "stream": True, "messages": messages}
+        request |= {"stream": True, "messages": [{"role": "user", "content": f"[[sim tokens={CHUNKS} per_delta=1]] Go on."}]}
     else:
         turn = "The quick brown fox jumps over the lazy dog, \"twice\".\n" * 8
-        messages = [{"role": "system", "content": "Be brief."}]
-        messages += [{"role": "assistant" if n % 2 else "user", "content": turn} for n in range(7)]
-        parameters = {"type": "object", "properties": {"city": {"type": "string"}, "unit": {"enum": ["C", "F"]}}, "required": ["city"]}
-        tools = [{"type": "function", "function": {"name": f"tool_{n}", "description": turn[:100], "parameters": parameters}} for n in range(3)]
-        request = {"model": model, "max_tokens": 64, "temperature": 0.5, "messages": messages, "tools": tools}
+        turns = [{"role": "assistant" if n % 2 else "user", "content": turn} for n in range(7)]
+        schema = {"type": "object", "properties": {"city": {"type": "string"}, "unit": {"enum": ["C", "F"]}}, "required": ["city"]}
+        names = [(f"tool_{n}", turn[:100]) for n in range(3)]
+        if dialect == "openai":
+            tools = [{"type": "function", "function": {"name": name, "description": words, "parameters": schema}} for name, words in names]
+            request |= {"messages": [{"role": "system", "content": "Be brief."}, *turns], "tools": tools}
+        else:
+            tools = [{"name": name, "description": words, "input_schema": schema} for name, words in names]
+            request |= {"system": "Be brief.", "messages": turns, "tools": tools}
     path.write_text(json.dumps(request))
     return path
 
 
-def load(port, token, stream, connections, requests, directory, file=None):
-    command = [LOADGEN_BIN, "--url", f"http://127.0.0.1:{port}/v1/chat/completions", "--connections", str(connections), "--requests", str(requests),
+def load(port, token, stream, connections, requests, directory, file=None, path="/v1/chat/completions"):
+    command = [LOADGEN_BIN, "--url", f"http://127.0.0.1:{port}{path}", "--connections", str(connections), "--requests", str(requests),
                "--warmup", str(min(500, requests // 4)), "--header", f"authorization: Bearer {token}", "--header", "content-type: application/json",
+               "--header", "anthropic-version: 2023-06-01",
                "--body-file", str(file or body(stream, directory)), "--json", *(["--stream"] if stream else [])]
     result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     if result["errors"] or set(result["by_status"]) != {"200"}:
@@ -142,25 +147,25 @@ def main():
 
 
 def translation(stack, token, directory):
-    """What a request costs more that is translated for Claude than one that goes to OpenAI as it came: the request and its whole answer,
-    then each chunk of a stream."""
-    own, other = "gpt-4o-mini", "claude-haiku-4-5"
+    """What a request to Claude costs more in OpenAI's dialect than in Claude's own: the request and its whole answer, then each chunk of a
+    stream. The simulator is asked the same either way."""
+    paths = {"anthropic": "/v1/messages", "openai": "/v1/chat/completions"}
     for stream in (False, True):
         results = {}
-        for model in (own, other, own, other):
-            file = conversation(model, stream, directory)
+        for dialect in [*paths, *paths, *paths]:
+            file = conversation(dialect, stream, directory)
             for connections, requests in ((1, REQUESTS // 6), (BUSY, REQUESTS // (20 if stream else 2))):
-                result = measure([stack.envoy], stack.listen_port, token, stream, connections, requests, directory, file)
-                results.setdefault((model, connections), []).append(result)
-        cpu = {model: min(result["cpu_us"]["envoy"] for result in results[model, BUSY]) for model in (own, other)}
+                result = measure([stack.envoy], stack.listen_port, token, stream, connections, requests, directory, file, paths[dialect])
+                results.setdefault((dialect, connections), []).append(result)
+        cpu = {dialect: min(result["cpu_us"]["envoy"] for result in results[dialect, BUSY]) for dialect in paths}
         if stream:
-            each = (cpu[other] - cpu[own]) / CHUNKS
-            print(f"  translation, streamed: Envoy {cpu[other]:.0f} us for {CHUNKS} chunks, {cpu[own]:.0f} us untranslated: {each:.1f} us each [10]")
+            each = (cpu["openai"] - cpu["anthropic"]) / CHUNKS
+            print(f"  translation, streamed: Envoy {cpu['openai']:.0f} us for {CHUNKS} chunks, {cpu['anthropic']:.0f} us untranslated: {each:.1f} us each [10]")
         else:
-            p50 = {model: min(result["latency_us"]["p50"] for result in results[model, 1]) for model in (own, other)}
-            size = conversation(other, False, directory).stat().st_size
-            print(f"  translation, {size / 1024:.1f} KB request with its answer: added p50 {p50[other] - p50[own]} us [60]; "
-                  f"Envoy {cpu[other]:.0f} us, {cpu[own]:.0f} us untranslated: {cpu[other] - cpu[own]:.0f} us")
+            p50 = {dialect: min(result["latency_us"]["p50"] for result in results[dialect, 1]) for dialect in paths}
+            size = conversation("openai", False, directory).stat().st_size
+            print(f"  translation, {size / 1024:.1f} KB request with its answer: added p50 {p50['openai'] - p50['anthropic']} us [60]; "
+                  f"Envoy {cpu['openai']:.0f} us, {cpu['anthropic']:.0f} us untranslated: {cpu['openai'] - cpu['anthropic']:.0f} us")
 
 
 def summary(figures, stack):
