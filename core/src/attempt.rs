@@ -256,8 +256,14 @@ impl Flight {
         self.body_came = false;
         // The router tries again by itself only where no byte was sent, or where the route lets it go on after such a try.
         self.never_connected(ring, now_ms);
-        if let Some(target) = self.fallback.take().filter(|_| self.tries.last().is_some_and(|last| last.status.is_none())) {
-            self.aim_at(target);
+        let (unanswered, lost) = self.tries.last().map_or((false, false), |last| (last.status.is_none(), last.is_lost));
+        match self.fallback.take().filter(|_| unanswered) {
+            Some(target) => self.aim_at(target),
+            // What may have been carried out is not sent there again.
+            None if unanswered && lost => {
+                return self.stop(Refusal::new(Code::ProviderUnreachable, "the provider did not answer in time").retry_after(1));
+            }
+            None => {}
         }
         let here = self.tries.iter().filter(|t| t.status.is_none() && t.target == self.target);
         if here.count() >= MAX_UNCONNECTED {
@@ -787,6 +793,12 @@ mod tests {
         air.flight.lose(1);
         air.target();
         assert!(air.flight.tries(0)[0].lost, "its connection had come about");
+        air.now_ms += 300;
+        assert!(air.target().0.contains("googleapis"));
+        air.now_ms += 300;
+        assert_eq!(air.begin(), Begun::Stop, "the last one is not asked twice");
+        assert_eq!(air.refused().0, Code::ProviderUnreachable);
+        assert_eq!((air.flight.tries(0).len(), air.flight.may_have_been_sent()), (3, true));
     }
 
     #[test]

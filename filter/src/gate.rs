@@ -312,10 +312,11 @@ impl GateStream {
     }
 }
 
-/// Lets the router give a try up that has no first byte after so long, and go on as it does after a failed connection.
+/// Lets the router give a try up that has no first byte after so long, and go on as it does after a failed connection. Not by status: what
+/// an answer means is the attempt's to say.
 fn limit_first_byte(ms: u64) -> bool {
     host::set_header(Map::RequestHeaders, "x-envoy-upstream-rq-per-try-timeout-ms", &ms.to_string())
-        && host::set_header(Map::RequestHeaders, "x-envoy-retry-on", "gateway-error")
+        && host::set_header(Map::RequestHeaders, "x-envoy-retry-on", "reset")
 }
 
 /// Answers in the provider's place.

@@ -167,6 +167,35 @@ def test_a_first_byte_that_takes_too_long(stack):
     assert ask(stack, token, "patient", "[[sim tokens=60 pace_ms=40]] Hi", stream=True)[:2] == ("openai/gpt-4o-mini", "1")
 
 
+def test_when_every_first_byte_takes_too_long(stack):
+    """Nobody is asked twice, and each keeps its share: together no more than was held."""
+    key_id, token = stack.new_key("5.00")
+    for credential in ("openai", "claude"):
+        stack.sim.fault("first_ms=1200", credential=credential)
+    with pytest.raises(openai.InternalServerError) as error:
+        ask(stack, token, "patient")
+    assert error.value.code == "provider_unreachable"
+    assert tries(stack, key_id)[0] == [0, 0]
+    true, charged, ends = stack.books(key_id)
+    hold = [entry["hold"] for entry in stack.audit(key_id) if entry["event"] == "ADMITTED"][-1]
+    assert true < charged <= hold and ends[-1]["estimated"]
+
+
+def test_a_route_with_a_time_limit_asks_each_target_once(stack):
+    """The router goes on by itself when a try ends without an answer, and never because of what an answer says."""
+    key_id, token = stack.new_key("5.00")
+    for credential in ("openai", "claude"):
+        stack.sim.fault("status=503", count=50, credential=credential)
+    before = len(stack.sim.ledger())
+    try:
+        with pytest.raises(openai.InternalServerError):
+            ask(stack, token, "patient")
+        assert tries(stack, key_id)[0] == [503, 503] and len(stack.sim.ledger()) == before + 2
+    finally:
+        stack.sim.request("DELETE", "/control/faults")
+    assert stack.books(key_id)[:2] == (0, 0)
+
+
 def test_weights_share_requests_out(stack):
     _, token = stack.new_key()
     served = collections.Counter(ask(stack, token, "shared", "[[sim tokens=1]] Hi")[0] for _ in range(120))
