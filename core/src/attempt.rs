@@ -564,8 +564,12 @@ impl Flight {
         self.go_on_elsewhere(ring, shared, now_ms)
     }
 
-    /// The connection of this try came about, and it ended without an answer.
+    /// The connection of this try came about, and it ended without an answer. Where the route sets no time for that, the router goes on only
+    /// from what the provider has surely not begun.
     pub fn lose(&mut self, number: usize) {
+        if self.permit.plan().first_byte_ms.is_none() {
+            return;
+        }
         if let Some(lost) = number.checked_sub(1).and_then(|at| self.tries.get_mut(at)).filter(|lost| lost.status.is_none()) {
             lost.is_lost = true;
             lost.is_free = false;
@@ -795,6 +799,11 @@ mod tests {
         assert!(air.flight.tries(0)[0].lost, "its connection had come about");
         air.now_ms += 300;
         assert!(air.target().0.contains("googleapis"));
+        let mut refused = routed(ASKED, |_| {});
+        refused.target();
+        refused.flight.lose(1);
+        refused.target();
+        assert!(!refused.flight.tries(0)[0].lost, "a stream that the provider refused costs nothing");
         air.now_ms += 300;
         assert_eq!(air.begin(), Begun::Stop, "the last one is not asked twice");
         assert_eq!(air.refused().0, Code::ProviderUnreachable);

@@ -15,6 +15,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import audit
+import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVOY_BIN = os.environ.get("ENVOY_BIN", "envoy")
@@ -185,6 +186,24 @@ class Simulator(Part):
 
     def headers(self, seq):
         return self.get(f"/control/headers?seq={seq}")
+
+
+def alone(kind, credentials):
+    """Fixtures of a module that talks to the simulator with nothing in between: one of this kind, and its books clean before each test."""
+    @pytest.fixture(scope="module")
+    def sim(tmp_path_factory):
+        oracle = kind("oracle", tmp_path_factory.mktemp("oracle"))
+        oracle.start()
+        oracle.put("/control/credentials", credentials)
+        yield oracle
+        oracle.kill()
+
+    @pytest.fixture(autouse=True)
+    def clean(sim):
+        sim.reset()
+        yield
+        assert sim.totals()["violations"] == []
+    return sim, clean
 
 
 # All that are built in: each of them is the simulator here.

@@ -9,7 +9,7 @@ import wave
 import anthropic
 import openai
 import pytest
-from harness import Simulator, call, wait_for
+from harness import Simulator, alone, call, wait_for
 
 # Three credentials: two of one account, one of another. Real-looking, known to this file and its simulator alone.
 CREDENTIALS = [
@@ -39,20 +39,7 @@ class Oracle(Simulator):
         return self.last()["cost_nanodollars"]
 
 
-@pytest.fixture(scope="module")
-def sim(tmp_path_factory):
-    oracle = Oracle("oracle", tmp_path_factory.mktemp("oracle"))
-    oracle.start()
-    oracle.put("/control/credentials", CREDENTIALS)
-    yield oracle
-    oracle.kill()
-
-
-@pytest.fixture(autouse=True)
-def clean(sim):
-    sim.reset()
-    yield
-    assert sim.totals()["violations"] == []
+sim, clean = alone(Oracle, CREDENTIALS)
 
 
 @pytest.fixture

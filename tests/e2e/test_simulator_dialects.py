@@ -9,7 +9,7 @@ import openai
 import pytest
 from google import genai
 from google.genai import errors, types
-from harness import Simulator, call, wait_for
+from harness import Simulator, alone, call, wait_for
 from pydantic import BaseModel
 
 # Real-looking, known to this file and its simulator alone.
@@ -62,20 +62,7 @@ class Oracle(Simulator):
         return json.loads(self.body(self.ledger()[-1]["seq"]))
 
 
-@pytest.fixture(scope="module")
-def sim(tmp_path_factory):
-    oracle = Oracle("oracle", tmp_path_factory.mktemp("oracle"))
-    oracle.start()
-    oracle.put("/control/credentials", CREDENTIALS)
-    yield oracle
-    oracle.kill()
-
-
-@pytest.fixture(autouse=True)
-def clean(sim):
-    sim.reset()
-    yield
-    assert sim.totals()["violations"] == []
+sim, clean = alone(Oracle, CREDENTIALS)
 
 
 def refused(kind, ask, *args, **more):

@@ -152,11 +152,6 @@ impl Answering {
         self.meter.as_ref().map_or(0, Meter::held) + self.translating.as_ref().map_or(0, Translating::held)
     }
 
-    /// Nothing of the answer goes on before all of it has come.
-    pub fn waits(&self) -> bool {
-        self.translating.as_ref().is_some_and(Translating::is_whole)
-    }
-
     /// Status and body of an answer that has waited and come whole.
     pub fn whole(&mut self) -> Result<(u16, String), Refused> {
         let translated = self.translating.as_mut().map(Translating::whole);
@@ -170,10 +165,9 @@ impl Answering {
         Refused { refusal, dialect: self.dialect, request_id: self.id, asked: true }
     }
 
-    /// The answer ended without a last piece: by its headers, or by trailers. What is still to be shown before them is given.
-    pub fn ended(&mut self) -> Vec<u8> {
+    /// The answer ended without a last piece: by its headers, or by trailers.
+    pub fn ended(&mut self) {
         self.complete = true;
-        self.translating.as_mut().filter(|_| self.breaking.is_none()).map(Translating::end).unwrap_or_default()
     }
 
     /// The request is over, however it went. `ms`: since its headers came; `clocks`: now.

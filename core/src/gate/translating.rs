@@ -62,15 +62,6 @@ impl Translating {
         out
     }
 
-    /// The provider's stream ended by trailers.
-    pub fn end(&mut self) -> Vec<u8> {
-        let mut out = Vec::new();
-        if let Mode::Stream(stream) = &mut self.mode {
-            stream.end(&mut out);
-        }
-        out
-    }
-
     /// Status and body of an answer that has come whole.
     pub fn whole(&mut self) -> Result<(u16, String), Refusal> {
         let unreadable = |what: &str| Refusal::new(Code::ProviderUnreachable, format!("the provider's answer {what}"));

@@ -1,23 +1,22 @@
 //! An admission, in one transaction: who asks, whether they may, what is held for it, where it goes; and its entry.
 
+mod ways;
+
+use self::ways::Way;
 use super::accounts::{organisation_account, team_account};
 use super::ledger::{Chain, Ledger, chain_at, enforce, hold_at, json, signed, state, status, unsigned};
-use super::objects::{self, References};
-use super::{Admission, Admit, Admitted, StoreError, Target};
-use crate::aims::{self, Place, Places};
-use crate::config::RouteTarget;
-use crate::directory::{NoCredential, Organisation};
-use keyward_core::admission::{self, Aim, Allow, Hold, KeyState};
+use super::objects;
+use super::{Admission, Admit, Admitted, StoreError};
+use crate::aims::{self, Place};
+use crate::directory::Organisation;
+use keyward_core::admission::{self, Aim, Hold, KeyState};
 use keyward_core::audit::{self, Event};
 use keyward_core::edge::{Ask, Plan, RequestId};
-use keyward_core::keyring::At;
 use keyward_core::limits::{DAY_MS, Enforce, Limits, Moment};
-use keyward_core::models::{self, Listed};
 use keyward_core::operation::Dialect;
 use keyward_core::price::{Price, Together};
 use keyward_core::refusal::{Code, Headroom, Refusal};
 use keyward_core::reserve::{self, Level, Of};
-use keyward_core::verdict::Scope;
 use rusqlite::{OptionalExtension, params};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -64,18 +63,6 @@ struct Decision {
     bounded: bool,
     /// By target, where there are several.
     parts: Vec<Part>,
-}
-
-/// Where an admitted request goes.
-#[derive(Default)]
-struct Way {
-    targets: Vec<Target>,
-    in_order: bool,
-    wait_ms: u64,
-    state: bool,
-    answer: Option<String>,
-    first_byte_ms: Option<u64>,
-    drops: bool,
 }
 
 /// A target as it is kept beside the request, where there are several.
@@ -216,23 +203,23 @@ impl Ledger<'_> {
         if let Err(refusal) = key.stand(organisation, admit) {
             return Ok(Err(refusal));
         }
-        let mut places = match aims::places(organisation, &self.keys.prices, ask, admit.request.req) {
+        let places = match aims::places(organisation, &self.keys.prices, ask, admit.request.req) {
             Ok(places) => places,
             Err(refusal) => return Ok(Err(refusal)),
         };
         let operation = admission::operation(ask);
-        let all = places.clone();
         // Why it can't go anywhere is told only to those who may.
         let way = self.way(organisation, key, admit, &places)?;
-        if let Ok(way) = &way {
-            // Those that can't be used now are not held for.
-            places.places.retain(|place| way.targets.is_empty() || way.targets.iter().any(|target| is_at(target, place)));
-        }
+        // Those that can't be used now are not held for.
+        let chosen: Vec<&Place<'_>> = match &way {
+            Ok(way) if !way.usable.is_empty() => way.usable.iter().filter_map(|place| places.places.get(*place)).collect(),
+            _ => places.places.iter().collect(),
+        };
         let price_of = |place: &Place<'_>| {
             let model = place.model.as_deref()?;
             organisation.price(&self.keys.prices, &place.provider, model, operation.models)
         };
-        let found: Vec<Option<Cow<'_, Price>>> = places.places.iter().map(price_of).collect();
+        let found: Vec<Option<Cow<'_, Price>>> = chosen.iter().map(|place| price_of(place)).collect();
         let kind = if places.first_byte_ms.is_some() { Together::AllOf } else { Together::OneOf };
         let together = match found.as_slice() {
             [one] => one.clone(),
@@ -242,8 +229,8 @@ impl Ledger<'_> {
             }
         };
         let price = together.as_deref();
-        let ask = &with_instructions(organisation, ask, &places);
-        let aimed: Vec<Aim<'_>> = all.places.iter().map(Place::aim).collect();
+        let ask = &with_instructions(organisation, ask, &chosen);
+        let aimed: Vec<Aim<'_>> = places.places.iter().map(Place::aim).collect();
         let levels = key.levels(organisation);
         let decided = self.with_levels(&key.id, &levels, now, |levels| {
             let hold = admission::decide(&key.state, levels, ask, &aimed, price, now);
@@ -263,12 +250,12 @@ impl Ledger<'_> {
             Ok(way) => way,
             Err(refusal) => return Ok(Err(refusal)),
         };
-        let part = |(place, price): (&Place<'_>, &Option<Cow<'_, Price>>)| Part {
+        let part = |(place, price): (&&Place<'_>, &Option<Cow<'_, Price>>)| Part {
             provider: place.provider.to_string(),
             model: place.model.as_deref().unwrap_or_default().to_owned(),
             hold: admission::part(ask, operation, price.as_deref(), hold.clamp, bounded),
         };
-        let parts = if found.len() > 1 { places.places.iter().zip(&found).map(part).collect() } else { Vec::new() };
+        let parts = if found.len() > 1 { chosen.iter().zip(&found).map(part).collect() } else { Vec::new() };
         self.keys.admitted.remember(admit.request.req, found.into_iter().map(|price| price.map(Cow::into_owned)).collect());
         Ok(Ok(Decision { way, hold, forgiven, bounded, parts }))
     }
@@ -315,117 +302,6 @@ impl Ledger<'_> {
                 ask.model.as_deref().unwrap_or_default(),
             ])?;
         Ok(())
-    }
-
-    /// Where a request goes that may be made: which targets with which credentials, which state, or the answer itself.
-    fn way(
-        &self,
-        organisation: &Organisation,
-        key: &Found,
-        admit: &Admit,
-        places: &Places<'_>,
-    ) -> Result<Result<Way, Refusal>, StoreError> {
-        let ask = &admit.request.ask;
-        let policy = key.policy.as_deref();
-        if admission::operation(ask).lists_models() {
-            let answer = self.models(organisation, key, ask);
-            return Ok(answer.map(|answer| Way { answer: Some(answer), ..Way::default() }));
-        }
-        let mut way = Way {
-            wait_ms: organisation.wait_ms(policy),
-            state: key.state.allow.state,
-            first_byte_ms: places.first_byte_ms,
-            drops: places.drops,
-            ..Way::default()
-        };
-        let mut refusal = None;
-        for place in &places.places {
-            match self.credentials(organisation, key, admit, place)? {
-                Ok((credentials, in_order)) => {
-                    way.in_order |= in_order;
-                    way.targets.push(self.at(organisation, ask, place, places.places.len() > 1, credentials));
-                }
-                Err(why) => refusal = refusal.or(Some(why)),
-            }
-        }
-        Ok(match refusal.filter(|_| way.targets.is_empty()) {
-            Some(refusal) => Err(refusal),
-            None => Ok(way),
-        })
-    }
-
-    /// The credentials to try at a place, and whether in that order.
-    fn credentials(
-        &self,
-        organisation: &Organisation,
-        key: &Found,
-        admit: &Admit,
-        place: &Place<'_>,
-    ) -> Result<Result<(Vec<String>, bool), Refusal>, StoreError> {
-        let (provider, policy, ask) = (place.provider.as_ref(), key.policy.as_deref(), &admit.request.ask);
-        let credentials = match organisation.credentials(provider, policy, place.pool) {
-            Ok(credentials) => credentials,
-            Err(none) => return Ok(Err(no_credential(&none, provider))),
-        };
-        let credentials = match objects::references(self.db, &key.chain.organisation, &key.id, provider, ask)? {
-            References::None => credentials,
-            References::Own(credential) if credentials.contains(&credential) => vec![credential],
-            References::Own(credential) => return Ok(Err(objects::unreachable(&credential))),
-            References::Unknown => return Ok(Err(objects::not_owned())),
-            References::Refused(refusal) => return Ok(Err(refusal)),
-        };
-        let at = At { provider, model: place.model.as_deref().unwrap_or_default() };
-        let mut credentials: Vec<String> = credentials.into_iter().filter(|id| !is_rejected(organisation, at, id, admit)).collect();
-        if credentials.is_empty() {
-            let message = format!("{provider} rejected every stored credential that this request could use; an operator has to act");
-            return Ok(Err(Refusal::new(Code::ProviderCredentialRejected, message)));
-        }
-        let in_order = organisation.goes_by_key(provider, policy, place.pool);
-        if in_order {
-            credentials.sort_by_cached_key(|id| rank(&key.id, id));
-        }
-        Ok(Ok((credentials, in_order)))
-    }
-
-    fn at(&self, organisation: &Organisation, ask: &Ask, place: &Place<'_>, has_others: bool, credentials: Vec<String>) -> Target {
-        let model = place.model.as_deref();
-        // Anthropic's API must be told a limit, and of several targets not all give as much.
-        let is_told =
-            has_others || (organisation.dialect(&place.provider) == Some(Dialect::Anthropic) && ask.dialect != Dialect::Anthropic);
-        let price = model
-            .filter(|_| is_told)
-            .and_then(|model| organisation.price(&self.keys.prices, &place.provider, model, admission::operation(ask).models));
-        Target {
-            provider: place.provider.to_string(),
-            model: model.map(str::to_owned),
-            credentials,
-            max_output: price.and_then(|price| price.max_output),
-            site: organisation.site(&place.provider),
-        }
-    }
-
-    /// The models that a key may use, of the provider asked for or of all that can be reached, and the routes to them.
-    fn models(&self, organisation: &Organisation, key: &Found, ask: &Ask) -> Result<String, Refusal> {
-        let (lists, policy) = (key.state.lists(), key.policy.as_deref());
-        let reachable = |provider: &str, pool: Option<&str>| {
-            organisation.is_enabled(provider) && organisation.credentials(provider, policy, pool).is_ok()
-        };
-        let asked = |provider: &str| ask.provider.is_empty() || ask.provider == provider;
-        let mut listed = Vec::new();
-        for provider in organisation.document.provider_names().into_iter().filter(|provider| asked(provider) && reachable(provider, None)) {
-            let Some(dialect) = organisation.dialect(provider) else { continue };
-            listed.extend(models::usable(&self.keys.prices, provider, dialect, &lists, organisation.prices.models(provider)));
-        }
-        for (name, route) in &organisation.document.routes {
-            let fits = |allow: &&Allow| {
-                admission::model_fits(allow, name) || route.targets.iter().all(|target| admission::model_fits(allow, &target.model))
-            };
-            let leads = |target: &&RouteTarget| asked(&target.provider) && reachable(&target.provider, target.pool.as_deref());
-            if let Some(target) = route.targets.iter().find(leads).filter(|_| lists.iter().all(fits)) {
-                listed.insert(0, Listed { model: name, owner: &target.provider });
-            }
-        }
-        models::answer(ask.dialect, listed, ask.model.as_deref())
     }
 
     fn refuse(&self, key: &Found, admit: &Admit, refusal: Refusal) -> Result<Admission, StoreError> {
@@ -539,20 +415,6 @@ impl Levels<'_> {
     }
 }
 
-/// Whether the provider has said that this credential, or its account with this model, is not to be used.
-fn is_rejected(organisation: &Organisation, at: At<'_>, id: &str, admit: &Admit) -> bool {
-    if admit.rejected.is_empty() {
-        return false;
-    }
-    let credential = organisation.plain(id);
-    [Scope::Credential, Scope::Account, Scope::Model].into_iter().any(|scope| admit.rejected.contains(&at.name(&credential, scope)))
-}
-
-/// A key's own order of credentials (rendezvous hashing): when one goes or comes, the order of the others stays.
-fn rank(key_id: &str, credential: &str) -> [u8; 32] {
-    Sha256::new().chain_update(key_id).chain_update([0]).chain_update(credential).finalize().into()
-}
-
 /// `bounded`: some budget holds the request to its hold.
 fn admitted(
     key: &Found,
@@ -563,7 +425,7 @@ fn admitted(
     headroom: Option<Headroom>,
     bounded: bool,
 ) -> Admission {
-    let Way { targets, in_order, wait_ms, state, answer, first_byte_ms, drops } = way;
+    let Way { targets, usable: _, in_order, wait_ms, state, answer, first_byte_ms, drops } = way;
     // Where output has a limit, that is what was held for; without a budget the hold binds nobody.
     let output_limit = Some(hold.output_tokens).filter(|_| bounded && !admission::operation(ask).limits().is_empty());
     let plan = Plan {
@@ -587,16 +449,12 @@ fn admitted(
 
 /// The request as its bound is worked out: of one that is translated for Anthropic's API, with what the provider puts before tools and
 /// schemas.
-fn with_instructions<'a>(organisation: &Organisation, ask: &'a Ask, places: &Places<'_>) -> Cow<'a, Ask> {
-    let is_translated = |place: &Place<'_>| organisation.dialect(&place.provider) == Some(Dialect::Anthropic);
-    if ask.dialect == Dialect::Anthropic || !places.places.iter().any(is_translated) {
+fn with_instructions<'a>(organisation: &Organisation, ask: &'a Ask, places: &[&Place<'_>]) -> Cow<'a, Ask> {
+    let is_translated = |place: &&Place<'_>| organisation.dialect(&place.provider) == Some(Dialect::Anthropic);
+    if ask.dialect == Dialect::Anthropic || !places.iter().any(is_translated) {
         return Cow::Borrowed(ask);
     }
     Cow::Owned(Ask { added: ask.added.saturating_add(TOKENS_FOR_INSTRUCTIONS), ..ask.clone() })
-}
-
-fn is_at(target: &Target, place: &Place<'_>) -> bool {
-    target.provider == place.provider && target.model.as_deref() == place.model.as_deref()
 }
 
 fn refused(admit: &Admit, provider: &str, refusal: &Refusal) -> audit::Refused {
@@ -608,14 +466,6 @@ fn refused(admit: &Admit, provider: &str, refusal: &Refusal) -> audit::Refused {
         endpoint: ask.endpoint.clone(),
         model: ask.model.clone().unwrap_or_default(),
     }
-}
-
-fn no_credential(none: &NoCredential, provider: &str) -> Refusal {
-    let message = match none {
-        NoCredential::None => format!("no credential for {provider} is stored"),
-        NoCredential::Pool(name) => format!("the pool {name} has no credential for {provider}"),
-    };
-    Refusal::new(Code::PoolExhausted, message).retry_after(30)
 }
 
 /// What a replay must repeat exactly to be the same request.

@@ -28,6 +28,7 @@ mod limits;
 mod model;
 mod objects;
 mod prices;
+mod routes;
 
 const TTL: u64 = 1_000;
 const VM: VmId = VmId([7; 16]);
