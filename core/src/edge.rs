@@ -119,6 +119,7 @@ fn is_default<T: Default + PartialEq>(value: &T) -> bool {
     *value == T::default()
 }
 
+/// A question to the policy service. Those of several requests go together, one a line.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct AdmitRequest {
@@ -132,12 +133,18 @@ pub struct AdmitRequest {
     /// The VM has no edge key yet.
     #[serde(default)]
     pub need_key: bool,
+    /// The caller's place in a trace, as a `traceparent`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trace: Option<String>,
     pub ask: Ask,
 }
 
-/// The answer to an admit: exactly one of `plan` and `refusal`.
+/// The answer to a question: exactly one of `plan` and `refusal`. Answers stand in the order of their questions, one a line; `null`: the
+/// request id was used before, or the line could not be read.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct AdmitAnswer {
+    /// Whose question it answers.
+    pub req: Option<RequestId>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub plan: Option<Plan>,
     #[serde(default, skip_serializing_if = "Option::is_none")]

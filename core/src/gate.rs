@@ -247,11 +247,6 @@ impl Asking {
         self.id
     }
 
-    /// The caller's place in a trace, for the policy service's log.
-    pub fn trace(&self) -> Option<&TraceContext> {
-        self.trace.as_ref()
-    }
-
     pub fn admit_request(&self, vm: VmId, node: String, need_key: bool) -> AdmitRequest {
         let facts = &self.facts;
         AdmitRequest {
@@ -260,6 +255,7 @@ impl Asking {
             node,
             token: self.token.0,
             need_key,
+            trace: self.trace.as_ref().map(TraceContext::traceparent),
             ask: Ask {
                 provider: self.target.provider.clone().unwrap_or_default(),
                 dialect: self.target.dialect,

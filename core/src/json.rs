@@ -60,6 +60,8 @@ pub trait Visitor {
     fn close(&mut self, at: u64) -> Result<(), Self::Error>;
     /// A key of the innermost object, unescaped; `None` when too long to matter.
     fn key(&mut self, key: Option<&[u8]>) -> Result<(), Self::Error>;
+    /// Where the key stands that is told next, its quotes included.
+    fn key_at(&mut self, _: Span) {}
     /// How many bytes of the string that starts now are wanted (0: none).
     fn wants(&self) -> usize;
     fn scalar(&mut self, value: Scalar<'_>, span: Span) -> Result<(), Self::Error>;
@@ -253,10 +255,12 @@ impl Scanner {
         let run = plain_run(tail);
         let (plain, after) = tail.split_at_checked(run).unwrap_or((tail, &[]));
         let Some((b'"', after)) = after.split_first() else {
+            self.start = self.at;
             self.begin_string(true, MAX_KEY);
             self.keep_bytes(plain);
             return Ok(1 + run);
         };
+        visitor.key_at(Span { start: self.at, end: self.at + run as u64 + 2 });
         visitor.key((run <= MAX_KEY).then_some(plain))?;
         let Some((b':', after)) = after.split_first() else {
             self.state = State::Colon;
@@ -266,11 +270,23 @@ impl Scanner {
         Ok(run + 3 + one_space(after))
     }
 
-    /// Takes the longest run of string bytes that need no thought; most of a large body is such runs.
+    /// Takes the longest run of string bytes that need little thought; most of a large body is such runs.
     fn string_run(&mut self, rest: &[u8]) -> usize {
-        let run = if self.utf8.is_whole() && self.high.is_none() { plain_run(rest) } else { 0 };
-        self.keep_bytes(rest.get(..run).unwrap_or_default());
-        run
+        if !self.utf8.is_whole() {
+            return 0;
+        }
+        let mut taken = 0;
+        loop {
+            let rest = rest.get(taken..).unwrap_or_default();
+            let run = plain_run(rest);
+            self.keep_bytes(rest.get(..run).unwrap_or_default());
+            taken += run;
+            match rest.get(run..) {
+                Some([b'\\', escaped, ..]) if let Some(plain) = escaped_by(*escaped) => self.keep_bytes(&[plain]),
+                _ => return taken,
+            }
+            taken += 2;
+        }
     }
 
     fn byte<V: Visitor>(&mut self, b: u8, visitor: &mut V) -> Result<(), V::Error> {
@@ -287,6 +303,7 @@ impl Scanner {
             State::FirstItemOrEnd => self.value(b, visitor),
             State::FirstKeyOrEnd if b == b'}' => self.pop(visitor),
             State::FirstKeyOrEnd | State::Key if b == b'"' => {
+                self.start = self.at;
                 self.begin_string(true, MAX_KEY);
                 Ok(())
             }
@@ -418,6 +435,7 @@ impl Scanner {
         if self.is_key {
             self.state = State::Colon;
             let whole = self.len <= MAX_KEY as u64;
+            visitor.key_at(Span { start: self.start, end: self.at + 1 });
             return visitor.key(whole.then_some(self.text.as_slice()));
         }
         self.after_value();
@@ -426,20 +444,12 @@ impl Scanner {
     }
 
     fn escape(&mut self, b: u8) -> Result<(), JsonError> {
-        let plain = match b {
-            b'"' | b'\\' | b'/' => b,
-            b'b' => 0x08,
-            b'f' => 0x0c,
-            b'n' => b'\n',
-            b'r' => b'\r',
-            b't' => b'\t',
-            b'u' => {
-                self.hex = 0;
-                self.state = State::Hex(0);
-                return Ok(());
-            }
-            _ => return Err(JsonError::Syntax(self.at)),
-        };
+        if b == b'u' {
+            self.hex = 0;
+            self.state = State::Hex(0);
+            return Ok(());
+        }
+        let plain = escaped_by(b).ok_or(JsonError::Syntax(self.at))?;
         self.keep_bytes(&[plain]);
         self.state = State::Str;
         Ok(())
@@ -516,6 +526,19 @@ impl Scanner {
 /// 1 when a space follows, as most writers put one after a colon or comma.
 fn one_space(rest: &[u8]) -> usize {
     usize::from(rest.first() == Some(&b' '))
+}
+
+/// What a backslash and this byte stand for.
+fn escaped_by(byte: u8) -> Option<u8> {
+    Some(match byte {
+        b'"' | b'\\' | b'/' => byte,
+        b'b' => 0x08,
+        b'f' => 0x0c,
+        b'n' => b'\n',
+        b'r' => b'\r',
+        b't' => b'\t',
+        _ => return None,
+    })
 }
 
 /// Length of the run of bytes that stand for themselves in a string: ASCII from space on, but no quote and no backslash.

@@ -1,11 +1,7 @@
-//! W3C Trace Context: passed on as it came, read strictly, never made up.
+//! W3C Trace Context: told as it came, read strictly, never made up.
 
-use crate::credentials::is_stripped;
 use crate::gate::Headers;
 use crate::hex;
-
-/// Longest `tracestate` that is passed on, in bytes; a longer one is left out, as the standard allows.
-const MAX_STATE: usize = 512;
 
 /// The caller's place in a trace.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -13,17 +9,14 @@ pub struct TraceContext {
     trace: [u8; 16],
     span: [u8; 8],
     flags: u8,
-    state: Option<String>,
 }
 
 impl TraceContext {
     /// What a request's headers say. `None`: nothing, two different things, or something that is no `traceparent`.
     pub fn of(headers: &Headers<'_>) -> Option<Self> {
-        let mut parents = values(headers, "traceparent");
+        let mut parents = headers.iter().filter(|(name, _)| *name == b"traceparent").map(|(_, value)| *value);
         let parent = parents.next().filter(|_| parents.next().is_none())?;
-        let mut context = Self::parse(std::str::from_utf8(parent).ok()?)?;
-        context.state = state(headers);
-        Some(context)
+        Self::parse(std::str::from_utf8(parent).ok()?)
     }
 
     /// Reads a `traceparent`: version, trace id, span id, flags, in lower-case hex. Of a version after 00 only these count.
@@ -32,7 +25,7 @@ impl TraceContext {
         let [version] = hex::decode(parts.next()?)?;
         let (trace, span) = (hex::decode(parts.next()?)?, hex::decode(parts.next()?)?);
         let [flags] = hex::decode(parts.next()?)?;
-        let context = TraceContext { trace, span, flags, state: None };
+        let context = TraceContext { trace, span, flags };
         let ends = parts.next().is_none() || version > 0;
         (version != 0xff && ends && context.trace != [0; 16] && context.span != [0; 8]).then_some(context)
     }
@@ -40,10 +33,6 @@ impl TraceContext {
     /// As a header's value, in version 00.
     pub fn traceparent(&self) -> String {
         format!("00-{}-{}-{:02x}", self.trace_id(), self.span_id(), self.flags)
-    }
-
-    pub fn tracestate(&self) -> Option<&str> {
-        self.state.as_deref()
     }
 
     /// 32 hex digits.
@@ -55,27 +44,6 @@ impl TraceContext {
     pub fn span_id(&self) -> String {
         hex::encode(&self.span)
     }
-}
-
-fn values<'a>(headers: &'a Headers<'a>, name: &'static str) -> impl Iterator<Item = &'a [u8]> {
-    headers.iter().filter(move |(n, _)| *n == name.as_bytes()).map(|(_, value)| *value)
-}
-
-/// All `tracestate` headers as one list, unless it is too long, not visible ASCII, or has a virtual key in it.
-fn state(headers: &Headers<'_>) -> Option<String> {
-    let mut state = String::new();
-    for value in values(headers, "tracestate") {
-        let clean = value.iter().all(|b| (0x20..0x7f).contains(b)) && !is_stripped(b"tracestate", value);
-        let text = std::str::from_utf8(value).ok().filter(|_| clean)?.trim();
-        if !state.is_empty() && !text.is_empty() {
-            state.push(',');
-        }
-        state.push_str(text);
-        if state.len() > MAX_STATE {
-            return None;
-        }
-    }
-    Some(state).filter(|state| !state.is_empty())
 }
 
 #[cfg(test)]
@@ -93,8 +61,8 @@ mod tests {
 
     #[test]
     fn a_context_is_passed_on_as_it_came() {
-        let context = of(&[("traceparent", PARENT), ("tracestate", "a=1"), ("tracestate", " b=2 ")]).unwrap();
-        assert_eq!((context.traceparent().as_str(), context.tracestate()), (PARENT, Some("a=1,b=2")));
+        let context = of(&[("traceparent", PARENT), ("tracestate", "a=1")]).unwrap();
+        assert_eq!(context.traceparent(), PARENT);
         assert_eq!((context.trace_id().as_str(), context.span_id().as_str()), (&PARENT[3..35], &PARENT[36..52]));
         let newer = of(&[("traceparent", &format!("cc{}-what-comes", &PARENT[2..]))]).unwrap();
         assert_eq!(newer.traceparent(), PARENT, "of a later version what this one knows");
@@ -121,15 +89,5 @@ mod tests {
         assert_eq!(of(&[]), None);
         assert_eq!(of(&[("tracestate", "a=1")]), None);
         assert_eq!(of(&[("traceparent", PARENT), ("traceparent", PARENT)]), None, "two are not one");
-    }
-
-    #[test]
-    fn a_state_that_should_not_travel_is_left_out() {
-        for state in [&"a".repeat(513), "a=\u{e9}", "a=\t", "k=vk_secret", ""] {
-            let context = of(&[("traceparent", PARENT), ("tracestate", state)]).unwrap();
-            assert_eq!(context.tracestate(), None, "{state}");
-        }
-        let context = of(&[("traceparent", PARENT), ("tracestate", &"a".repeat(512))]).unwrap();
-        assert_eq!(context.tracestate().map(str::len), Some(512));
     }
 }

@@ -138,8 +138,4 @@ impl Config {
     pub fn callout_timeout(&self) -> Duration {
         Duration::from_millis(self.callout_timeout_ms)
     }
-
-    pub fn admit_timeout(&self) -> Duration {
-        Duration::from_millis(self.admit_timeout_ms)
-    }
 }

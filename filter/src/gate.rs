@@ -7,6 +7,7 @@ use crate::attempt::{self, Direction, Start};
 use crate::config::Rotation;
 use crate::host::{self, Buffer, Map};
 use crate::metrics;
+use crate::questions::Question;
 use crate::replay::Replay;
 use crate::settlements::ProcessData;
 use crate::vm::{FLIGHT, KEY, REASON, SharedFlight, TARGET, Vm, vm};
@@ -14,14 +15,14 @@ use crate::watching::Running;
 use keyward_core::attempt::MAX_ERROR_BODY;
 use keyward_core::body::{Splice, splice_piece, spliced_length};
 use keyward_core::credentials::is_stripped;
-use keyward_core::edge::{ADMIT_PATH, AdmitAnswer, RequestId, Settlement};
+use keyward_core::edge::{AdmitAnswer, RequestId, Settlement};
 use keyward_core::gate::{self, Admitted, Answering, Asking, Decided, Reading, Refused, Told};
 use keyward_core::meter::Passed;
 use keyward_core::refusal::Answer;
-use keyward_core::trace::TraceContext;
 use proxy_wasm::traits::{Context, HttpContext};
 use proxy_wasm::types::Action;
-use std::rc::Rc;
+use std::cell::RefCell;
+use std::rc::{Rc, Weak};
 use std::time::Instant;
 
 /// How much of a body is copied into the VM at a time.
@@ -34,6 +35,8 @@ enum Stage {
     Asking {
         asking: Box<Asking>,
         since: Instant,
+        /// The question has left.
+        is_sent: bool,
     },
     Answering {
         answering: Box<Answering>,
@@ -49,8 +52,15 @@ enum Stage {
     Over,
 }
 
-pub struct GateStream {
+/// A stream, which the root context reaches as well: it brings the answers of the policy service.
+pub struct GateStream(SharedGate);
+
+pub type SharedGate = Rc<RefCell<Gate>>;
+
+pub struct Gate {
     vm: Rc<Vm>,
+    /// Itself.
+    shared: Weak<RefCell<Gate>>,
     context: u32,
     /// From when it is asked for; the tick may end it.
     running: Option<Rc<Running>>,
@@ -68,8 +78,15 @@ pub struct GateStream {
 
 impl GateStream {
     pub fn new(context: u32) -> Self {
-        GateStream {
+        GateStream(Rc::new_cyclic(|shared| RefCell::new(Gate::new(context, shared.clone()))))
+    }
+}
+
+impl Gate {
+    fn new(context: u32, shared: Weak<RefCell<Gate>>) -> Self {
+        Gate {
             vm: vm(),
+            shared,
             context,
             running: None,
             stage: Stage::New,
@@ -107,23 +124,70 @@ impl GateStream {
             Ok(asking) => asking,
             Err(refused) => return self.refuse(&refused),
         };
-        let config = self.vm.config();
         let need_key = self.vm.settlements.borrow().needs_key();
         let request = asking.admit_request(vm_id, self.vm.node().to_string(), need_key);
-        let body = serde_json::to_vec(&request).unwrap_or_default();
-        let mut headers =
-            vec![(":method", "POST"), (":path", ADMIT_PATH), (":authority", "keyward-policy"), ("content-type", "application/json")];
-        let traceparent = asking.trace().map(TraceContext::traceparent);
-        headers.extend(traceparent.as_ref().map(|parent| ("traceparent", parent.as_str())));
-        headers.extend(asking.trace().and_then(TraceContext::tracestate).map(|state| ("tracestate", state)));
-        match host::call(&config.policy_cluster, headers, &body, config.admit_timeout()) {
-            Some(_) => {
-                self.running = Some(self.vm.watching.borrow_mut().open(asking.id(), self.context, asking.dialect()));
-                self.stage = Stage::Asking { asking: Box::new(asking), since: Instant::now() };
-            }
-            None => return self.refuse(&asking.unavailable()),
-        }
+        let (Some(gate), true) = (self.shared.upgrade(), self.vm.ring()) else {
+            return self.refuse(&Refused { asked: false, ..asking.unavailable() });
+        };
+        self.vm.questions.borrow_mut().ask(Question {
+            gate,
+            context: self.context,
+            id: asking.id(),
+            line: serde_json::to_vec(&request).unwrap_or_default(),
+            asked_ms: host::monotonic_ms(),
+            is_slow: !request.ask.refs.is_empty(),
+        });
+        self.running = Some(self.vm.watching.borrow_mut().open(asking.id(), self.context, asking.dialect()));
+        self.stage = Stage::Asking { asking: Box::new(asking), since: Instant::now(), is_sent: false };
         Action::Pause
+    }
+
+    /// Notes that the question leaves now. `false`: there is nothing to be asked any more.
+    pub fn is_sent(&mut self) -> bool {
+        let Stage::Asking { is_sent, .. } = &mut self.stage else { return false };
+        *is_sent = true;
+        true
+    }
+
+    /// What the policy service has answered; `None`: nothing, in time. Brought by the root context, in this stream's name.
+    pub fn answered(&mut self, mut answer: Option<AdmitAnswer>) {
+        // A permit for a request that has been ended meanwhile is void.
+        if self.was_ended() {
+            return;
+        }
+        let (asking, since, is_sent) = match self.take() {
+            Stage::Asking { asking, since, is_sent } => (asking, since, is_sent),
+            other => {
+                self.stage = other;
+                return;
+            }
+        };
+        if let Some(plan) = answer.as_mut().and_then(|answer| answer.plan.as_mut()).filter(|_| !self.vm.config().falls_back()) {
+            // This Envoy's router stays on one cluster.
+            plan.targets.truncate(1);
+        }
+        if let (Some(vm_id), Some(key)) = (self.vm.id(), answer.as_ref().and_then(|a| a.edge_key)) {
+            self.vm.settlements.borrow_mut().has_key(vm_id, key);
+        }
+        self.prompt = answer.as_ref().and_then(|answer| answer.plan.as_ref()).is_some_and(|plan| plan.prompt);
+        if answer.is_some() {
+            metrics::answered(since);
+        }
+        let (id, decided) = (asking.id(), answer.as_ref().is_some_and(|a| a.refusal.is_some()));
+        match asking.answered(answer) {
+            Ok(Decided::Forward(admitted)) => self.forward(*admitted),
+            Ok(Decided::Answer(told)) => {
+                self.vm.wait_with(std::mem::take(&mut self.waiting), 0);
+                self.tell(&told);
+            }
+            Err(refused) => {
+                if !decided && is_sent {
+                    self.settle(gate::void(id, self.elapsed_ms(), host::now_ms()));
+                }
+                self.vm.wait_with(std::mem::take(&mut self.waiting), 0);
+                self.refuse(&Refused { asked: is_sent, ..refused });
+            }
+        }
     }
 
     /// Answers in the caller's dialect; nothing more happens on this stream.
@@ -345,56 +409,55 @@ fn write_body(splices: &[Splice], length: u64, announced: bool) -> bool {
 }
 
 impl Context for GateStream {
+    /// An answer to a try that the gate makes itself.
     fn on_http_call_response(&mut self, token: u32, headers: usize, body_size: usize, _trailers: usize) {
-        let ended = self.was_ended();
-        if let Stage::Answering { own: Some(own), .. } = &mut self.stage {
-            if own.replay.as_mut().is_some_and(|replay| replay.answered(token)) && !ended {
-                self.own_answered(headers > 0, body_size);
-            }
-            return;
-        }
-        let (asking, since) = match self.take() {
-            // A permit for a request that has been ended meanwhile is void.
-            Stage::Asking { asking, since } if !ended => (asking, since),
-            other => {
-                self.stage = other;
-                return;
-            }
-        };
-        // Only a 200 carries a body that reads as an answer.
-        let body = host::buffer(Buffer::CallResponseBody, 0, body_size);
-        let mut answer: Option<AdmitAnswer> = body.and_then(|body| serde_json::from_slice(&body).ok());
-        if let Some(plan) = answer.as_mut().and_then(|answer| answer.plan.as_mut()).filter(|_| !self.vm.config().falls_back()) {
-            // This Envoy's router stays on one cluster.
-            plan.targets.truncate(1);
-        }
-        if let (Some(vm_id), Some(key)) = (self.vm.id(), answer.as_ref().and_then(|a| a.edge_key)) {
-            self.vm.settlements.borrow_mut().has_key(vm_id, key);
-        }
-        self.prompt = answer.as_ref().and_then(|answer| answer.plan.as_ref()).is_some_and(|plan| plan.prompt);
-        if answer.is_some() {
-            metrics::answered(since);
-        }
-        let (id, decided) = (asking.id(), answer.as_ref().is_some_and(|a| a.refusal.is_some()));
-        match asking.answered(answer) {
-            Ok(Decided::Forward(admitted)) => self.forward(*admitted),
-            Ok(Decided::Answer(told)) => {
-                self.vm.wait_with(std::mem::take(&mut self.waiting), 0);
-                self.tell(&told);
-            }
-            Err(refused) => {
-                if !decided {
-                    self.settle(gate::void(id, self.elapsed_ms(), host::now_ms()));
-                }
-                self.vm.wait_with(std::mem::take(&mut self.waiting), 0);
-                self.refuse(&refused);
-            }
-        }
+        self.0.borrow_mut().called(token, headers > 0, body_size);
     }
 }
 
 impl HttpContext for GateStream {
     fn on_http_request_headers(&mut self, _: usize, end_of_stream: bool) -> Action {
+        self.0.borrow_mut().request_headers(end_of_stream)
+    }
+
+    fn on_http_request_body(&mut self, size: usize, end_of_stream: bool) -> Action {
+        self.0.borrow_mut().request_body(size, end_of_stream)
+    }
+
+    fn on_http_request_trailers(&mut self, _: usize) -> Action {
+        self.0.borrow_mut().request_trailers()
+    }
+
+    fn on_http_response_headers(&mut self, _: usize, end_of_stream: bool) -> Action {
+        self.0.borrow_mut().response_headers(end_of_stream)
+    }
+
+    fn on_http_response_body(&mut self, size: usize, end_of_stream: bool) -> Action {
+        self.0.borrow_mut().response_body(size, end_of_stream)
+    }
+
+    fn on_http_response_trailers(&mut self, _: usize) -> Action {
+        self.0.borrow_mut().response_trailers()
+    }
+
+    fn on_log(&mut self) {
+        self.0.borrow_mut().over();
+    }
+}
+
+/// The callbacks of a stream.
+impl Gate {
+    fn called(&mut self, token: u32, has_headers: bool, body_size: usize) {
+        let ended = self.was_ended();
+        if let Stage::Answering { own: Some(own), .. } = &mut self.stage
+            && own.replay.as_mut().is_some_and(|replay| replay.answered(token))
+            && !ended
+        {
+            self.own_answered(has_headers, body_size);
+        }
+    }
+
+    fn request_headers(&mut self, end_of_stream: bool) -> Action {
         self.started_ms = host::now_ms();
         let map = host::headers(Map::RequestHeaders);
         let headers = map.pairs();
@@ -430,7 +493,7 @@ impl HttpContext for GateStream {
         Action::Pause
     }
 
-    fn on_http_request_body(&mut self, size: usize, end_of_stream: bool) -> Action {
+    fn request_body(&mut self, size: usize, end_of_stream: bool) -> Action {
         let mut reading = match self.take() {
             Stage::Reading(reading) => reading,
             other => {
@@ -450,7 +513,7 @@ impl HttpContext for GateStream {
     }
 
     /// Trailers end the body: no body callback told so. None of them goes on: they are headers that nobody looked at.
-    fn on_http_request_trailers(&mut self, _: usize) -> Action {
+    fn request_trailers(&mut self) -> Action {
         for (name, _) in host::headers(Map::RequestTrailers).pairs() {
             host::remove_header(Map::RequestTrailers, name);
         }
@@ -463,7 +526,7 @@ impl HttpContext for GateStream {
         }
     }
 
-    fn on_http_response_headers(&mut self, _: usize, end_of_stream: bool) -> Action {
+    fn response_headers(&mut self, end_of_stream: bool) -> Action {
         if self.was_ended() {
             return Action::Continue;
         }
@@ -475,7 +538,7 @@ impl HttpContext for GateStream {
         self.show_headers(end_of_stream)
     }
 
-    fn on_http_response_body(&mut self, size: usize, end_of_stream: bool) -> Action {
+    fn response_body(&mut self, size: usize, end_of_stream: bool) -> Action {
         if self.was_ended() {
             return Action::Continue;
         }
@@ -511,7 +574,7 @@ impl HttpContext for GateStream {
         Action::Continue
     }
 
-    fn on_http_response_trailers(&mut self, _: usize) -> Action {
+    fn response_trailers(&mut self) -> Action {
         // They end the body of an error that waits.
         if let Some(action) = self.judge_own_body(MAX_ERROR_BODY, true) {
             return action;
@@ -534,7 +597,7 @@ impl HttpContext for GateStream {
     }
 
     /// The stream is over, however it ended.
-    fn on_log(&mut self) {
+    fn over(&mut self) {
         self.vm.wait_with(std::mem::take(&mut self.waiting), 0);
         if std::mem::take(&mut self.open) {
             self.vm.close_stream();
@@ -544,12 +607,14 @@ impl HttpContext for GateStream {
             running.ending()
         });
         match self.take() {
-            Stage::Asking { asking, .. } => {
+            Stage::Asking { asking, is_sent, .. } => {
                 if let Some(code) = ending {
                     metrics::refused(code.name());
                     host::set_filter_state(REASON, code.name());
                 }
-                self.settle(gate::void(asking.id(), self.elapsed_ms(), host::now_ms()));
+                if is_sent {
+                    self.settle(gate::void(asking.id(), self.elapsed_ms(), host::now_ms()));
+                }
             }
             Stage::Answering { mut answering, flight, id, replaced, own, .. } => {
                 if let Some(replay) = own.and_then(|own| own.replay) {

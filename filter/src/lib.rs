@@ -9,6 +9,7 @@ mod gate;
 mod host;
 mod load;
 mod metrics;
+mod questions;
 mod replay;
 mod settlements;
 mod vm;
@@ -49,6 +50,9 @@ impl Context for Root {
         let vm = vm();
         // Only a 200 carries a body that reads as an answer.
         let body = host::buffer(Buffer::CallResponseBody, 0, body_size);
+        if questions::answered(&vm, self.context, token, body.as_deref()) {
+            return;
+        }
         let Some(id) = vm.id() else { return };
         if !watching::answered(&vm, id, token, body.as_deref()) {
             let answer = body.and_then(|body| serde_json::from_slice(&body).ok());
@@ -85,15 +89,19 @@ impl RootContext for Root {
         metrics::publish(vm.load(), now_ms);
         if let Some(id) = vm.id() {
             vm.settlements.borrow_mut().flush(id, &vm.config().policy_cluster, &mut vm.keyring.borrow_mut(), now_ms);
+            vm.came();
+            questions::tick(&vm, self.context);
             watching::tick(&vm, id, self.context);
             attempt::tick(&vm, self.context);
         }
     }
 
-    /// A stream has ended whose settlement somebody waits for.
+    /// A stream asks for an admission, or has ended and somebody waits for its settlement.
     fn on_queue_ready(&mut self, queue: u32) {
         host::dequeue(queue);
         let vm = vm();
+        vm.came();
+        questions::flush(&vm, self.context);
         if let Some(id) = vm.id() {
             flush_urgent(&vm, id);
         }

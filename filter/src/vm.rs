@@ -5,6 +5,7 @@ use crate::attempt::Paused;
 use crate::config::Config;
 use crate::host;
 use crate::load::Load;
+use crate::questions::Questions;
 use crate::settlements::Settlements;
 use crate::watching::Watching;
 use keyward_core::attempt::Flight;
@@ -31,6 +32,7 @@ pub type SharedFlight = Rc<RefCell<Flight>>;
 #[derive(Default)]
 pub struct Vm {
     pub config: RefCell<Rc<Config>>,
+    pub questions: RefCell<Questions>,
     pub settlements: RefCell<Settlements>,
     pub watching: RefCell<Watching>,
     pub keyring: RefCell<Keyring>,
@@ -41,6 +43,8 @@ pub struct Vm {
     node: RefCell<Option<Rc<str>>>,
     /// The VM's own queue, by which a stream wakes the gate's root context.
     bell: Cell<Option<u32>>,
+    /// It was rung, and the root context has not come yet.
+    rung: Cell<bool>,
     /// Request ids to come, drawn many at a time: each call to the host costs.
     ids: RefCell<Vec<[u8; 16]>>,
     waiting_bytes: Cell<u64>,
@@ -77,18 +81,26 @@ impl Vm {
         self.id.get()
     }
 
-    /// Called by the root context that is to be woken. Without a queue settlements go with the tick.
+    /// Called by the root context that is to be woken. Without a queue settlements go with the tick, and nothing is asked.
     pub fn hang_bell(&self) {
         let name = self.id().map(|id| format!("keyward/bell/{}", hex::encode(&id.0)));
         self.bell.set(name.and_then(|name| host::register_queue(&name)));
     }
 
+    /// The root context is to come soon. `false`: it can't be called.
+    pub fn ring(&self) -> bool {
+        self.bell.get().is_some_and(|bell| self.rung.replace(true) || host::enqueue(bell))
+    }
+
+    /// The root context has come.
+    pub fn came(&self) {
+        self.rung.set(false);
+    }
+
     /// What waits for the policy service goes at once, not with the next tick.
     pub fn hurry(&self) {
-        if let Some(bell) = self.bell.get()
-            && self.settlements.borrow_mut().hurry()
-        {
-            host::enqueue(bell);
+        if self.settlements.borrow_mut().hurry() {
+            self.ring();
         }
     }
 

@@ -135,8 +135,9 @@ async fn ask(running: &Running, token: &VirtualKey, req: u8) -> Result<Plan, Cod
         choices: 1,
         ..Ask::default()
     };
-    let request = AdmitRequest { req: RequestId([req; 16]), vm: VM, node: "n".to_owned(), token: token.hash().0, need_key: false, ask };
-    match running.service.admit(request, None).await {
+    let request =
+        AdmitRequest { req: RequestId([req; 16]), vm: VM, node: "n".to_owned(), token: token.hash().0, need_key: false, trace: None, ask };
+    match running.service.admit(request).await {
         Admitted::Answer(answer) => {
             let AdmitAnswer { plan, refusal, .. } = *answer;
             plan.ok_or_else(|| refusal.unwrap().code)

@@ -36,6 +36,10 @@ struct Node {
     next: u32,
 }
 
+/// Bytes that a value and its key usually take, and values that there is room for from the start.
+const USUAL_VALUE: usize = 32;
+const USUAL_VALUES: usize = 4_096;
+
 /// An index of one document.
 #[derive(Debug)]
 pub struct Doc<'a> {
@@ -46,15 +50,15 @@ pub struct Doc<'a> {
 impl<'a> Doc<'a> {
     /// Reads a document of at most `max_values` values.
     pub fn read(bytes: &'a [u8], max_values: usize) -> Result<Self, Unreadable> {
-        let mut scanner = Scanner::default();
-        let mut count = Count { left: max_values };
-        scanner.feed(bytes, &mut count).and_then(|()| scanner.finish(&mut count)).map_err(|stop| stop.0)?;
-        // The scanner takes nothing but UTF-8, and offsets of 32 bits are enough for any body that is let in.
+        if u32::try_from(bytes.len()).is_err() {
+            return Err(Unreadable::TooManyValues);
+        }
+        let nodes = Vec::with_capacity((bytes.len() / USUAL_VALUE + 1).min(USUAL_VALUES));
+        let (mut scanner, mut index) = (Scanner::default(), Index { nodes, max_values, open: Vec::new(), key: (0, 0) });
+        scanner.feed(bytes, &mut index).and_then(|()| scanner.finish(&mut index)).map_err(|stop| stop.0)?;
+        // The scanner takes nothing but UTF-8.
         let text = std::str::from_utf8(bytes).map_err(|_| Unreadable::Json(JsonError::Utf8(0)))?;
-        u32::try_from(text.len()).map_err(|_| Unreadable::TooManyValues)?;
-        let mut nodes = Vec::with_capacity(max_values - count.left);
-        index(bytes, &mut nodes);
-        Ok(Doc { text, nodes })
+        Ok(Doc { text, nodes: index.nodes })
     }
 
     pub fn root(&self) -> Value<'_> {
@@ -164,77 +168,14 @@ fn text(quoted: &str, is_plain: bool) -> Cow<'_, str> {
     Cow::Owned(serde_json::from_str(quoted).unwrap_or_default())
 }
 
-/// Builds the index of a document that is known to be one.
-fn index(bytes: &[u8], nodes: &mut Vec<Node>) {
-    let offset = |at: usize| u32::try_from(at).unwrap_or(u32::MAX);
-    let mut open: Vec<usize> = Vec::new();
-    let (mut key, mut at) = (None, 0);
-    while let Some(&byte) = bytes.get(at) {
-        let start = at;
-        let (kind, is_plain) = match byte {
-            b'{' => (Kind::Object, true),
-            b'[' => (Kind::Array, true),
-            b'}' | b']' => {
-                at += 1;
-                let next = offset(nodes.len());
-                if let Some(node) = open.pop().and_then(|opened| nodes.get_mut(opened)) {
-                    (node.end, node.next) = (offset(at), next);
-                }
-                continue;
-            }
-            b'"' => {
-                let is_plain;
-                (at, is_plain) = string_end(bytes, at);
-                let rest = bytes.get(at..).unwrap_or_default();
-                if rest.iter().find(|b| !b.is_ascii_whitespace()) == Some(&b':') && key.is_none() && in_object(&open, nodes) {
-                    key = Some((offset(start), offset(at)));
-                    continue;
-                }
-                (Kind::Str, is_plain)
-            }
-            b't' | b'f' | b'n' => {
-                at += if byte == b'f' { 5 } else { 4 };
-                (if byte == b'n' { Kind::Null } else { Kind::Bool }, true)
-            }
-            b'-' | b'0'..=b'9' => {
-                let rest = bytes.get(at..).unwrap_or_default();
-                at += rest.iter().position(|b| matches!(b, b',' | b']' | b'}' | b' ' | b'\n' | b'\r' | b'\t')).unwrap_or(rest.len());
-                (Kind::Number, true)
-            }
-            _ => {
-                at += 1;
-                continue;
-            }
-        };
-        let next = offset(nodes.len() + 1);
-        if matches!(kind, Kind::Object | Kind::Array) {
-            open.push(nodes.len());
-            at += 1;
-        }
-        nodes.push(Node { kind, is_plain, start: offset(start), end: offset(at), key: key.take().unwrap_or_default(), next });
-    }
-}
-
-fn in_object(open: &[usize], nodes: &[Node]) -> bool {
-    open.last().and_then(|opened| nodes.get(*opened)).is_some_and(|node| node.kind == Kind::Object)
-}
-
-/// Where a string that begins at `at` ends, its quotes included, and whether it has no escapes.
-fn string_end(bytes: &[u8], at: usize) -> (usize, bool) {
-    let (mut at, mut is_plain) = (at + 1, true);
-    loop {
-        let rest = bytes.get(at..).unwrap_or_default();
-        match memchr::memchr2(b'"', b'\\', rest) {
-            Some(run) if rest.get(run) == Some(&b'\\') => (at, is_plain) = (at + run + 2, false),
-            Some(run) => return (at + run + 1, is_plain),
-            None => return (bytes.len(), is_plain),
-        }
-    }
-}
-
-/// Counts values, and stops at too many.
-struct Count {
-    left: usize,
+/// Builds the index while the document is read, and stops at too many values.
+struct Index {
+    nodes: Vec<Node>,
+    max_values: usize,
+    /// Objects and arrays that have not closed, by their place.
+    open: Vec<usize>,
+    /// Where the key stands whose value comes next.
+    key: (u32, u32),
 }
 
 struct Stop(Unreadable);
@@ -245,21 +186,42 @@ impl From<JsonError> for Stop {
     }
 }
 
-impl Count {
-    fn one(&mut self) -> Result<(), Stop> {
-        self.left = self.left.checked_sub(1).ok_or(Stop(Unreadable::TooManyValues))?;
+impl Index {
+    fn push(&mut self, kind: Kind, is_plain: bool, span: Span) -> Result<(), Stop> {
+        if self.nodes.len() >= self.max_values {
+            return Err(Stop(Unreadable::TooManyValues));
+        }
+        let next = offset(self.nodes.len() as u64 + 1);
+        self.nodes.push(Node {
+            kind,
+            is_plain,
+            start: offset(span.start),
+            end: offset(span.end),
+            key: std::mem::take(&mut self.key),
+            next,
+        });
         Ok(())
     }
 }
 
-impl Visitor for Count {
+/// Offsets of 32 bits are enough for any body that is let in; a larger one is not read.
+fn offset(at: u64) -> u32 {
+    u32::try_from(at).unwrap_or(u32::MAX)
+}
+
+impl Visitor for Index {
     type Error = Stop;
 
-    fn open(&mut self, _: bool, _: u64) -> Result<(), Stop> {
-        self.one()
+    fn open(&mut self, object: bool, at: u64) -> Result<(), Stop> {
+        self.open.push(self.nodes.len());
+        self.push(if object { Kind::Object } else { Kind::Array }, true, Span { start: at, end: at })
     }
 
-    fn close(&mut self, _: u64) -> Result<(), Stop> {
+    fn close(&mut self, at: u64) -> Result<(), Stop> {
+        let next = offset(self.nodes.len() as u64);
+        if let Some(node) = self.open.pop().and_then(|opened| self.nodes.get_mut(opened)) {
+            (node.end, node.next) = (offset(at + 1), next);
+        }
         Ok(())
     }
 
@@ -267,12 +229,23 @@ impl Visitor for Count {
         Ok(())
     }
 
+    fn key_at(&mut self, span: Span) {
+        self.key = (offset(span.start), offset(span.end));
+    }
+
     fn wants(&self) -> usize {
         0
     }
 
-    fn scalar(&mut self, _: Scalar<'_>, _: Span) -> Result<(), Stop> {
-        self.one()
+    fn scalar(&mut self, value: Scalar<'_>, span: Span) -> Result<(), Stop> {
+        let (kind, is_plain) = match value {
+            // An escape is longer than what it stands for.
+            Scalar::Str { len, .. } => (Kind::Str, len + 2 == span.end - span.start),
+            Scalar::Num(_) => (Kind::Number, true),
+            Scalar::Bool(_) => (Kind::Bool, true),
+            Scalar::Null => (Kind::Null, true),
+        };
+        self.push(kind, is_plain, span)
     }
 }
 

@@ -1,6 +1,6 @@
 //! Tries that the gate makes itself (`rotation: callout`).
 
-use super::{GateStream, Stage};
+use super::{Gate, Stage};
 use crate::attempt::{self, Direction, LONGEST_BODY_WAIT_MS};
 use crate::host::{self, Buffer, Map};
 use crate::replay::{self, Replay};
@@ -26,7 +26,7 @@ impl Own {
     }
 }
 
-impl GateStream {
+impl Gate {
     /// The router's answer to the gate's own first try. `Some`: it is not, or not yet, for the caller.
     pub(super) fn judge_own(&mut self, end_of_stream: bool) -> Option<Action> {
         let Stage::Answering { flight, own: Some(own), .. } = &mut self.stage else { return None };

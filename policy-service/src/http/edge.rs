@@ -1,6 +1,5 @@
 //! Edge API: for the filter only. Envoy itself puts the edge token on every call.
 
-use super::observe::trace;
 use crate::metrics::handles;
 use crate::service::{Admitted, Service};
 use axum::Router;
@@ -10,13 +9,14 @@ use axum::http::{HeaderMap, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
-use keyward_core::edge::{ADMIT_PATH, AdmitRequest, SETTLE_PATH};
+use futures_util::future::join_all;
+use keyward_core::edge::{ADMIT_PATH, AdmitAnswer, SETTLE_PATH};
 use keyward_core::watch::WATCH_PATH;
 use std::sync::Arc;
 use subtle::ConstantTimeEq;
 use zeroize::Zeroizing;
 
-/// Largest batch of records, in bytes.
+/// Largest batch of records or questions, in bytes.
 const MAX_BODY: usize = 1024 * 1024;
 
 /// The whole `authorization` value that opens the edge API.
@@ -45,12 +45,32 @@ fn is_authentic(headers: &HeaderMap, token: &EdgeToken) -> bool {
     headers.get(header::AUTHORIZATION).is_some_and(|sent| bool::from(sent.as_bytes().ct_eq(token.0.as_bytes())))
 }
 
-async fn admit(State(service): State<Arc<Service>>, headers: HeaderMap, body: Bytes) -> Response {
-    let Ok(request) = serde_json::from_slice::<AdmitRequest>(&body) else { return StatusCode::BAD_REQUEST.into_response() };
-    match service.admit(request, trace(&headers).as_ref()).await {
-        Admitted::Answer(answer) => json(&*answer),
-        Admitted::Conflict => StatusCode::CONFLICT.into_response(),
+/// A question a line, decided together: one that can't be read, or whose request id was used before, takes nothing from the others.
+async fn admit(State(service): State<Arc<Service>>, body: Bytes) -> Response {
+    let decide = async |line: &[u8]| match serde_json::from_slice(line) {
+        Ok(request) => match service.admit(request).await {
+            Admitted::Answer(answer) => Ok(answer),
+            Admitted::Conflict => Err(StatusCode::CONFLICT),
+        },
+        Err(_) => Err(StatusCode::BAD_REQUEST),
+    };
+    let answers = join_all(body.trim_ascii_end().split(|b| *b == b'\n').map(decide)).await;
+    if let Some(Err(status)) = answers.first().filter(|_| answers.iter().all(Result::is_err)) {
+        return status.into_response();
     }
+    ([(header::CONTENT_TYPE, "application/x-ndjson")], lines(&answers)).into_response()
+}
+
+/// An answer a line.
+fn lines(answers: &[Result<Box<AdmitAnswer>, StatusCode>]) -> Vec<u8> {
+    const USUAL_ANSWER: usize = 512;
+    let mut body = Vec::with_capacity(answers.len() * USUAL_ANSWER);
+    for answer in answers {
+        // Writing to memory can't fail.
+        let _ = serde_json::to_writer(&mut body, &answer.as_ref().ok());
+        body.push(b'\n');
+    }
+    body
 }
 
 async fn settle(State(service): State<Arc<Service>>, body: String) -> Response {

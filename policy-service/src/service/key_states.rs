@@ -418,8 +418,8 @@ mod tests {
             };
             let req = RequestId([self.reqs; 16]);
             let token = self.token.hash().0;
-            let request = AdmitRequest { req, vm: VmId([1; 16]), node: String::new(), token, need_key: false, ask };
-            match self.service().admit(request, None).await {
+            let request = AdmitRequest { req, vm: VmId([1; 16]), node: String::new(), token, need_key: false, trace: None, ask };
+            match self.service().admit(request).await {
                 Admitted::Answer(answer) => {
                     let AdmitAnswer { plan, refusal, .. } = *answer;
                     plan.ok_or_else(|| refusal.unwrap())

@@ -27,7 +27,7 @@ use hkdf::Hkdf;
 use hmac::{Hmac, KeyInit, Mac};
 use keyward_core::audit::ChainKey;
 use keyward_core::edge::{
-    AdmitAnswer, AdmitRequest, EdgeKey, News, PlanCredential, PlanTarget, Record, Secret, SettleAnswer, Settlement, VmId,
+    AdmitAnswer, AdmitRequest, EdgeKey, News, PlanCredential, PlanTarget, Record, RequestId, Secret, SettleAnswer, Settlement, VmId,
 };
 use keyward_core::hex;
 use keyward_core::limits::{Account, DAY_MS, Moment};
@@ -219,10 +219,11 @@ impl Service {
     }
 
     /// Decides a request and writes it down; the plan with its credentials exists only once that is durable.
-    /// `trace`: the caller's, for the log.
-    pub async fn admit(&self, request: AdmitRequest, trace: Option<&TraceContext>) -> Admitted {
+    pub async fn admit(&self, request: AdmitRequest) -> Admitted {
         let began = Instant::now();
         let (req, metrics) = (request.req, handles());
+        let trace = request.trace.as_deref().and_then(TraceContext::parse);
+        let trace = trace.as_ref();
         let admitted = self.decide(request, trace).await;
         metrics.admit_seconds.record(began.elapsed());
         if let Admitted::Conflict = admitted {
@@ -279,11 +280,11 @@ impl Service {
                         site: target.site.map(Box::new),
                     })
                     .collect();
-                Admitted::Answer(Box::new(AdmitAnswer { plan: Some(plan), refusal: None, edge_key }))
+                Admitted::Answer(Box::new(AdmitAnswer { req: Some(req), plan: Some(plan), refusal: None, edge_key }))
             }
             Ok(Admission::Refused(refusal)) => {
                 watched::refused(&refusal, req, &provider, &endpoint, trace);
-                Admitted::Answer(Box::new(refused(refusal, edge_key)))
+                Admitted::Answer(Box::new(refused(req, refusal, edge_key)))
             }
             Ok(Admission::Conflict | Admission::NotYet) => Admitted::Conflict,
             Err(error) => {
@@ -291,7 +292,7 @@ impl Service {
                 tracing::error!(request_id = %req, trace_id, span_id, %error, "an admission could not be recorded");
                 let refusal =
                     Refusal::new(Code::AuditUnavailable, "the request could not be recorded; nothing was forwarded").retry_after(1);
-                Admitted::Answer(Box::new(refused(refusal, edge_key)))
+                Admitted::Answer(Box::new(refused(req, refusal, edge_key)))
             }
         }
     }
@@ -506,9 +507,9 @@ impl BatchHead {
     }
 }
 
-fn refused(refusal: Refusal, edge_key: Option<EdgeKey>) -> AdmitAnswer {
+fn refused(req: RequestId, refusal: Refusal, edge_key: Option<EdgeKey>) -> AdmitAnswer {
     handles().refused(refusal.code);
-    AdmitAnswer { plan: None, refusal: Some(refusal), edge_key }
+    AdmitAnswer { req: Some(req), plan: None, refusal: Some(refusal), edge_key }
 }
 
 fn millis(duration: Duration) -> u64 {

@@ -491,7 +491,7 @@ mod tests {
         async fn admit(&mut self, token: &VirtualKey) -> (RequestId, Plan) {
             let request = self.request(token);
             let req = request.req;
-            match self.service().admit(request, None).await {
+            match self.service().admit(request).await {
                 Admitted::Answer(answer) => (req, answer.plan.unwrap()),
                 Admitted::Conflict => panic!("a conflict"),
             }
@@ -509,7 +509,7 @@ mod tests {
                 choices: 2,
                 ..Ask::default()
             };
-            AdmitRequest { req, vm: VmId([1; 16]), node: String::new(), token: token.hash().0, need_key: false, ask }
+            AdmitRequest { req, vm: VmId([1; 16]), node: String::new(), token: token.hash().0, need_key: false, trace: None, ask }
         }
 
         async fn now(&self) -> String {
@@ -700,7 +700,7 @@ mod tests {
                         // Some before, some while, some after.
                         tokio::time::sleep(Duration::from_micros(u64::from(n) * 60)).await;
                         let req = request.req;
-                        match service.admit(request, None).await {
+                        match service.admit(request).await {
                             Admitted::Answer(answer) => answer.plan.map(|_| req),
                             Admitted::Conflict => panic!("a conflict"),
                         }

@@ -158,7 +158,8 @@ fn admit(key: u8, req: u8, max: u64, now: u64) -> Admit {
         choices: 1,
         ..Ask::default()
     };
-    let request = AdmitRequest { req: RequestId([req; 16]), vm: VM, node: "n".to_owned(), token: [0; 32], need_key: false, ask };
+    let request =
+        AdmitRequest { req: RequestId([req; 16]), vm: VM, node: "n".to_owned(), token: [0; 32], need_key: false, trace: None, ask };
     Admit {
         token_hash: [key; 32],
         request,

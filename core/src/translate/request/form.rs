@@ -299,5 +299,9 @@ pub fn is_empty(text: Value<'_>) -> bool {
 
 /// A string with nothing but white space in it.
 pub fn is_blank(text: Value<'_>) -> bool {
+    // Most show it by their first character.
+    if text.inner().is_some_and(|inner| inner.starts_with(|c: char| c != '\\' && !c.is_whitespace())) {
+        return false;
+    }
     text.str().is_none_or(|text| text.trim().is_empty())
 }
