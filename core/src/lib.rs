@@ -18,6 +18,7 @@ pub mod money;
 pub mod multipart;
 pub mod operation;
 pub mod price;
+pub mod questions;
 pub mod recording;
 pub mod refusal;
 pub mod reserve;

@@ -7,7 +7,7 @@ use crate::attempt::{self, Direction, Start};
 use crate::config::Rotation;
 use crate::host::{self, Buffer, Map};
 use crate::metrics;
-use crate::questions::Question;
+use crate::questions::Waiting;
 use crate::replay::Replay;
 use crate::settlements::ProcessData;
 use crate::vm::{FLIGHT, KEY, REASON, SharedFlight, TARGET, Vm, vm};
@@ -18,6 +18,7 @@ use keyward_core::credentials::is_stripped;
 use keyward_core::edge::{AdmitAnswer, RequestId, Settlement};
 use keyward_core::gate::{self, Admitted, Answering, Asking, Decided, Reading, Refused, Told};
 use keyward_core::meter::Passed;
+use keyward_core::questions::Question;
 use keyward_core::refusal::Answer;
 use proxy_wasm::traits::{Context, HttpContext};
 use proxy_wasm::types::Action;
@@ -130,8 +131,7 @@ impl Gate {
             return self.refuse(&Refused { asked: false, ..asking.unavailable() });
         };
         self.vm.questions.borrow_mut().ask(Question {
-            gate,
-            context: self.context,
+            waits: Waiting { gate, context: self.context },
             id: asking.id(),
             line: serde_json::to_vec(&request).unwrap_or_default(),
             asked_ms: host::monotonic_ms(),
@@ -143,7 +143,7 @@ impl Gate {
     }
 
     /// Notes that the question leaves now. `false`: there is nothing to be asked any more.
-    pub fn is_sent(&mut self) -> bool {
+    pub fn leaves(&mut self) -> bool {
         let Stage::Asking { is_sent, .. } = &mut self.stage else { return false };
         *is_sent = true;
         true

@@ -50,7 +50,7 @@ impl Context for Root {
         let vm = vm();
         // Only a 200 carries a body that reads as an answer.
         let body = host::buffer(Buffer::CallResponseBody, 0, body_size);
-        if questions::answered(&vm, self.context, token, body.as_deref()) {
+        if questions::answered(&vm, self.context, token, body.as_deref().unwrap_or_default()) {
             return;
         }
         let Some(id) = vm.id() else { return };
@@ -90,7 +90,7 @@ impl RootContext for Root {
         if let Some(id) = vm.id() {
             vm.settlements.borrow_mut().flush(id, &vm.config().policy_cluster, &mut vm.keyring.borrow_mut(), now_ms);
             vm.came();
-            questions::tick(&vm, self.context);
+            questions::flush(&vm, self.context);
             watching::tick(&vm, id, self.context);
             attempt::tick(&vm, self.context);
         }

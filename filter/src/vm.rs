@@ -5,13 +5,14 @@ use crate::attempt::Paused;
 use crate::config::Config;
 use crate::host;
 use crate::load::Load;
-use crate::questions::Questions;
+use crate::questions::Waiting;
 use crate::settlements::Settlements;
 use crate::watching::Watching;
 use keyward_core::attempt::Flight;
 use keyward_core::edge::{RequestId, VmId};
 use keyward_core::hex;
 use keyward_core::keyring::Keyring;
+use keyward_core::questions::Questions;
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::rc::Rc;
@@ -32,7 +33,7 @@ pub type SharedFlight = Rc<RefCell<Flight>>;
 #[derive(Default)]
 pub struct Vm {
     pub config: RefCell<Rc<Config>>,
-    pub questions: RefCell<Questions>,
+    pub questions: RefCell<Questions<Waiting>>,
     pub settlements: RefCell<Settlements>,
     pub watching: RefCell<Watching>,
     pub keyring: RefCell<Keyring>,
