@@ -177,10 +177,11 @@ impl Reading {
     }
 
     pub fn piece(&mut self, piece: &[u8]) -> Result<(), Refused> {
-        if self.position().saturating_add(piece.len() as u64) > self.limits.max_body_bytes {
-            return Err(too_large(self.dialect(), self.limits, self.id));
-        }
-        self.body.feed(piece).map_err(|message| self.bad_request(message))
+        let room = self.limits.max_body_bytes.saturating_sub(self.position());
+        let (fits, more) = piece.split_at_checked(usize::try_from(room).unwrap_or(usize::MAX)).unwrap_or((piece, &[]));
+        // What is wrong before the limit is wrong wherever the body is cut.
+        self.body.feed(fits).map_err(|message| self.bad_request(message))?;
+        if more.is_empty() { Ok(()) } else { Err(too_large(self.dialect(), self.limits, self.id)) }
     }
 
     /// The body has ended: what is asked for is known.

@@ -4,7 +4,7 @@ use crate::gate::send;
 use crate::host::{self, Buffer, Map};
 use crate::metrics;
 use crate::settlements::ProcessData;
-use crate::vm::{REASON, SharedFlight, TARGET, Vm, vm};
+use crate::vm::{AT_ONCE, REASON, SharedFlight, TARGET, Vm, vm};
 use keyward_core::attempt::{Begun, MAX_ERROR_BODY, Next, RequestEdits};
 use keyward_core::gate::Refused;
 use keyward_core::operation::Dialect;
@@ -320,13 +320,16 @@ fn begin_waiting(vm: &Vm, paused: &Paused) -> Start {
     start
 }
 
-/// Called on every tick, after all that is done in the root's own name: tries go on whose time has come.
-pub fn tick(vm: &Vm, root: u32) {
+/// Lets some of the tries go on whose time has come; the bell is rung for the rest. Called after all that the root does in its own name.
+pub fn go_on(vm: &Vm, root: u32) {
     if vm.paused.borrow().is_empty() {
         return;
     }
     let now_ms = host::monotonic_ms();
-    let due: Vec<Paused> = vm.paused.borrow_mut().extract_if(.., |paused| paused.until_ms <= now_ms).collect();
+    let due: Vec<Paused> = vm.paused.borrow_mut().extract_if(.., |paused| paused.until_ms <= now_ms).take(AT_ONCE).collect();
+    if due.len() == AT_ONCE {
+        vm.ring();
+    }
     for mut paused in due {
         // One whose stream is gone, or whose try is long since over.
         if paused.flight.borrow().number() != paused.number || !host::act_for(paused.context) {

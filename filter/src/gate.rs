@@ -36,7 +36,7 @@ enum Stage {
     Asking {
         asking: Box<Asking>,
         since: Instant,
-        /// The question has left.
+        /// The question is on its way.
         is_sent: bool,
     },
     Answering {
@@ -142,11 +142,16 @@ impl Gate {
         Action::Pause
     }
 
-    /// Notes that the question leaves now. `false`: there is nothing to be asked any more.
-    pub fn leaves(&mut self) -> bool {
-        let Stage::Asking { is_sent, .. } = &mut self.stage else { return false };
-        *is_sent = true;
-        true
+    /// Whether there still is something to be asked.
+    pub fn asks(&self) -> bool {
+        matches!(self.stage, Stage::Asking { .. }) && !self.was_ended()
+    }
+
+    /// The question is on its way.
+    pub fn has_asked(&mut self) {
+        if let Stage::Asking { is_sent, .. } = &mut self.stage {
+            *is_sent = true;
+        }
     }
 
     /// What the policy service has answered; `None`: nothing, in time. Brought by the root context, in this stream's name.

@@ -35,14 +35,56 @@ mod entry {
 
     proxy_wasm::main! {{
         proxy_wasm::set_log_level(LogLevel::Info);
-        proxy_wasm::set_root_context(|context| Box::new(super::Root { context, is_gate: false }));
+        proxy_wasm::set_root_context(|context| Box::new(super::Root::new(context)));
     }}
 }
+
+/// Ticks of a root context without one of the root that serves the VM, after which that one is taken to be gone.
+const GONE_TICKS: u32 = 3;
 
 /// One root context of a VM; which one it is, its root id tells.
 struct Root {
     context: u32,
-    is_gate: bool,
+    /// Of the gate's.
+    config: Option<Rc<Config>>,
+    /// Of the one that serves the VM, if that is another: its ticks so far, and how often it has not ticked since.
+    other: (u64, u32),
+}
+
+impl Root {
+    fn new(context: u32) -> Self {
+        Root { context, config: None, other: (0, 0) }
+    }
+
+    /// Whether it is this root that serves the VM. The last one that was configured does; when Envoy has ended it, one that is left.
+    fn serves(&mut self, vm: &Vm) -> bool {
+        let Some(config) = &self.config else { return false };
+        if !vm.is_served_by(self.context) {
+            let ticks = vm.ticks();
+            self.other = if self.other.0 == ticks { (ticks, self.other.1 + 1) } else { (ticks, 0) };
+            if self.other.1 < GONE_TICKS {
+                return false;
+            }
+            vm.serve_by(self.context, config);
+        }
+        vm.has_ticked();
+        true
+    }
+
+    /// What a root context does as soon as somebody rings for it, or hears from the policy service.
+    fn come(&self, vm: &Vm) {
+        if !vm.is_served_by(self.context) {
+            vm.ring();
+            return;
+        }
+        vm.came();
+        questions::flush(vm, self.context);
+        watching::finish_due(vm, self.context);
+        attempt::go_on(vm, self.context);
+        if let Some(id) = vm.id() {
+            flush_urgent(vm, id);
+        }
+    }
 }
 
 impl Context for Root {
@@ -50,30 +92,28 @@ impl Context for Root {
         let vm = vm();
         // Only a 200 carries a body that reads as an answer.
         let body = host::buffer(Buffer::CallResponseBody, 0, body_size);
-        if questions::answered(&vm, self.context, token, body.as_deref().unwrap_or_default()) {
-            return;
-        }
-        let Some(id) = vm.id() else { return };
-        if !watching::answered(&vm, id, token, body.as_deref()) {
+        let was_asked = vm.questions.borrow_mut().answered(token, body.as_deref().unwrap_or_default());
+        if let Some(id) = vm.id().filter(|_| !was_asked)
+            && !watching::answered(&vm, id, token, body.as_deref())
+        {
             let answer = body.and_then(|body| serde_json::from_slice(&body).ok());
             vm.settlements.borrow_mut().answered(id, token, answer, &mut vm.keyring.borrow_mut(), host::now_ms());
-            flush_urgent(&vm, id);
         }
+        self.come(&vm);
     }
 }
 
 impl RootContext for Root {
     fn on_configure(&mut self, size: usize) -> bool {
-        self.is_gate = host::property("plugin_root_id").is_some_and(|id| id == b"gate");
-        if !self.is_gate {
+        if host::property("plugin_root_id").is_none_or(|id| id != b"gate") {
             return true;
         }
         match Config::parse(&host::buffer(Buffer::PluginConfiguration, 0, size).unwrap_or_default()) {
             Ok(config) => {
-                let vm = vm();
-                *vm.config.borrow_mut() = Rc::new(config);
+                let (vm, config) = (vm(), Rc::new(config));
                 vm.watching.borrow_mut().begin();
-                vm.hang_bell();
+                vm.serve_by(self.context, &config);
+                self.config = Some(config);
                 host::set_tick_period(TICK);
                 true
             }
@@ -86,29 +126,27 @@ impl RootContext for Root {
 
     fn on_tick(&mut self) {
         let (vm, now_ms) = (vm(), host::now_ms());
+        if !self.serves(&vm) {
+            return;
+        }
         metrics::publish(vm.load(), now_ms);
         if let Some(id) = vm.id() {
             vm.settlements.borrow_mut().flush(id, &vm.config().policy_cluster, &mut vm.keyring.borrow_mut(), now_ms);
             vm.came();
             questions::flush(&vm, self.context);
             watching::tick(&vm, id, self.context);
-            attempt::tick(&vm, self.context);
+            attempt::go_on(&vm, self.context);
         }
     }
 
     /// A stream asks for an admission, or has ended and somebody waits for its settlement.
     fn on_queue_ready(&mut self, queue: u32) {
         host::dequeue(queue);
-        let vm = vm();
-        vm.came();
-        questions::flush(&vm, self.context);
-        if let Some(id) = vm.id() {
-            flush_urgent(&vm, id);
-        }
+        self.come(&vm());
     }
 
     fn create_http_context(&self, context: u32) -> Option<Box<dyn HttpContext>> {
-        Some(if self.is_gate { Box::new(GateStream::new(context)) } else { Box::new(AttemptStream::new(context)) })
+        Some(if self.config.is_some() { Box::new(GateStream::new(context)) } else { Box::new(AttemptStream::new(context)) })
     }
 
     fn get_type(&self) -> Option<ContextType> {

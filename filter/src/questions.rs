@@ -3,9 +3,8 @@
 
 use crate::gate::SharedGate;
 use crate::host;
-use crate::vm::Vm;
-use keyward_core::edge::{ADMIT_PATH, AdmitAnswer};
-use keyward_core::questions::Batch;
+use crate::vm::{AT_ONCE, Vm};
+use keyward_core::edge::ADMIT_PATH;
 use std::time::Duration;
 
 /// A stream that waits for its answer.
@@ -14,44 +13,43 @@ pub struct Waiting {
     pub context: u32,
 }
 
-/// Sends what waits, as far as it may go now; nobody waits for longer than is configured. In the root's own name, on every tick as well.
+/// Sends what waits, as far as it may go now, and tells streams what there is to be told. Called by the root context that serves this VM,
+/// in its own name.
 pub fn flush(vm: &Vm, root: u32) {
     let config = vm.config();
     let now_ms = host::monotonic_ms();
-    let overdue = vm.questions.borrow_mut().overdue(config.admit_timeout_ms, now_ms);
-    if !overdue.is_empty() {
-        overdue.into_iter().for_each(|waiting| hand(&waiting, None));
-        host::act_for(root);
-    }
+    vm.questions.borrow_mut().expire(config.admit_timeout_ms, now_ms);
     loop {
-        let goes = |waiting: &mut Waiting| waiting.gate.borrow_mut().leaves();
-        let Some(batch) = vm.questions.borrow_mut().next(config.admit_timeout_ms, now_ms, goes) else { return };
+        let goes = |waiting: &Waiting| waiting.gate.borrow().asks();
+        let Some(mut batch) = vm.questions.borrow_mut().next(config.admit_timeout_ms, now_ms, goes) else { break };
         let headers =
             vec![(":method", "POST"), (":path", ADMIT_PATH), (":authority", "keyward-policy"), ("content-type", "application/x-ndjson")];
-        match host::call(&config.policy_cluster, headers, &batch.body(), Duration::from_millis(batch.left_ms)) {
-            Some(token) => vm.questions.borrow_mut().sent(token, batch, now_ms),
-            None => tell(batch, &[], root),
+        let body = std::mem::take(&mut batch.body);
+        match host::call(&config.policy_cluster, headers, &body, Duration::from_millis(batch.left_ms)) {
+            Some(token) => {
+                batch.waiting().for_each(|waiting| waiting.gate.borrow_mut().has_asked());
+                vm.questions.borrow_mut().sent(token, batch, now_ms);
+            }
+            None => vm.questions.borrow_mut().failed(batch),
         }
     }
+    tell(vm, root);
 }
 
-/// The end of a callout of the root's. `false`: it was none of these.
-pub fn answered(vm: &Vm, root: u32, token: u32, body: &[u8]) -> bool {
-    let batch = vm.questions.borrow_mut().take(token);
-    let Some(batch) = batch else { return false };
-    tell(batch, body, root);
-    flush(vm, root);
-    true
-}
-
-fn tell(batch: Batch<Waiting>, body: &[u8], root: u32) {
-    batch.answered(body).for_each(|(waiting, answer)| hand(&waiting, answer));
+/// Tells some of those streams that are to be told something; the bell is rung for the rest.
+fn tell(vm: &Vm, root: u32) {
+    if !vm.questions.borrow().has_to_tell() {
+        return;
+    }
+    for _ in 0..AT_ONCE {
+        let next = vm.questions.borrow_mut().tell();
+        let Some((waiting, answer)) = next else { break };
+        if host::act_for(waiting.context) {
+            waiting.gate.borrow_mut().answered(answer);
+        }
+    }
     host::act_for(root);
-}
-
-/// Hands a stream its answer, unless it is gone.
-fn hand(waiting: &Waiting, answer: Option<AdmitAnswer>) {
-    if host::act_for(waiting.context) {
-        waiting.gate.borrow_mut().answered(answer);
+    if vm.questions.borrow().has_to_tell() {
+        vm.ring();
     }
 }

@@ -46,6 +46,9 @@ pub struct Vm {
     bell: Cell<Option<u32>>,
     /// It was rung, and the root context has not come yet.
     rung: Cell<bool>,
+    /// The gate's root context that serves this VM, and how often it has ticked. After a new configuration there are several for a while.
+    root: Cell<u32>,
+    ticks: Cell<u64>,
     /// Request ids to come, drawn many at a time: each call to the host costs.
     ids: RefCell<Vec<[u8; 16]>>,
     waiting_bytes: Cell<u64>,
@@ -53,6 +56,11 @@ pub struct Vm {
     streams: Cell<u64>,
     kept_bytes: Cell<u64>,
 }
+
+/// Streams that one callback of a root context lets go on, or answers. What is done for one runs when the callback is over, and there calls
+/// into the VM, which then lets the next go on: each stands on the stack of the one before (proxy-wasm-cpp-host, issue 326), and some
+/// hundred of them ended the VM.
+pub const AT_ONCE: usize = 16;
 
 /// Bytes of answers that all streams of a VM may hold back together; beyond, answers pass unheld.
 const MAX_HELD: usize = 8 * 1024 * 1024;
@@ -82,10 +90,29 @@ impl Vm {
         self.id.get()
     }
 
-    /// Called by the root context that is to be woken. Without a queue settlements go with the tick, and nothing is asked.
-    pub fn hang_bell(&self) {
+    /// From now on this root context of the gate serves the VM: it makes the callouts, and the bell rings for it. Without a queue settlements
+    /// go with the tick, and nothing is asked.
+    pub fn serve_by(&self, root: u32, config: &Rc<Config>) {
+        *self.config.borrow_mut() = config.clone();
+        self.root.set(root);
         let name = self.id().map(|id| format!("keyward/bell/{}", hex::encode(&id.0)));
         self.bell.set(name.and_then(|name| host::register_queue(&name)));
+        // What rang for one that is gone.
+        while self.bell.get().is_some_and(|bell| host::dequeue(bell).is_some()) {}
+        self.rung.set(false);
+    }
+
+    pub fn is_served_by(&self, root: u32) -> bool {
+        self.root.get() == root
+    }
+
+    /// How often the root context that serves the VM has ticked.
+    pub fn ticks(&self) -> u64 {
+        self.ticks.get()
+    }
+
+    pub fn has_ticked(&self) {
+        self.ticks.set(self.ticks.get().wrapping_add(1));
     }
 
     /// The root context is to come soon. `false`: it can't be called.

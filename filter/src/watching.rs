@@ -6,7 +6,7 @@
 use crate::host;
 use crate::metrics;
 use crate::settlements::ProcessData;
-use crate::vm::Vm;
+use crate::vm::{AT_ONCE, Vm};
 use keyward_core::edge::{RequestId, VmId};
 use keyward_core::gate;
 use keyward_core::operation::Dialect;
@@ -164,18 +164,23 @@ impl Watching {
         }
     }
 
-    /// Those whose time to be cut or answered is now.
-    fn due(&mut self, now_ms: u64) -> Vec<(Rc<Running>, Ending)> {
-        let mut due = Vec::new();
+    /// Those whose time to be cut or answered is now, and whether there are more than can be at once.
+    fn due(&mut self, now_ms: u64) -> (Vec<(Rc<Running>, Ending)>, bool) {
+        let (mut due, mut are_more) = (Vec::new(), false);
         self.ending.retain(|running| {
             let Some(ending) = running.ending.get() else { return false };
             let wait = running.phase.get() == Phase::Events && !running.said.get() && now_ms < ending.by_ms;
-            if !wait && !running.is_over() {
-                due.push((running.clone(), ending));
+            if wait || running.is_over() {
+                return wait;
             }
-            wait
+            if due.len() >= AT_ONCE {
+                are_more = true;
+                return true;
+            }
+            due.push((running.clone(), ending));
+            false
         });
-        due
+        (due, are_more)
     }
 }
 
@@ -185,7 +190,7 @@ pub fn tick(vm: &Vm, id: VmId, root: u32) {
     let config = vm.config();
     #[cfg(feature = "test-trap")]
     trap_if_asked(vm.watching.borrow().watch.holds_lease());
-    let due = {
+    {
         let mut watching = vm.watching.borrow_mut();
         let Ticked { news, ask, took_over } = watching.watch.tick(&ProcessData, id, mono_ms);
         if took_over {
@@ -210,16 +215,24 @@ pub fn tick(vm: &Vm, id: VmId, root: u32) {
         if !watching.open.is_empty() && config.on_lost_watch.end_after_ms().is_some_and(|longest| silent_for() > longest) {
             watching.end_where(|running| running.phase.get() != Phase::Waiting, Code::PolicyUnavailable);
         }
-        watching.due(mono_ms)
-    };
+    }
+    finish_due(vm, root);
+}
+
+/// Ends some of the requests whose time has come; the bell is rung for the rest.
+pub fn finish_due(vm: &Vm, root: u32) {
+    let (due, are_more) = vm.watching.borrow_mut().due(host::monotonic_ms());
     if due.is_empty() {
         return;
     }
-    // Nothing is borrowed here, although Envoy acts on these only after the tick.
+    // Nothing is borrowed here, although Envoy acts on these only after the callback.
     for (running, ending) in due {
         finish(&running, ending.code);
     }
     host::act_for(root);
+    if are_more {
+        vm.ring();
+    }
 }
 
 #[cfg(feature = "test-trap")]

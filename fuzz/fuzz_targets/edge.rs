@@ -2,6 +2,7 @@
 #![no_main]
 
 use keyward_core::edge::{AdmitAnswer, AdmitRequest, EdgeKey, News, Record, RequestId, SettleAnswer, Settlement};
+use keyward_core::questions::{Question, Questions};
 use keyward_core::watch::WatchAnswer;
 use keyward_fuzz::input;
 use libfuzzer_sys::fuzz_target;
@@ -10,13 +11,14 @@ use serde::de::DeserializeOwned;
 
 fuzz_target!(|data: &[u8]| {
     let Some((mut choices, _, body)) = input(data) else { return };
-    match choices.number(7) {
+    match choices.number(8) {
         0 => record(body),
         1 => document::<AdmitRequest>(body),
         2 => document::<AdmitAnswer>(body),
         3 => document::<News>(body),
         4 => document::<Settlement>(body),
         5 => document::<WatchAnswer>(body),
+        6 => answers(body),
         _ => document::<SettleAnswer>(body),
     }
 });
@@ -29,6 +31,21 @@ fn record(body: &[u8]) {
     let Some(record) = Record::parse(line) else { return };
     assert_eq!(record.line(), line, "two forms of one record");
     assert_eq!(record.open(&EdgeKey([7; 32])), None, "nobody guesses a MAC");
+}
+
+/// Whatever the answer to a batch of questions says, each gets its own or none.
+fn answers(body: &[u8]) {
+    let mut questions = Questions::default();
+    for number in 1..=3 {
+        let id = RequestId([number; 16]);
+        questions.ask(Question { waits: id, id, line: Vec::new(), asked_ms: 0, is_slow: false });
+    }
+    let batch = questions.next(900, 0, |_| true).expect("three wait");
+    questions.sent(1, batch, 0);
+    assert!(questions.answered(1, body));
+    let told: Vec<_> = std::iter::from_fn(|| questions.tell()).collect();
+    assert_eq!(told.len(), 3);
+    assert!(told.iter().all(|(id, answer)| answer.as_ref().is_none_or(|answer| answer.req == Some(*id))));
 }
 
 /// What is read can be written and is then read as the same.

@@ -4,7 +4,7 @@ import json
 import os
 import signal
 import socket
-import subprocess
+import statistics
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +14,7 @@ import yaml
 from edge import PRICED, BareGate
 from harness import Stack, call, pool, wait_for
 from load import Load, ask
-from test_crash import check_every_request, freeze, new_keys
+from test_crash import SLACK, check_every_request, freeze, new_keys
 
 STATE = {"models": ["*"], "endpoints": ["*"], "state": True}
 
@@ -24,13 +24,14 @@ def all_at_once(stack, keys):
         return list(agents.map(lambda key: ask(stack, key, "tokens=3"), keys))
 
 
-def held_up(stack, run):
-    """Lets the service stand still until `run` has been under way for a moment, so that questions gather."""
+def held_up(stack, run, streams):
+    """Lets the service stand still until Envoy has so many streams of `run`, so that questions gather."""
+    open_now = lambda: stack.stats("http.keyward.downstream_rq_active")["http.keyward.downstream_rq_active"]  # noqa: E731
     freeze(stack.service.process)
     with ThreadPoolExecutor(1) as one:
         try:
             running = one.submit(run)
-            time.sleep(0.4)
+            wait_for("a crowd", lambda: open_now() >= streams or running.done(), 10, 0.01)
         finally:
             stack.service.process.send_signal(signal.SIGCONT)
         return running.result()
@@ -47,7 +48,7 @@ def test_requests_that_ask_together_get_each_its_own():
         poor = stack.new_key("0.00")
         assert ask(stack, keys[0], "tokens=3").status == 200
         before = stack.admissions_asked()
-        results = held_up(stack, lambda: all_at_once(stack, [*keys, poor]))
+        results = held_up(stack, lambda: all_at_once(stack, [*keys, poor]), 61)
         assert [result.status for result in results] == [200] * 60 + [429]
         assert results[-1].reason == "cap_exhausted"
         # Two callouts were on their way; the rest went with one or two more.
@@ -95,6 +96,7 @@ def test_the_service_stands_still_before_a_crowd():
         finally:
             stack.service.process.send_signal(signal.SIGCONT)
         assert [(result.status, result.reason) for result in results] == [(503, "policy_unavailable")] * 40
+        assert max(result.seconds for result in results) < 1 + SLACK
         assert stack.last_seq() == seen
         wait_for("another admission", lambda: ask(stack, keys[1], "tokens=1").status == 200)
         events = []
@@ -122,10 +124,17 @@ def test_agents_that_leave_before_their_turn():
                 connection.sendall(f"{head}content-length: {len(body)}\r\n\r\n{body}".encode())
                 connections.append(connection)
                 time.sleep(0.005)
+            # The last ones wait for their turn: two callouts are on their way.
+            time.sleep(0.1)
             for connection in connections:
                 connection.close()
+            wait_for("no stream", lambda: stack.stats("downstream_rq_active")["http.keyward.downstream_rq_active"] == 0)
 
-        held_up(stack, come_and_go)
+        freeze(stack.service.process)
+        try:
+            come_and_go()
+        finally:
+            stack.service.process.send_signal(signal.SIGCONT)
         wait_for("no stream left", lambda: stack.stats("keyward_streams_open")["wasmcustom.keyward_streams_open"] == 0)
         for key_id, _ in keys[1:]:
             stack.books(key_id)
@@ -134,31 +143,33 @@ def test_agents_that_leave_before_their_turn():
         assert ask(stack, keys[0], "tokens=1").status == 200
 
 
-def test_a_question_that_takes_its_time_holds_nobody_up():
+def test_questions_that_take_their_time_hold_nobody_up():
     """A reference that is unknown while its key has requests in flight is looked up again and again: the others don't wait for it."""
     with Stack(concurrency=1) as stack:
         _, token = stack.new_key("1.00", allow=STATE)
         other = stack.new_key("1.00")
-        ended = {}
-
-        def unknown():
-            body = {"model": "gpt-4o-mini", "input": "x", "previous_response_id": "resp_00000000000000000000000000000000"}
-            answer = call(stack.base, "POST", "/v1/responses", body, {"authorization": f"Bearer {token}"})
-            ended["slow"] = time.monotonic()
-            return answer
-
         running = threading.Thread(target=lambda: stack.chat(token, "[[sim tokens=20 pace_ms=100]]", stream=True))
         running.start()
         wait_for("a request in flight", lambda: stack.sim.ledger())
-        with ThreadPoolExecutor(1) as one:
-            slow = one.submit(unknown)
-            time.sleep(0.05)
-            for _ in range(3):
-                assert ask(stack, other, "tokens=1").status == 200
-            ended["others"] = time.monotonic()
-            assert slow.result()[0] == 403
+        ends = []
+
+        def ask_for(path, body, key):
+            status, _, _ = call(stack.base, "POST", path, body, {"authorization": f"Bearer {key}"})
+            ends.append((path, status))
+
+        unknown = {"model": "gpt-4o-mini", "input": "x", "previous_response_id": "resp_00000000000000000000000000000000"}
+        plain = {"model": "gpt-4o-mini", "messages": [{"role": "user", "content": "[[sim tokens=1]]"}]}
+        # Slow ones first, more than callouts may be on their way, and all of them when the service begins to decide.
+        asks = [("/v1/responses", unknown, token)] * 4 + [("/v1/chat/completions", plain, other[1])] * 4
+
+        def all_of_them():
+            with ThreadPoolExecutor(len(asks)) as agents:
+                for one in asks:
+                    agents.submit(ask_for, *one)
+
+        held_up(stack, all_of_them, len(asks) + 1)
         running.join()
-        assert ended["others"] < ended["slow"]
+        assert ends == [("/v1/chat/completions", 200)] * 4 + [("/v1/responses", 403)] * 4
 
 
 def test_a_new_configuration_under_load():
@@ -186,14 +197,25 @@ def test_a_new_configuration_under_load():
                            "--concurrency", "2", "--drain-time-s", "1", "--drain-strategy", "immediate"])
         keys = new_keys(stack)
         wait_for("an answer", lambda: ask(stack, keys[0], "tokens=1").status == 200)
+        lds = "listener_manager.lds.update_success"
         with Load(stack, keys) as load:
-            for change in range(5):
-                before, updates = load.count(), stack.stats("lds.update_success")["listener_manager.lds.update_success"]
-                configure(901 + change)
-                wait_for("the change", lambda: stack.stats("lds.update_success")["listener_manager.lds.update_success"] > updates)
-                # The listener of before, and with it its root context, is gone after its drain time.
-                time.sleep(1.5)
+            # The third goes back to the second before that one is gone: Envoy takes its root context up again.
+            for number, (timeout_ms, drained) in enumerate([(901, True), (902, False), (901, True), (903, True), (904, True)]):
+                before, updates = load.count(), stack.stats("lds.update_success")[lds]
+                configure(timeout_ms)
+                wait_for("the change", lambda: stack.stats("lds.update_success")[lds] > updates)
+                if drained and number % 2:
+                    # Its listener, and with it its root context, goes while callouts are on their way.
+                    time.sleep(0.8)
+                    freeze(stack.service.process)
+                    time.sleep(0.6)
+                    stack.service.process.send_signal(signal.SIGCONT)
+                elif drained:
+                    time.sleep(1.5)
                 wait_for("load", lambda: load.count() > before + 50)
+        # A worker whose bell rings for nobody would let each wait for the tick, 50 ms.
+        quick = [ask(stack, keys[0], "tokens=1").seconds for _ in range(20)]
+        assert statistics.median(quick) < 0.025, quick
         stack.settled(*(key_id for key_id, _ in keys))
         assert {result.status for result in load.results} <= {200, None, 503}
         assert load.count() > 0.9 * len(load.results)

@@ -3,8 +3,11 @@ Held against the simulator's own count: who was asked, with which credential, an
 
 import collections
 import json
+import socket
 import statistics
+import struct
 import subprocess
+import threading
 import time
 
 import anthropic
@@ -17,11 +20,13 @@ CREDENTIALS = [
     {"id": "groq", "provider": "compatible", "secret": "gsk_Hw6VbQ9xMz2JrTf7CkLp4SnYd8EgKa3V", "at": "groq"},
     {"id": "claude", "provider": "anthropic", "secret": "sk-ant-api03-Rd5WzLp3XvN7qKt9BhMy2JcSaE"},
     {"id": "dead", "provider": "compatible", "secret": "gsk_Dm3LqV8xTz5KrWf2CjNp9SbYh6EgXa4U", "at": "dead"},
+    {"id": "fickle", "provider": "compatible", "secret": "gsk_Fc7NrX4vLp2QtKz9WmHd5YbJs3EgVa8R", "at": "fickle"},
 ]
 OPENAI = {"provider": "openai", "model": "gpt-4o-mini"}
 GROQ = {"provider": "groq", "model": "llama-3.3-70b-versatile"}
 CLAUDE = {"provider": "anthropic", "model": "claude-haiku-4-5"}
 DEAD = {"provider": "dead", "model": "llama-3.3-70b-versatile"}
+FICKLE = {"provider": "fickle", "model": "llama-3.3-70b-versatile"}
 # Nobody listens there.
 NOWHERE = "http://127.0.0.1:9"
 ROUTES = {
@@ -30,21 +35,50 @@ ROUTES = {
     "dead-first": {"targets": [DEAD, CLAUDE]},
     "dead-only": {"targets": [DEAD]},
     "patient": {"targets": [OPENAI, CLAUDE], "first_byte_timeout_ms": 300},
+    "fickle-first": {"targets": [FICKLE, CLAUDE]},
+    "fickle-patient": {"targets": [FICKLE, CLAUDE], "first_byte_timeout_ms": 300},
     "shared": {"targets": [{**OPENAI, "weight": 3}, {**CLAUDE, "weight": 1}]},
     "loose": {"targets": [CLAUDE], "unsupported": "drop"},
 }
+
+
+class Fickle:
+    """A provider that takes a request and resets its connection without a word."""
+
+    def __init__(self):
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+        self.taken = 0
+        threading.Thread(target=self.serve, daemon=True).start()
+
+    def serve(self):
+        while True:
+            connection, _ = self.listener.accept()
+            with connection, connection.makefile("rb") as request:
+                length = 0
+                while (line := request.readline()) not in (b"\r\n", b""):
+                    if line.lower().startswith(b"content-length:"):
+                        length = int(line.split(b":")[1])
+                self.taken += bool(length and len(request.read(length)) == length)
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+FICKLE_HOST = Fickle()
 
 
 class Routed(Stack):
     def start_service(self):
         super().start_service()
         self.admin("PUT", "/v1/providers/dead", {"dialect": "openai", "url": NOWHERE})
+        prices = {FICKLE["model"]: {"input": "0.60", "output": "0.80", "context": 131072, "max_output": 32768}}
+        self.admin("PUT", "/v1/providers/fickle", {"dialect": "openai", "url": FICKLE_HOST.url, "prices": prices})
         for name, route in ROUTES.items():
             self.admin("PUT", f"/v1/routes/{name}", route)
 
 
 def routed(rotation="router", **options):
-    return Routed(credentials=CREDENTIALS, rotation=rotation, render_options=("--provider", f"dead={NOWHERE}"), **options)
+    own = ("--provider", f"dead={NOWHERE}", "--provider", f"fickle={FICKLE_HOST.url}")
+    return Routed(credentials=CREDENTIALS, rotation=rotation, render_options=own, **options)
 
 
 @pytest.fixture(scope="module", params=["router", "callout"])
@@ -165,6 +199,21 @@ def test_a_first_byte_that_takes_too_long(stack):
     assert charged < hold, "both targets were held for"
     # An answer that has begun may take as long as it likes.
     assert ask(stack, token, "patient", "[[sim tokens=60 pace_ms=40]] Hi", stream=True)[:2] == ("openai/gpt-4o-mini", "1")
+
+
+def test_a_connection_that_breaks_after_the_request_was_sent(stack):
+    """The provider may have done its work: nobody else is asked unless the route says how long an answer may take, and what was sent is paid."""
+    key_id, token = stack.new_key("5.00")
+    taken = FICKLE_HOST.taken
+    with pytest.raises(openai.InternalServerError) as error:
+        ask(stack, token, "fickle-first")
+    assert (error.value.status_code, error.value.response.headers["x-keyward-reason"]) == (503, "provider_unreachable")
+    assert FICKLE_HOST.taken == taken + 1
+    assert ask(stack, token, "fickle-patient")[:2] == ("anthropic/claude-haiku-4-5", "2")
+    assert FICKLE_HOST.taken == taken + 2, "nobody is asked twice for what may have been done"
+    true, charged, ends = stack.books(key_id)
+    assert [[one["status"] for one in end["tries"]] for end in ends] == [[0], [0, 200]]
+    assert true < charged and all(end["charge"] > 0 for end in ends)
 
 
 def test_when_every_first_byte_takes_too_long(stack):

@@ -9,15 +9,19 @@ use axum::http::{HeaderMap, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
+use futures_util::FutureExt;
 use futures_util::future::join_all;
 use keyward_core::edge::{ADMIT_PATH, AdmitAnswer, SETTLE_PATH};
 use keyward_core::watch::WATCH_PATH;
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use subtle::ConstantTimeEq;
 use zeroize::Zeroizing;
 
 /// Largest batch of records or questions, in bytes.
 const MAX_BODY: usize = 1024 * 1024;
+/// Questions that are taken at once: more than any gate sends.
+const MAX_QUESTIONS: usize = 1_024;
 
 /// The whole `authorization` value that opens the edge API.
 #[derive(Clone)]
@@ -47,22 +51,27 @@ fn is_authentic(headers: &HeaderMap, token: &EdgeToken) -> bool {
 
 /// A question a line, decided together: one that can't be read, or whose request id was used before, takes nothing from the others.
 async fn admit(State(service): State<Arc<Service>>, body: Bytes) -> Response {
+    let lines = || body.trim_ascii_end().split(|b| *b == b'\n');
+    if lines().nth(MAX_QUESTIONS).is_some() {
+        return StatusCode::PAYLOAD_TOO_LARGE.into_response();
+    }
     let decide = async |line: &[u8]| match serde_json::from_slice(line) {
-        Ok(request) => match service.admit(request).await {
-            Admitted::Answer(answer) => Ok(answer),
-            Admitted::Conflict => Err(StatusCode::CONFLICT),
+        Ok(request) => match AssertUnwindSafe(service.admit(request)).catch_unwind().await {
+            Ok(Admitted::Answer(answer)) => Ok(answer),
+            Ok(Admitted::Conflict) => Err(StatusCode::CONFLICT),
+            Err(_) => Err(StatusCode::INTERNAL_SERVER_ERROR),
         },
         Err(_) => Err(StatusCode::BAD_REQUEST),
     };
-    let answers = join_all(body.trim_ascii_end().split(|b| *b == b'\n').map(decide)).await;
+    let answers = join_all(lines().map(decide)).await;
     if let Some(Err(status)) = answers.first().filter(|_| answers.iter().all(Result::is_err)) {
         return status.into_response();
     }
-    ([(header::CONTENT_TYPE, "application/x-ndjson")], lines(&answers)).into_response()
+    ([(header::CONTENT_TYPE, "application/x-ndjson")], written(&answers)).into_response()
 }
 
 /// An answer a line.
-fn lines(answers: &[Result<Box<AdmitAnswer>, StatusCode>]) -> Vec<u8> {
+fn written(answers: &[Result<Box<AdmitAnswer>, StatusCode>]) -> Vec<u8> {
     const USUAL_ANSWER: usize = 512;
     let mut body = Vec::with_capacity(answers.len() * USUAL_ANSWER);
     for answer in answers {
