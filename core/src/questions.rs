@@ -10,14 +10,14 @@ use std::collections::VecDeque;
 /// Callouts that are on their way at once. While the service commits one it takes in the next; a third would only wait there.
 const MAX_CALLOUTS: usize = 2;
 /// Callouts of slow questions that are, besides.
-const MAX_SLOW_CALLOUTS: usize = 32;
+const MAX_SLOW_CALLOUTS: usize = 128;
 /// What one callout may carry: questions, bytes of them unless it is one alone, and bytes of their answers, as far as the last one tells.
 const MAX_QUESTIONS: usize = 128;
 const MAX_BYTES: usize = 256 * 1024;
 const MAX_ANSWER_BYTES: usize = 1024 * 1024;
 /// With less time left than this a question is not sent any more: it would be admitted only to be voided.
 const TOO_LATE_MS: u64 = 50;
-/// So long after its time is up, a callout of which nothing was heard is given up: whoever made it is gone.
+/// So long after its time is up, a callout of which nothing was heard takes no place any more. Envoy tells even that it took too long.
 const LOST_MS: u64 = 100;
 
 /// A request's question, and who waits for its answer.

@@ -246,6 +246,11 @@ impl Watch {
         }
     }
 
+    /// The question that is on its way will not be answered: another one may be asked at once.
+    pub fn forget_question(&mut self) {
+        self.poll = None;
+    }
+
     fn next_question(&mut self, now_ms: u64) -> Option<String> {
         let since = self.head.as_ref().map(|(head, _)| head.since.clone()).unwrap_or_default();
         // One that waits is let go when somebody wants everything, or when its answer should have come long since.

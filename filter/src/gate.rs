@@ -11,7 +11,7 @@ use crate::metrics;
 use crate::questions::Waiting;
 use crate::replay::Replay;
 use crate::settlements::ProcessData;
-use crate::vm::{FLIGHT, KEY, REASON, SharedFlight, TARGET, Vm, vm};
+use crate::vm::{Desk, FLIGHT, KEY, REASON, SharedFlight, TARGET, Vm, vm};
 use crate::watching::Running;
 use keyward_core::body::{Splice, splice_piece, spliced_length};
 use keyward_core::credentials::is_stripped;
@@ -59,6 +59,8 @@ pub type SharedGate = Rc<RefCell<Gate>>;
 
 pub struct Gate {
     vm: Rc<Vm>,
+    /// Of its root context.
+    desk: Rc<Desk>,
     /// Itself.
     shared: Weak<RefCell<Gate>>,
     context: u32,
@@ -77,15 +79,16 @@ pub struct Gate {
 }
 
 impl GateStream {
-    pub fn new(context: u32) -> Self {
-        GateStream(Rc::new_cyclic(|shared| RefCell::new(Gate::new(context, shared.clone()))))
+    pub fn new(context: u32, desk: Rc<Desk>) -> Self {
+        GateStream(Rc::new_cyclic(|shared| RefCell::new(Gate::new(context, desk, shared.clone()))))
     }
 }
 
 impl Gate {
-    fn new(context: u32, shared: Weak<RefCell<Gate>>) -> Self {
+    fn new(context: u32, desk: Rc<Desk>, shared: Weak<RefCell<Gate>>) -> Self {
         Gate {
             vm: vm(),
+            desk,
             shared,
             context,
             running: None,
@@ -126,10 +129,10 @@ impl Gate {
         };
         let need_key = self.vm.settlements.borrow().needs_key();
         let request = asking.admit_request(vm_id, self.vm.node().to_string(), need_key);
-        let (Some(gate), true) = (self.shared.upgrade(), self.vm.ring()) else {
+        let (Some(gate), true) = (self.shared.upgrade(), self.desk.ring()) else {
             return self.refuse(&Refused { asked: false, ..asking.unavailable() });
         };
-        self.vm.questions.borrow_mut().ask(Question {
+        self.desk.questions.borrow_mut().ask(Question {
             waits: Waiting { gate, context: self.context },
             id: asking.id(),
             line: serde_json::to_vec(&request).unwrap_or_default(),
@@ -143,7 +146,7 @@ impl Gate {
 
     /// Whether there still is something to be asked.
     pub fn asks(&self) -> bool {
-        matches!(self.stage, Stage::Asking { .. }) && !self.was_ended()
+        matches!(self.stage, Stage::Asking { .. }) && !self.must_end()
     }
 
     /// The question is on its way.
@@ -155,8 +158,8 @@ impl Gate {
 
     /// What the policy service has answered; `None`: nothing, in time. Brought by the root context, in this stream's name.
     pub fn answered(&mut self, mut answer: Option<AdmitAnswer>) {
-        // A permit for a request that has been ended meanwhile is void.
-        if self.was_ended() {
+        // A permit for a request that must end is void, although nobody may have told its caller yet.
+        if self.must_end() {
             return;
         }
         let (asking, since, is_sent) = match self.take() {
@@ -166,7 +169,7 @@ impl Gate {
                 return;
             }
         };
-        if let Some(plan) = answer.as_mut().and_then(|answer| answer.plan.as_mut()).filter(|_| !self.vm.config().falls_back()) {
+        if let Some(plan) = answer.as_mut().and_then(|answer| answer.plan.as_mut()).filter(|_| !self.desk.config.falls_back()) {
             // This Envoy's router stays on one cluster.
             plan.targets.truncate(1);
         }
@@ -233,7 +236,7 @@ impl Gate {
         let id = admitted.permit.id();
         let plan = admitted.permit.plan();
         let (expires_ms, first_byte_ms) = (plan.expires_ms, plan.first_byte_ms);
-        let config = self.vm.config();
+        let config = &self.desk.config;
         let calls_out = config.rotation == Rotation::Callout;
         let length = spliced_length(admitted.body_bytes, &admitted.splices);
         let replayable = length <= config.max_replay_bytes;
@@ -283,6 +286,10 @@ impl Gate {
             }
         }
         host::resume_request();
+    }
+
+    fn must_end(&self) -> bool {
+        self.running.as_ref().is_some_and(|running| running.ending().is_some())
     }
 
     /// The tick has answered in the provider's place, or cut the stream: whatever comes is no more to be looked at.
@@ -392,7 +399,7 @@ impl Gate {
             host::send_response(503, &[("x-keyward-reason", "policy_unavailable")], "");
             return Action::Pause;
         };
-        let reading = match gate::request_headers(&headers, self.vm.config().limits(), id) {
+        let reading = match gate::request_headers(&headers, self.desk.config.limits(), id) {
             Ok(reading) => reading,
             Err(refused) => return self.refuse(&refused),
         };

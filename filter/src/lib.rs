@@ -19,8 +19,7 @@ use crate::attempt::AttemptStream;
 use crate::config::Config;
 use crate::gate::GateStream;
 use crate::host::Buffer;
-use crate::vm::{Vm, vm};
-use keyward_core::edge::VmId;
+use crate::vm::{Desk, Vm, vm};
 use proxy_wasm::traits::{Context, HttpContext, RootContext};
 use proxy_wasm::types::ContextType;
 use std::rc::Rc;
@@ -46,26 +45,26 @@ const GONE_TICKS: u32 = 3;
 struct Root {
     context: u32,
     /// Of the gate's.
-    config: Option<Rc<Config>>,
+    desk: Option<Rc<Desk>>,
     /// Of the one that serves the VM, if that is another: its ticks so far, and how often it has not ticked since.
     other: (u64, u32),
 }
 
 impl Root {
     fn new(context: u32) -> Self {
-        Root { context, config: None, other: (0, 0) }
+        Root { context, desk: None, other: (0, 0) }
     }
 
-    /// Whether it is this root that serves the VM. The last one that was configured does; when Envoy has ended it, one that is left.
-    fn serves(&mut self, vm: &Vm) -> bool {
-        let Some(config) = &self.config else { return false };
-        if !vm.is_served_by(self.context) {
+    /// Whether it is this root that serves the VM: sends its settlements, asks for news, tells its metrics. The last one that was configured
+    /// does; when Envoy has ended it, one that is left.
+    fn serves(&mut self, vm: &Vm, desk: &Rc<Desk>) -> bool {
+        if vm.root() != Some(self.context) {
             let ticks = vm.ticks();
             self.other = if self.other.0 == ticks { (ticks, self.other.1 + 1) } else { (ticks, 0) };
-            if self.other.1 < GONE_TICKS {
+            if vm.root().is_some() && self.other.1 < GONE_TICKS {
                 return false;
             }
-            vm.serve_by(self.context, config);
+            vm.serve_by(self.context, desk);
         }
         vm.has_ticked();
         true
@@ -73,16 +72,23 @@ impl Root {
 
     /// What a root context does as soon as somebody rings for it, or hears from the policy service.
     fn come(&self, vm: &Vm) {
-        if !vm.is_served_by(self.context) {
-            vm.ring();
+        let Some(desk) = &self.desk else { return };
+        desk.came();
+        questions::flush(desk, self.context);
+        if vm.root() != Some(self.context) {
             return;
         }
-        vm.came();
-        questions::flush(vm, self.context);
         watching::finish_due(vm, self.context);
         attempt::go_on(vm, self.context);
+        if vm.settlements.borrow().is_urgent() {
+            self.settle(vm, host::now_ms());
+        }
+    }
+
+    fn settle(&self, vm: &Vm, now_ms: u64) {
         if let Some(id) = vm.id() {
-            flush_urgent(vm, id);
+            let cluster = &vm.config().policy_cluster;
+            vm.settlements.borrow_mut().flush(id, self.context, cluster, &mut vm.keyring.borrow_mut(), now_ms);
         }
     }
 }
@@ -90,9 +96,10 @@ impl Root {
 impl Context for Root {
     fn on_http_call_response(&mut self, token: u32, _: usize, body_size: usize, _: usize) {
         let vm = vm();
+        let Some(desk) = &self.desk else { return };
         // Only a 200 carries a body that reads as an answer.
         let body = host::buffer(Buffer::CallResponseBody, 0, body_size);
-        let was_asked = vm.questions.borrow_mut().answered(token, body.as_deref().unwrap_or_default());
+        let was_asked = desk.questions.borrow_mut().answered(token, body.as_deref().unwrap_or_default());
         if let Some(id) = vm.id().filter(|_| !was_asked)
             && !watching::answered(&vm, id, token, body.as_deref())
         {
@@ -100,6 +107,14 @@ impl Context for Root {
             vm.settlements.borrow_mut().answered(id, token, answer, &mut vm.keyring.borrow_mut(), host::now_ms());
         }
         self.come(&vm);
+    }
+
+    /// Envoy ends this root context: its configuration is no longer in force, and all its streams are over.
+    fn on_done(&mut self) -> bool {
+        if self.desk.is_some() {
+            vm().is_left_by(self.context);
+        }
+        true
     }
 }
 
@@ -110,10 +125,11 @@ impl RootContext for Root {
         }
         match Config::parse(&host::buffer(Buffer::PluginConfiguration, 0, size).unwrap_or_default()) {
             Ok(config) => {
-                let (vm, config) = (vm(), Rc::new(config));
+                let vm = vm();
+                let desk = Rc::new(Desk::new(&vm, self.context, config));
                 vm.watching.borrow_mut().begin();
-                vm.serve_by(self.context, &config);
-                self.config = Some(config);
+                vm.serve_by(self.context, &desk);
+                self.desk = Some(desk);
                 host::set_tick_period(TICK);
                 true
             }
@@ -126,17 +142,18 @@ impl RootContext for Root {
 
     fn on_tick(&mut self) {
         let (vm, now_ms) = (vm(), host::now_ms());
-        if !self.serves(&vm) {
+        let Some(desk) = self.desk.clone() else { return };
+        desk.came();
+        questions::flush(&desk, self.context);
+        if !self.serves(&vm, &desk) {
             return;
         }
         metrics::publish(vm.load(), now_ms);
+        self.settle(&vm, now_ms);
         if let Some(id) = vm.id() {
-            vm.settlements.borrow_mut().flush(id, &vm.config().policy_cluster, &mut vm.keyring.borrow_mut(), now_ms);
-            vm.came();
-            questions::flush(&vm, self.context);
             watching::tick(&vm, id, self.context);
-            attempt::go_on(&vm, self.context);
         }
+        attempt::go_on(&vm, self.context);
     }
 
     /// A stream asks for an admission, or has ended and somebody waits for its settlement.
@@ -146,17 +163,13 @@ impl RootContext for Root {
     }
 
     fn create_http_context(&self, context: u32) -> Option<Box<dyn HttpContext>> {
-        Some(if self.config.is_some() { Box::new(GateStream::new(context)) } else { Box::new(AttemptStream::new(context)) })
+        Some(match &self.desk {
+            Some(desk) => Box::new(GateStream::new(context, desk.clone())),
+            None => Box::new(AttemptStream::new(context)),
+        })
     }
 
     fn get_type(&self) -> Option<ContextType> {
         Some(ContextType::HttpContext)
-    }
-}
-
-fn flush_urgent(vm: &Vm, id: VmId) {
-    let mut settlements = vm.settlements.borrow_mut();
-    if settlements.is_urgent() {
-        settlements.flush(id, &vm.config().policy_cluster, &mut vm.keyring.borrow_mut(), host::now_ms());
     }
 }

@@ -22,8 +22,6 @@ const REPORT_MS: u64 = 15_000;
 const ROOMS_MS: u64 = 1_000;
 const MAX_BACKOFF_MS: u64 = 5_000;
 const TIMEOUT: Duration = Duration::from_secs(5);
-/// So long after a batch was sent nothing more is heard of it: the root context that sent it is gone, as after a new configuration.
-const LOST_MS: u64 = 6_000;
 
 #[derive(Debug, Clone)]
 struct Pending {
@@ -40,7 +38,8 @@ struct Sent {
     token: u32,
     batch: Vec<Pending>,
     news: News,
-    since_ms: u64,
+    /// The root context that made the callout.
+    by: u32,
 }
 
 /// This VM's outbox.
@@ -122,11 +121,7 @@ impl Settlements {
     }
 
     /// Sends what waits, unless a batch is on its way. Called by the gate's root context: on every tick, and when somebody hurries.
-    pub fn flush(&mut self, vm: VmId, cluster: &str, ring: &mut Keyring, now_ms: u64) {
-        let mono_ms = host::monotonic_ms();
-        if let Some(lost) = self.sent.take_if(|sent| mono_ms >= sent.since_ms.saturating_add(LOST_MS)) {
-            self.failed(lost.batch, lost.news, ring, now_ms);
-        }
+    pub fn flush(&mut self, vm: VmId, root: u32, cluster: &str, ring: &mut Keyring, now_ms: u64) {
         if self.sent.is_some() || now_ms < self.retry_at_ms {
             return;
         }
@@ -136,6 +131,7 @@ impl Settlements {
             self.adopt_orphans(vm, now_ms);
         }
         let report_due = !self.refusals.is_empty() && now_ms >= self.report_at_ms;
+        let mono_ms = host::monotonic_ms();
         let rooms = ring.rooms().report(ROOMS_MS, mono_ms);
         if self.queue.is_empty() && self.unsealed.is_empty() && !report_due && !ring.has_news() && rooms.is_empty() {
             self.urgent = false;
@@ -147,7 +143,7 @@ impl Settlements {
         let body = self.batch_body(vm, &batch, &news);
         let headers = vec![(":method", "POST"), (":path", SETTLE_PATH), (":authority", "keyward-policy"), ("content-type", "text/plain")];
         match host::call(cluster, headers, &body, TIMEOUT) {
-            Some(token) => self.sent = Some(Sent { token, batch, news, since_ms: mono_ms }),
+            Some(token) => self.sent = Some(Sent { token, batch, news, by: root }),
             None => self.failed(batch, news, ring, now_ms),
         }
     }
@@ -179,6 +175,13 @@ impl Settlements {
         metrics::pending_shrank(batch.iter().map(release).filter(|settled| *settled).count());
         if let Some(key) = answer.edge_key {
             self.has_key(vm, key);
+        }
+    }
+
+    /// A root context has ended: nothing will be heard of what it sent.
+    pub fn is_left_by(&mut self, root: u32, ring: &mut Keyring, now_ms: u64) {
+        if let Some(Sent { batch, news, .. }) = self.sent.take_if(|sent| sent.by == root) {
+            self.failed(batch, news, ring, now_ms);
         }
     }
 

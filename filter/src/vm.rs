@@ -30,10 +30,41 @@ pub const REASON: &str = "keyward.reason";
 
 pub type SharedFlight = Rc<RefCell<Flight>>;
 
+/// What a root context of the gate has for its streams: the configuration, the questions that they ask, and a bell.
+pub struct Desk {
+    pub config: Rc<Config>,
+    pub questions: RefCell<Questions<Waiting>>,
+    /// A queue whose messages Envoy brings to the root context.
+    bell: Option<u32>,
+    /// It was rung, and the root context has not come yet.
+    rung: Cell<bool>,
+}
+
+impl Desk {
+    /// Called by the root context. Without a queue settlements go with the tick, and nothing is asked.
+    pub fn new(vm: &Vm, root: u32, config: Config) -> Self {
+        let name = vm.id().map(|id| format!("keyward/bell/{}/{root}", hex::encode(&id.0)));
+        let bell = name.and_then(|name| host::register_queue(&name));
+        Desk { config: Rc::new(config), questions: RefCell::default(), bell, rung: Cell::new(false) }
+    }
+
+    /// The root context is to come soon. `false`: it can't be called.
+    pub fn ring(&self) -> bool {
+        if !self.rung.get() {
+            self.rung.set(self.bell.is_some_and(host::enqueue));
+        }
+        self.rung.get()
+    }
+
+    /// The root context has come.
+    pub fn came(&self) {
+        self.rung.set(false);
+    }
+}
+
 #[derive(Default)]
 pub struct Vm {
     pub config: RefCell<Rc<Config>>,
-    pub questions: RefCell<Questions<Waiting>>,
     pub settlements: RefCell<Settlements>,
     pub watching: RefCell<Watching>,
     pub keyring: RefCell<Keyring>,
@@ -42,12 +73,10 @@ pub struct Vm {
     flights: RefCell<HashMap<RequestId, SharedFlight>>,
     id: Cell<Option<VmId>>,
     node: RefCell<Option<Rc<str>>>,
-    /// The VM's own queue, by which a stream wakes the gate's root context.
-    bell: Cell<Option<u32>>,
-    /// It was rung, and the root context has not come yet.
-    rung: Cell<bool>,
-    /// The gate's root context that serves this VM, and how often it has ticked. After a new configuration there are several for a while.
-    root: Cell<u32>,
+    /// The gate's root context that serves this VM, what it has for its streams, and how often it has ticked. After a new configuration
+    /// there are several root contexts for a while, and with two listeners always.
+    root: Cell<Option<u32>>,
+    desk: RefCell<Option<Rc<Desk>>>,
     ticks: Cell<u64>,
     /// Request ids to come, drawn many at a time: each call to the host costs.
     ids: RefCell<Vec<[u8; 16]>>,
@@ -90,20 +119,25 @@ impl Vm {
         self.id.get()
     }
 
-    /// From now on this root context of the gate serves the VM: it makes the callouts, and the bell rings for it. Without a queue settlements
-    /// go with the tick, and nothing is asked.
-    pub fn serve_by(&self, root: u32, config: &Rc<Config>) {
-        *self.config.borrow_mut() = config.clone();
-        self.root.set(root);
-        let name = self.id().map(|id| format!("keyward/bell/{}", hex::encode(&id.0)));
-        self.bell.set(name.and_then(|name| host::register_queue(&name)));
-        // What rang for one that is gone.
-        while self.bell.get().is_some_and(|bell| host::dequeue(bell).is_some()) {}
-        self.rung.set(false);
+    /// From now on this root context of the gate serves the VM.
+    pub fn serve_by(&self, root: u32, desk: &Rc<Desk>) {
+        *self.config.borrow_mut() = desk.config.clone();
+        *self.desk.borrow_mut() = Some(desk.clone());
+        self.root.set(Some(root));
     }
 
-    pub fn is_served_by(&self, root: u32) -> bool {
-        self.root.get() == root
+    /// The root context that serves the VM.
+    pub fn root(&self) -> Option<u32> {
+        self.root.get()
+    }
+
+    /// This root context is no more, and nothing that it has sent will be answered.
+    pub fn is_left_by(&self, root: u32) {
+        self.settlements.borrow_mut().is_left_by(root, &mut self.keyring.borrow_mut(), host::now_ms());
+        self.watching.borrow_mut().is_left_by(root);
+        if self.root.get() == Some(root) {
+            self.root.set(None);
+        }
     }
 
     /// How often the root context that serves the VM has ticked.
@@ -115,14 +149,11 @@ impl Vm {
         self.ticks.set(self.ticks.get().wrapping_add(1));
     }
 
-    /// The root context is to come soon. `false`: it can't be called.
-    pub fn ring(&self) -> bool {
-        self.bell.get().is_some_and(|bell| self.rung.replace(true) || host::enqueue(bell))
-    }
-
-    /// The root context has come.
-    pub fn came(&self) {
-        self.rung.set(false);
+    /// The root context that serves the VM is to come soon.
+    pub fn ring(&self) {
+        if let Some(desk) = self.desk.borrow().as_ref() {
+            desk.ring();
+        }
     }
 
     /// What waits for the policy service goes at once, not with the next tick.

@@ -87,6 +87,8 @@ impl Running {
 #[derive(Default)]
 pub struct Watching {
     watch: Watch,
+    /// The root context that asked last.
+    asked_by: u32,
     started_ms: u64,
     told_ms: u64,
     open: HashMap<RequestId, Rc<Running>>,
@@ -104,6 +106,13 @@ impl Watching {
             self.first_expiry_ms = u64::MAX;
         }
         self.watch.begin(&ProcessData);
+    }
+
+    /// A root context has ended: what it asked will not be answered.
+    pub fn is_left_by(&mut self, root: u32) {
+        if self.asked_by == root {
+            self.watch.forget_question();
+        }
     }
 
     /// The policy service is being asked for this request.
@@ -200,6 +209,7 @@ pub fn tick(vm: &Vm, id: VmId, root: u32) {
             let headers = vec![(":method", "GET"), (":path", path.as_str()), (":authority", "keyward-policy")];
             let token = host::call(&config.policy_cluster, headers, b"", Duration::from_millis(POLL_TIMEOUT_MS));
             watching.watch.asked(token, mono_ms);
+            watching.asked_by = root;
             metrics::polled(token.is_some());
         }
         for end in news {

@@ -59,7 +59,7 @@ impl Gate {
         if next != Next::Retry {
             return None;
         }
-        let timeout = self.vm.config().callout_timeout();
+        let timeout = self.desk.config.callout_timeout();
         let Stage::Answering { flight, own: Some(own), .. } = &mut self.stage else { return None };
         own.holds = true;
         let Some(replay) = &mut own.replay else { return None };
@@ -67,7 +67,7 @@ impl Gate {
         match begun {
             Begun::Go(edits) => {
                 replay.write(&edits);
-                let cluster = self.vm.config().cluster(flight.borrow().cluster()).to_owned();
+                let cluster = self.desk.config.cluster(flight.borrow().cluster()).to_owned();
                 let body = if flight.borrow().rewrites() { flight.borrow_mut().body(replay.body()) } else { Some(Vec::new()) };
                 let Some(body) = body else { return self.refuse_flight() };
                 if replay.send(&cluster, &body, timeout) {

@@ -7,6 +7,7 @@ mod configuration;
 pub mod key_states;
 pub mod keys;
 mod lent;
+mod patience;
 mod watch;
 pub(crate) mod watched;
 mod webhook;
@@ -15,6 +16,7 @@ pub use self::lent::{Lent, Loan};
 
 use self::access::{Permission, Principal};
 use self::key_states::KeyStates;
+use self::patience::Patience;
 use self::watch::{Changed, Watch};
 use crate::config::Fault;
 use crate::directory::{Directory, Organisation, shared_account};
@@ -129,6 +131,7 @@ pub struct Service {
     watch: Watch,
     key_states: KeyStates,
     /// When `/metrics` was last read.
+    patience: Patience,
     watched: tokio::sync::Mutex<Option<Instant>>,
     /// Changes are taken into memory in the order in which they happened.
     reloading: tokio::sync::Mutex<()>,
@@ -159,6 +162,7 @@ impl Service {
             lent: RwLock::default(),
             watch: Watch::new()?,
             key_states: KeyStates::default(),
+            patience: Patience::default(),
             watched: tokio::sync::Mutex::default(),
             reloading: tokio::sync::Mutex::default(),
         };
@@ -301,11 +305,17 @@ impl Service {
     /// the key has requests in flight, an unknown reference is looked up again for a while before it is refused.
     async fn admit_patiently(&self, mut admit: Admit) -> Result<Admission, StoreError> {
         const WAITS_MS: [u64; 5] = [30, 60, 90, 120, 150];
+        let mut patience = None;
         for wait in WAITS_MS.iter().filter(|_| !admit.request.ask.refs.is_empty()) {
             match self.store.admit(admit.clone()).await? {
-                Admission::NotYet => tokio::time::sleep(Duration::from_millis(*wait)).await,
+                Admission::NotYet => {}
                 decided => return Ok(decided),
             }
+            patience = patience.or_else(|| self.patience.take(admit.token_hash));
+            if patience.is_none() {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(*wait)).await;
         }
         admit.patient = false;
         self.store.admit(admit).await
