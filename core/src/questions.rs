@@ -246,7 +246,7 @@ mod tests {
         assert_eq!(send(&mut questions, 0), [vec![1, 2, 3], vec![11], vec![12], vec![13]]);
         [4, 5].into_iter().for_each(|id| questions.ask(question(id, 0)));
         assert_eq!(send(&mut questions, 0), [[4, 5]], "they take nobody's place");
-        (20..80).for_each(|id| questions.ask(slow(id)));
+        (20..=220).for_each(|id| questions.ask(slow(id)));
         assert_eq!(send(&mut questions, 0).len(), MAX_SLOW_CALLOUTS - 3);
     }
 
