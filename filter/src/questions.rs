@@ -4,7 +4,7 @@
 
 use crate::gate::SharedGate;
 use crate::host;
-use crate::vm::{AT_ONCE, Desk};
+use crate::vm::Desk;
 use keyward_core::edge::ADMIT_PATH;
 use std::time::Duration;
 
@@ -36,17 +36,14 @@ pub fn flush(desk: &Desk, root: u32) {
     tell(desk, root);
 }
 
-/// Tells some of those streams that are to be told something; the bell is rung for the rest.
+/// Tells one of those streams that are to be told something; the bell is rung for the rest. One that goes on runs into its attempt as soon
+/// as this callback is over, and may find the attempt's VM to be loaded anew: others that went on in the same callback would run into
+/// the middle of that, and Envoy would end them.
 fn tell(desk: &Desk, root: u32) {
-    if !desk.questions.borrow().has_to_tell() {
-        return;
-    }
-    for _ in 0..AT_ONCE {
-        let next = desk.questions.borrow_mut().tell();
-        let Some((waiting, answer)) = next else { break };
-        if host::act_for(waiting.context) {
-            waiting.gate.borrow_mut().answered(answer);
-        }
+    let next = desk.questions.borrow_mut().tell();
+    let Some((waiting, answer)) = next else { return };
+    if host::act_for(waiting.context) {
+        waiting.gate.borrow_mut().answered(answer);
     }
     host::act_for(root);
     if desk.questions.borrow().has_to_tell() {
