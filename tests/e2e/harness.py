@@ -395,20 +395,24 @@ class Stack:
 
     def callouts(self):
         """Calls of the filter to the policy service so far, of any kind but its regular questions for news."""
-        polls, pattern = None, "cluster.keyward_policy.upstream_rq_total|keyward_watch_polls_total"
+        before, pattern = None, "cluster.keyward_policy.upstream_rq_total|keyward_watch_polls_total"
         while True:
             seen = self.stats(pattern)
-            # The filter tells its own counts once a tick, 50 ms: only where they stand still do both belong together.
-            asked = seen.get("wasmcustom.keyward_watch_polls_total", 0)
-            if polls == asked:
-                return seen["cluster.keyward_policy.upstream_rq_total"] - polls
-            polls = asked
+            # The filter tells its own counts once a tick, 50 ms: only where both stand still do they belong together.
+            now = seen["cluster.keyward_policy.upstream_rq_total"], seen.get("wasmcustom.keyward_watch_polls_total", 0)
+            if now == before:
+                return now[0] - now[1]
+            before = now
             time.sleep(0.12)
 
     def admissions_asked(self):
         """Admissions that the filter asked for so far: what Envoy counts as sent to the policy service, less the batches of
         settlements (with which counts of refusals go, every 15 s at most)."""
-        return self.callouts() - int(self.metrics().get("keyward_edge_batches_total", 0))
+        while True:
+            batches, callouts = self.metrics().get("keyward_edge_batches_total", 0), self.callouts()
+            # None was on its way meanwhile.
+            if batches == self.metrics().get("keyward_edge_batches_total", 0):
+                return callouts - int(batches)
 
     def unadmitted(self, key_ids):
         """Requests that the simulator saw without an ADMITTED of before: must be empty."""
