@@ -197,6 +197,11 @@ impl Flight {
         self.fallback.map(|target| self.permit.provider(target))
     }
 
+    /// How long a try may be without a first byte.
+    pub fn first_byte_ms(&self) -> Option<u64> {
+        self.permit.plan().first_byte_ms
+    }
+
     /// Whether the request may go to several targets.
     pub fn has_fallback(&self) -> bool {
         self.permit.plan().targets.len() > 1
@@ -549,7 +554,7 @@ impl Flight {
     /// have been sent.
     pub fn never_connected(&mut self, ring: &mut Keyring, now_ms: u64) {
         self.try_is_over(ring);
-        let first_byte_ms = self.permit.plan().first_byte_ms;
+        let first_byte_ms = self.first_byte_ms();
         if let Some(last) = self.tries.last_mut().filter(|last| last.status.is_none()) {
             let timed_out = first_byte_ms.is_some_and(|ms| now_ms.saturating_sub(last.started_ms) >= ms);
             last.is_lost |= timed_out;
@@ -564,10 +569,21 @@ impl Flight {
         self.go_on_elsewhere(ring, shared, now_ms)
     }
 
+    /// Of a gate that makes its tries itself: the last one was sent and never answered. What comes next.
+    pub fn unanswered(&mut self, ring: &mut Keyring) -> Next {
+        self.try_is_over(ring);
+        // Where the route sets no time, what may have been carried out is not sent again.
+        self.awaits_retry = self.fallback.is_some() && self.first_byte_ms().is_some();
+        if self.has_fallback() {
+            self.lose(self.tries.len());
+        }
+        if self.awaits_retry { Next::Retry } else { Next::Pass }
+    }
+
     /// The connection of this try came about, and it ended without an answer. Where the route sets no time for that, the router goes on only
     /// from what the provider has surely not begun.
     pub fn lose(&mut self, number: usize) {
-        if self.permit.plan().first_byte_ms.is_none() {
+        if self.first_byte_ms().is_none() {
             return;
         }
         if let Some(lost) = number.checked_sub(1).and_then(|at| self.tries.get_mut(at)).filter(|lost| lost.status.is_none()) {
@@ -808,6 +824,22 @@ mod tests {
         assert_eq!(air.begin(), Begun::Stop, "the last one is not asked twice");
         assert_eq!(air.refused().0, Code::ProviderUnreachable);
         assert_eq!((air.flight.tries(0).len(), air.flight.may_have_been_sent()), (3, true));
+    }
+
+    #[test]
+    fn a_gate_that_tries_itself_goes_on_from_a_lost_try_where_the_route_says_so() {
+        let mut air = routed(ASKED, |plan| plan.first_byte_ms = Some(300));
+        air.target();
+        assert_eq!(air.flight.unanswered(&mut air.ring), Next::Retry);
+        assert!(air.target().0.contains("anthropic") && air.flight.tries(0)[0].lost && air.flight.may_have_been_sent());
+        assert_eq!(air.flight.unanswered(&mut air.ring), Next::Retry);
+        assert!(air.target().0.contains("googleapis"));
+        assert_eq!(air.flight.unanswered(&mut air.ring), Next::Pass, "nobody is left");
+        assert_eq!(air.flight.refused(), None, "its outcome is the request's");
+        let mut patient = routed(ASKED, |_| {});
+        patient.target();
+        assert_eq!((patient.flight.unanswered(&mut patient.ring), patient.flight.refused()), (Next::Pass, None));
+        assert!(patient.flight.may_have_been_sent());
     }
 
     #[test]

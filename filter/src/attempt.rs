@@ -197,6 +197,9 @@ impl HttpContext for AttemptStream {
     }
 }
 
+/// Envoy takes it out before the request leaves.
+pub const FIRST_BYTE_LIMIT: &str = "x-envoy-upstream-rq-per-try-timeout-ms";
+
 /// Lets a stream stand still until a time.
 pub fn pause(vm: &Vm, context: u32, flight: &SharedFlight, until_ms: u64, on: Direction) {
     let number = flight.borrow().number();
@@ -220,15 +223,26 @@ pub fn begin(vm: &Vm, flight: &SharedFlight, on: Direction) -> Start {
     if let Some(cluster) = flight.borrow().cluster_without_answer().filter(|_| on == Direction::Request) {
         host::set_filter_state(TARGET, cluster);
     }
-    match begun {
-        Begun::Go(edits) if write(&edits, on) => Start::Sent,
-        Begun::Wait { until_ms } => Start::Wait(until_ms),
-        // Headers that could not be written: nothing leaves.
-        Begun::Go(_) => {
-            flight.borrow_mut().give_up(Refusal::new(Code::PolicyUnavailable, "the request could not be forwarded; nothing left"));
-            Start::Stopped
-        }
-        Begun::Stop => Start::Stopped,
+    let mut edits = match begun {
+        Begun::Go(edits) => edits,
+        Begun::Wait { until_ms } => return Start::Wait(until_ms),
+        Begun::Stop => return Start::Stopped,
+    };
+    if on == Direction::Own {
+        limit_own(flight, &mut edits);
+    }
+    if write(&edits, on) {
+        return Start::Sent;
+    }
+    // Headers that could not be written: nothing leaves.
+    flight.borrow_mut().give_up(Refusal::new(Code::PolicyUnavailable, "the request could not be forwarded; nothing left"));
+    Start::Stopped
+}
+
+/// Lets Envoy give up a try that the gate makes itself, if its first byte takes longer than the route allows.
+pub fn limit_own(flight: &SharedFlight, edits: &mut RequestEdits) {
+    if let Some(ms) = flight.borrow().first_byte_ms() {
+        edits.set.push((FIRST_BYTE_LIMIT, ms.to_string().into()));
     }
 }
 

@@ -4,7 +4,7 @@ mod own;
 mod showing;
 
 use self::own::Own;
-use crate::attempt::{self, Direction, Start};
+use crate::attempt::{self, Direction, FIRST_BYTE_LIMIT, Start};
 use crate::config::Rotation;
 use crate::host::{self, Buffer, Map};
 use crate::metrics;
@@ -305,7 +305,7 @@ impl Gate {
 /// Lets the router give a try up that has no first byte after so long, and go on as it does after a failed connection. Not by status: what
 /// an answer means is the attempt's to say.
 fn limit_first_byte(ms: u64) -> bool {
-    host::set_header(Map::RequestHeaders, "x-envoy-upstream-rq-per-try-timeout-ms", &ms.to_string())
+    host::set_header(Map::RequestHeaders, FIRST_BYTE_LIMIT, &ms.to_string())
         && host::set_header(Map::RequestHeaders, "x-envoy-retry-on", "reset")
 }
 

@@ -334,16 +334,22 @@ class Stack:
     def recover(self):
         """Every credential is usable again, as after an operator acted: what its provider said of it is forgotten, and Envoy has heard so.
         Only when all requests are settled: what a gate has yet to tell would stand after it."""
-        for credential in self.admin("GET", "/v1/credentials")["data"]:
+        stored = self.admin("GET", "/v1/credentials")["data"]
+        # A state of one model says nothing of the others: each is asked.
+        models = {(credential["provider"], state["model"]) for credential in stored for state in credential["states"]}
+        for credential in stored:
             self.admin("POST", f"/v1/credentials/{credential['id']}/reset")
         _, token = self.new_key("1.00")
-        claude = {"model": "claude-haiku-4-5", "max_tokens": 5, "messages": [{"role": "user", "content": "Hello"}]}
-        names = {credential["provider"] for credential in self.credentials}
-        if "openai" in names:
-            wait_for("OpenAI's credentials", lambda: self.chat(token)[0] == 200, 5)
-        if "anthropic" in names:
-            wait_for("Anthropic's credentials",
-                     lambda: call(self.base, "POST", "/v1/messages", claude, {"x-api-key": token, "anthropic-version": "2023-06-01"})[0] == 200, 5)
+
+        def works(provider, model):
+            if provider == "openai":
+                return self.chat(token, model=model or "gpt-4o-mini", max_tokens=5)[0] == 200
+            body = {"model": model or "claude-haiku-4-5", "max_tokens": 5, "messages": [{"role": "user", "content": "Hello"}]}
+            return call(self.base, "POST", "/v1/messages", body, {"x-api-key": token, "anthropic-version": "2023-06-01"})[0] == 200
+
+        for provider in {credential["provider"] for credential in self.credentials} & {"openai", "anthropic"}:
+            for model in {None} | {model for name, model in models if name == provider}:
+                wait_for(f"{provider}'s credentials for {model or 'any model'}", lambda: works(provider, model), 5)
 
     def audit(self, key_id):
         """A key's chain, verified and decoded by the second reading."""

@@ -33,10 +33,13 @@ ROUTES = {
     "fast": {"targets": [OPENAI, GROQ, CLAUDE]},
     "alone": {"targets": [CLAUDE]},
     "dead-first": {"targets": [DEAD, CLAUDE]},
+    "dead-second": {"targets": [OPENAI, DEAD, CLAUDE]},
     "dead-only": {"targets": [DEAD]},
     "patient": {"targets": [OPENAI, CLAUDE], "first_byte_timeout_ms": 300},
     "fickle-first": {"targets": [FICKLE, CLAUDE]},
     "fickle-patient": {"targets": [FICKLE, CLAUDE], "first_byte_timeout_ms": 300},
+    "fickle-second": {"targets": [OPENAI, FICKLE, CLAUDE]},
+    "fickle-second-patient": {"targets": [OPENAI, FICKLE, CLAUDE], "first_byte_timeout_ms": 300},
     "shared": {"targets": [{**OPENAI, "weight": 3}, {**CLAUDE, "weight": 1}]},
     "loose": {"targets": [CLAUDE], "unsupported": "drop"},
 }
@@ -163,6 +166,28 @@ def test_who_can_not_be_reached_costs_nothing(any_stack):
     assert true == charged and not any(end["estimated"] for end in ends)
 
 
+def test_who_can_not_be_reached_after_others_costs_nothing(any_stack):
+    key_id, token = any_stack.new_key()
+    any_stack.sim.fault("status=500", credential="openai")
+    assert ask(any_stack, token, "dead-second")[:2] == ("anthropic/claude-haiku-4-5", "3")
+    assert tries(any_stack, key_id)[0] == [500, 0, 200]
+    true, charged, ends = any_stack.books(key_id)
+    assert true == charged and not any(end["estimated"] for end in ends)
+
+
+def test_a_connection_that_breaks_after_others_were_asked(any_stack):
+    """As with the first target: what may have been done is paid, and nobody else is asked unless the route says so."""
+    key_id, token = any_stack.new_key("5.00")
+    any_stack.sim.fault("status=500", credential="openai", count=2)
+    with pytest.raises(openai.InternalServerError) as error:
+        ask(any_stack, token, "fickle-second")
+    assert error.value.response.headers["x-keyward-reason"] == "provider_unreachable"
+    assert ask(any_stack, token, "fickle-second-patient")[:2] == ("anthropic/claude-haiku-4-5", "3")
+    true, charged, ends = any_stack.books(key_id)
+    assert [[one["status"] for one in end["tries"]] for end in ends] == [[500, 0], [500, 0, 200]]
+    assert true < charged and all(end["charge"] > 0 for end in ends)
+
+
 def test_when_nobody_can_answer_the_last_word_is_told(any_stack):
     key_id, token = any_stack.new_key("5.00")
     for credential, fault in [("openai", "status=500"), ("groq", "status=502"), ("claude", "status=529")]:
@@ -186,63 +211,63 @@ def test_a_route_with_one_target_never_changes_it(any_stack):
     assert tries(any_stack, key_id)[0] == [400]
 
 
-def test_a_first_byte_that_takes_too_long(stack):
+def test_a_first_byte_that_takes_too_long(any_stack):
     """The try that was given up keeps its share: the provider did its work and was paid for it."""
-    key_id, token = stack.new_key("5.00")
-    stack.sim.fault("first_ms=1500", credential="openai")
-    assert ask(stack, token, "patient")[:2] == ("anthropic/claude-haiku-4-5", "2")
-    statuses, charge, served = tries(stack, key_id)
+    key_id, token = any_stack.new_key("5.00")
+    any_stack.sim.fault("first_ms=1500", credential="openai")
+    assert ask(any_stack, token, "patient")[:2] == ("anthropic/claude-haiku-4-5", "2")
+    statuses, charge, served = tries(any_stack, key_id)
     assert (statuses, served) == ([0, 200], "anthropic/claude-haiku-4-5")
-    true, charged, ends = stack.books(key_id)
+    true, charged, ends = any_stack.books(key_id)
     assert charged == charge and ends[-1]["estimated"] and true < charged
-    hold = [entry["hold"] for entry in stack.audit(key_id) if entry["event"] == "ADMITTED"][-1]
+    hold = [entry["hold"] for entry in any_stack.audit(key_id) if entry["event"] == "ADMITTED"][-1]
     assert charged < hold, "both targets were held for"
     # An answer that has begun may take as long as it likes.
-    assert ask(stack, token, "patient", "[[sim tokens=60 pace_ms=40]] Hi", stream=True)[:2] == ("openai/gpt-4o-mini", "1")
+    assert ask(any_stack, token, "patient", "[[sim tokens=60 pace_ms=40]] Hi", stream=True)[:2] == ("openai/gpt-4o-mini", "1")
 
 
-def test_a_connection_that_breaks_after_the_request_was_sent(stack):
+def test_a_connection_that_breaks_after_the_request_was_sent(any_stack):
     """The provider may have done its work: nobody else is asked unless the route says how long an answer may take, and what was sent is paid."""
-    key_id, token = stack.new_key("5.00")
+    key_id, token = any_stack.new_key("5.00")
     taken = FICKLE_HOST.taken
     with pytest.raises(openai.InternalServerError) as error:
-        ask(stack, token, "fickle-first")
+        ask(any_stack, token, "fickle-first")
     assert (error.value.status_code, error.value.response.headers["x-keyward-reason"]) == (503, "provider_unreachable")
     assert FICKLE_HOST.taken == taken + 1
-    assert ask(stack, token, "fickle-patient")[:2] == ("anthropic/claude-haiku-4-5", "2")
+    assert ask(any_stack, token, "fickle-patient")[:2] == ("anthropic/claude-haiku-4-5", "2")
     assert FICKLE_HOST.taken == taken + 2, "nobody is asked twice for what may have been done"
-    true, charged, ends = stack.books(key_id)
+    true, charged, ends = any_stack.books(key_id)
     assert [[one["status"] for one in end["tries"]] for end in ends] == [[0], [0, 200]]
     assert true < charged and all(end["charge"] > 0 for end in ends)
 
 
-def test_when_every_first_byte_takes_too_long(stack):
+def test_when_every_first_byte_takes_too_long(any_stack):
     """Nobody is asked twice, and each keeps its share: together no more than was held."""
-    key_id, token = stack.new_key("5.00")
+    key_id, token = any_stack.new_key("5.00")
     for credential in ("openai", "claude"):
-        stack.sim.fault("first_ms=1200", credential=credential)
+        any_stack.sim.fault("first_ms=1200", credential=credential)
     with pytest.raises(openai.InternalServerError) as error:
-        ask(stack, token, "patient")
+        ask(any_stack, token, "patient")
     assert error.value.code == "provider_unreachable"
-    assert tries(stack, key_id)[0] == [0, 0]
-    true, charged, ends = stack.books(key_id)
-    hold = [entry["hold"] for entry in stack.audit(key_id) if entry["event"] == "ADMITTED"][-1]
+    assert tries(any_stack, key_id)[0] == [0, 0]
+    true, charged, ends = any_stack.books(key_id)
+    hold = [entry["hold"] for entry in any_stack.audit(key_id) if entry["event"] == "ADMITTED"][-1]
     assert true < charged <= hold and ends[-1]["estimated"]
 
 
-def test_a_route_with_a_time_limit_asks_each_target_once(stack):
+def test_a_route_with_a_time_limit_asks_each_target_once(any_stack):
     """The router goes on by itself when a try ends without an answer, and never because of what an answer says."""
-    key_id, token = stack.new_key("5.00")
+    key_id, token = any_stack.new_key("5.00")
     for credential in ("openai", "claude"):
-        stack.sim.fault("status=503", count=50, credential=credential)
-    before = len(stack.sim.ledger())
+        any_stack.sim.fault("status=503", count=50, credential=credential)
+    before = len(any_stack.sim.ledger())
     try:
         with pytest.raises(openai.InternalServerError):
-            ask(stack, token, "patient")
-        assert tries(stack, key_id)[0] == [503, 503] and len(stack.sim.ledger()) == before + 2
+            ask(any_stack, token, "patient")
+        assert tries(any_stack, key_id)[0] == [503, 503] and len(any_stack.sim.ledger()) == before + 2
     finally:
-        stack.sim.request("DELETE", "/control/faults")
-    assert stack.books(key_id)[:2] == (0, 0)
+        any_stack.sim.request("DELETE", "/control/faults")
+    assert any_stack.books(key_id)[:2] == (0, 0)
 
 
 def test_weights_share_requests_out(stack):

@@ -31,11 +31,15 @@ impl Gate {
     pub(super) fn judge_own(&mut self, end_of_stream: bool) -> Option<Action> {
         let Stage::Answering { flight, own: Some(own), .. } = &mut self.stage else { return None };
         if !host::property("response\0code_details").is_some_and(|details| details.starts_with(b"via_upstream")) {
-            // Envoy itself has answered: of a connection that never came about another target may know more.
-            if !(flight.borrow().has_fallback() && super::nothing_was_sent()) {
+            // Envoy itself has answered.
+            if !flight.borrow().has_fallback() {
                 return None;
             }
-            let next = flight.borrow_mut().not_connected(&mut self.vm.keyring.borrow_mut(), &ProcessData, host::monotonic_ms());
+            let never_left = super::nothing_was_sent();
+            if !never_left && !host::property("response\0code_details").is_some_and(|details| details.starts_with(b"upstream_")) {
+                return None;
+            }
+            let next = self.without_answer(never_left);
             return self.go_on(next);
         }
         match attempt::answered(&self.vm, flight) {
@@ -54,6 +58,13 @@ impl Gate {
         }
     }
 
+    /// The last try has no answer of its provider's. Of what never left, the next target may know more; of what was sent, if the route says so.
+    fn without_answer(&self, never_left: bool) -> Next {
+        let Stage::Answering { flight, .. } = &self.stage else { return Next::Pass };
+        let (mut flight, mut ring) = (flight.borrow_mut(), self.vm.keyring.borrow_mut());
+        if never_left { flight.not_connected(&mut ring, &ProcessData, host::monotonic_ms()) } else { flight.unanswered(&mut ring) }
+    }
+
     /// What becomes of a try that has been judged. `Some`: another is on its way, or has been refused.
     fn go_on(&mut self, next: Next) -> Option<Action> {
         if next != Next::Retry {
@@ -65,7 +76,8 @@ impl Gate {
         let Some(replay) = &mut own.replay else { return None };
         let begun = flight.borrow_mut().begin(&mut self.vm.keyring.borrow_mut(), &ProcessData, &replay.pairs(), host::monotonic_ms());
         match begun {
-            Begun::Go(edits) => {
+            Begun::Go(mut edits) => {
+                attempt::limit_own(flight, &mut edits);
                 replay.write(&edits);
                 let cluster = self.desk.config.cluster(flight.borrow().cluster()).to_owned();
                 let body = if flight.borrow().rewrites() { flight.borrow_mut().body(replay.body()) } else { Some(Vec::new()) };
@@ -97,6 +109,13 @@ impl Gate {
         let headers = map.pairs();
         // Envoy answers a callout that was reset or took too long by itself; only a provider's answer has the time that it took.
         if !has_headers || header(&headers, "x-envoy-upstream-service-time").is_none() {
+            let flight = flight.clone();
+            let never_left =
+                has_headers && says_that_nothing_left(&host::buffer(Buffer::CallResponseBody, 0, body_size).unwrap_or_default());
+            if self.without_answer(never_left) == Next::Retry {
+                self.go_on(Next::Retry);
+                return;
+            }
             flight.borrow_mut().fail(Refusal::new(Code::ProviderUnreachable, "the provider did not answer"));
             self.refuse_flight();
             return;
@@ -177,4 +196,13 @@ impl Gate {
         }
         Some(shown).filter(|action| *action == Action::Pause)
     }
+}
+
+/// Whether this is what Envoy answers to a callout that never had a connection.
+fn says_that_nothing_left(body: &[u8]) -> bool {
+    const CERTAIN: [&str; 5] =
+        ["remote connection failure", "local connection failure", "connection timeout", "overflow", "no healthy upstream"];
+    let text = String::from_utf8_lossy(body);
+    let reason = text.split_once("reset reason: ").map_or(&*text, |(_, reason)| reason);
+    CERTAIN.iter().any(|sure| reason.starts_with(sure))
 }
