@@ -74,6 +74,7 @@ class Stream:
     socket: socket.socket
     data: bytearray = field(default_factory=bytearray)
     last_byte: float | None = None
+    last_event: float | None = None
     closed: float | None = None
 
     @property
@@ -118,6 +119,11 @@ class Stream:
         assert len(errors) == 1 and errors[0] == self.events()[-1], self.body[-2000:]
         assert b"[DONE]" not in self.body and b"message_stop" not in self.body and b"response.completed" not in self.body
         return errors[0][1]["error"].get("code") or errors[0][1]["error"]["message"]
+
+    def met_silence(self):
+        """It was closed without a reason told, after the 0.2 s and more in which no event of the provider's came to its end: a gate gives
+        it 0.25 s for that."""
+        return bool(self.closed and self.last_event) and self.closed - self.last_event > 0.2 and self.ended_by() is None
 
 
 class Reader:
@@ -170,6 +176,9 @@ class Reader:
                 if piece:
                     stream.data += piece
                     stream.last_byte = now
+                    # The end of an event may stand in two pieces.
+                    if b"\n\n" in stream.data[-len(piece) - 3:] or b"\n\r\n" in stream.data[-len(piece) - 3:]:
+                        stream.last_event = now
                 else:
                     stream.closed = now
                     with self.lock:

@@ -8,6 +8,7 @@ import statistics
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from hashlib import sha256
 
 import yaml
@@ -40,7 +41,7 @@ def held_up(stack, run, streams):
 def test_requests_that_ask_together_get_each_its_own():
     """Two policies, two pools: no request may be sent with a credential, or charged to a key, that is another's."""
     credentials = pool(2)
-    with Stack(concurrency=1, credentials=credentials) as stack:
+    with Stack(concurrency=1, credentials=credentials, admit_timeout_ms=8000) as stack:
         for name in ("openai-1", "openai-2"):
             stack.admin("PUT", f"/v1/pools/of-{name}", {"provider": "openai", "credentials": [stack.credential_ids[name]]})
             stack.admin("PUT", f"/v1/policies/of-{name}", {"pools": {"openai": f"of-{name}"}})
@@ -86,36 +87,53 @@ def test_a_line_that_cannot_be_read_takes_nothing_from_the_others():
 def test_the_service_stands_still_before_a_crowd():
     """What never left is refused without a trace; what left and was not answered in time is voided; nothing is forwarded."""
     with Stack(concurrency=2) as stack:
-        keys = [stack.new_key("1.00") for _ in range(40)]
-        assert ask(stack, keys[0], "tokens=1").status == 200
-        stack.settled(keys[0][0])
-        seen = stack.last_seq()
-        freeze(stack.service.process)
-        try:
-            results = all_at_once(stack, keys)
-        finally:
-            stack.service.process.send_signal(signal.SIGCONT)
-        assert [(result.status, result.reason) for result in results] == [(503, "policy_unavailable")] * 40
-        assert max(result.seconds for result in results) < 1 + SLACK
-        assert stack.last_seq() == seen
-        wait_for("another admission", lambda: ask(stack, keys[1], "tokens=1").status == 200)
-        events = []
-        for key_id, _ in keys[2:]:
-            stack.books(key_id)
-            events.append([entry["event"] for entry in stack.audit(key_id)][1:])
-        # A worker has two callouts at once, of which each had what came at one time.
-        assert [] in events
-        assert all(chain in ([], ["ADMITTED", "VOIDED"], ["REFUSED"]) for chain in events), events
+        serving = stack.new_key("1.00")
+
+        def chains():
+            keys = [stack.new_key("1.00") for _ in range(40)]
+            wait_for("an admission", lambda: ask(stack, serving, "tokens=1").status == 200)
+            stack.settled(serving[0])
+            seen = stack.last_seq()
+            freeze(stack.service.process)
+            try:
+                results = all_at_once(stack, keys)
+            finally:
+                stack.service.process.send_signal(signal.SIGCONT)
+            assert [(result.status, result.reason) for result in results] == [(503, "policy_unavailable")] * 40
+            assert max(result.seconds for result in results) < 1 + SLACK
+            assert stack.last_seq() == seen
+            return chains_at_rest(stack, keys)
+
+        found = until_some_never_left(chains)
+        assert all(chain in ([], ["ADMITTED", "VOIDED"], ["REFUSED"]) for chain in found), found
+        assert ask(stack, serving, "tokens=1").status == 200
+
+
+def chains_at_rest(stack, keys):
+    """What stands in the chain of each key but that it was made, once the gates have told everything."""
+    wait_for("the service", lambda: call(stack.admin_base, "GET", "/readyz")[0] == 200)
+    wait_for("no record on its way", lambda: set(stack.stats("keyward_settlements_pending").values()) == {0})
+    chains = []
+    for key_id, _ in keys:
+        stack.books(key_id)
+        chains.append([entry["event"] for entry in stack.audit(key_id)][1:])
+    return chains
+
+
+def until_some_never_left(chains):
+    """A worker has two callouts at once: of many that ask one after the other some never leave, unless the worker read them all at a time."""
+    for _ in range(5):
+        found = chains()
+        if [] in found:
+            return found
+    raise AssertionError(f"every question left, although two callouts were on their way: {found}")
 
 
 def test_agents_that_leave_before_their_turn():
     with Stack(concurrency=1) as stack:
-        keys = [stack.new_key("1.00") for _ in range(20)]
-        assert ask(stack, keys[0], "tokens=1").status == 200
-        stack.settled(keys[0][0])
-        seen = stack.last_seq()
+        serving = stack.new_key("1.00")
 
-        def come_and_go():
+        def come_and_go(keys):
             connections = []
             for _, token in keys:
                 connection = socket.create_connection(("127.0.0.1", stack.listen_port))
@@ -130,25 +148,31 @@ def test_agents_that_leave_before_their_turn():
                 connection.close()
             wait_for("no stream", lambda: stack.stats("downstream_rq_active")["http.keyward.downstream_rq_active"] == 0)
 
-        freeze(stack.service.process)
-        try:
-            come_and_go()
-        finally:
-            stack.service.process.send_signal(signal.SIGCONT)
-        wait_for("no stream left", lambda: stack.stats("keyward_streams_open")["wasmcustom.keyward_streams_open"] == 0)
-        for key_id, _ in keys[1:]:
-            stack.books(key_id)
-        assert stack.last_seq() == seen
-        assert [] in [[entry["event"] for entry in stack.audit(key_id)][1:] for key_id, _ in keys]
-        assert ask(stack, keys[0], "tokens=1").status == 200
+        def chains():
+            keys = [stack.new_key("1.00") for _ in range(20)]
+            wait_for("an admission", lambda: ask(stack, serving, "tokens=1").status == 200)
+            stack.settled(serving[0])
+            seen = stack.last_seq()
+            freeze(stack.service.process)
+            try:
+                come_and_go(keys)
+            finally:
+                stack.service.process.send_signal(signal.SIGCONT)
+            wait_for("no stream left", lambda: stack.stats("keyward_streams_open")["wasmcustom.keyward_streams_open"] == 0)
+            found = chains_at_rest(stack, keys)
+            assert stack.last_seq() == seen
+            return found
+
+        until_some_never_left(chains)
+        assert ask(stack, serving, "tokens=1").status == 200
 
 
 def test_questions_that_take_their_time_hold_nobody_up():
     """A reference that is unknown while its key has requests in flight is looked up again and again: the others don't wait for it."""
-    with Stack(concurrency=1) as stack:
+    with Stack(concurrency=1, admit_timeout_ms=8000) as stack:
         _, token = stack.new_key("1.00", allow=STATE)
         other = stack.new_key("1.00")
-        running = threading.Thread(target=lambda: stack.chat(token, "[[sim tokens=20 pace_ms=100]]", stream=True))
+        running = threading.Thread(target=lambda: stack.chat(token, "[[sim tokens=120 pace_ms=100]]", stream=True))
         running.start()
         wait_for("a request in flight", lambda: stack.sim.ledger())
         ends = []
@@ -169,7 +193,11 @@ def test_questions_that_take_their_time_hold_nobody_up():
 
         held_up(stack, all_of_them, len(asks) + 1)
         running.join()
-        assert ends == [("/v1/chat/completions", 200)] * 4 + [("/v1/responses", 403)] * 4
+        assert sorted(ends) == [("/v1/chat/completions", 200)] * 4 + [("/v1/responses", 403)] * 4
+        came = [call["started_unix_us"] / 1e6 for call in stack.calls_of(other[0])]
+        log = [line for line in stack.service.log.read_text().splitlines() if "state_not_owned" in line]
+        refused = [datetime.fromisoformat(line.split()[0]).timestamp() for line in log]
+        assert (len(came), len(refused)) == (4, 4) and max(came) < min(refused), (came, refused)
 
 
 def test_a_new_configuration_under_load():
@@ -191,7 +219,8 @@ def test_a_new_configuration_under_load():
             fresh.write_text(json.dumps({"resources": [listener]}))
             os.replace(fresh, path)
 
-        configure(900)
+        # Long enough that only a lost question is refused for it.
+        configure(5000)
         (stack.directory / "dynamic.json").write_text(json.dumps(config))
         stack.envoy.spawn([stack.envoy_bin, "-c", str(stack.directory / "dynamic.json"), "--use-dynamic-base-id", "--log-level", "warning",
                            "--concurrency", "2", "--drain-time-s", "1", "--drain-strategy", "immediate"])
@@ -200,7 +229,7 @@ def test_a_new_configuration_under_load():
         lds = "listener_manager.lds.update_success"
         with Load(stack, keys) as load:
             # The third goes back to the second before that one is gone: Envoy takes its root context up again.
-            for number, (timeout_ms, drained) in enumerate([(901, True), (902, False), (901, True), (903, True), (904, True)]):
+            for number, (timeout_ms, drained) in enumerate([(5001, True), (5002, False), (5001, True), (5003, True), (5004, True)]):
                 before, updates = load.count(), stack.stats("lds.update_success")[lds]
                 configure(timeout_ms)
                 wait_for("the change", lambda: stack.stats("lds.update_success")[lds] > updates)
@@ -214,17 +243,19 @@ def test_a_new_configuration_under_load():
                     time.sleep(1.5)
                 wait_for("load", lambda: load.count() > before + 50)
         # A worker whose bell rings for nobody would let each wait for the tick, 50 ms.
-        quick = [ask(stack, keys[0], "tokens=1").seconds for _ in range(20)]
-        assert statistics.median(quick) < 0.025, quick
+        quick = [statistics.median(ask(stack, keys[0], "tokens=1").seconds for _ in range(20)) for _ in range(5)]
+        assert min(quick) < 0.02, quick
         stack.settled(*(key_id for key_id, _ in keys))
-        assert {result.status for result in load.results} <= {200, None, 503}
+        assert {result.status for result in load.results} <= {200, None}
         assert load.count() > 0.98 * len(load.results)
         check_every_request(stack, keys, load.results)
         # Somebody still asks for news.
         revoked = stack.new_key("1.00")
+        started = threading.Event()
         with ThreadPoolExecutor(1) as one:
-            cut = one.submit(ask, stack, revoked, "tokens=300 pace_ms=100", stream=True)
-            wait_for("a stream", lambda: any(not call["ended"] for call in stack.sim.ledger()))
+            cut = one.submit(ask, stack, revoked, "tokens=900 pace_ms=30", stream=True, started=started)
+            assert started.wait(10)
             stack.admin("DELETE", f"/v1/keys/{revoked[0]}")
             assert b"revoked" in cut.result().body and not cut.result().whole
-        assert stack.stats("keyward_settlements_pending")["wasmcustom.keyward_settlements_pending"] == 0
+        stack.settled(revoked[0])
+        wait_for("nothing left to tell", lambda: stack.stats("keyward_settlements_pending")["wasmcustom.keyward_settlements_pending"] == 0)

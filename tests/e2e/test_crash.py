@@ -22,7 +22,8 @@ from harness import CREDENTIALS, ENVOY_BIN, KEYWARD_BIN, SERVICE_BIN, Part, Simu
 from load import Load, accounts, ask, true_costs
 
 KILLS = int(os.environ.get("KILLS", "5"))
-SLACK = 0.5
+# The next longer limit is the 5 s of a batch of settlements: whoever waited for that would be found out.
+SLACK = 2
 
 
 def freeze(process):
@@ -282,7 +283,7 @@ def test_envoy_is_killed_under_load():
 
 @pytest.mark.parametrize("service_is", ["gone", "frozen"])
 def test_what_a_dead_envoy_never_sent_is_in_its_access_log(service_is):
-    with Stack(concurrency=2, hold_ttl=5) as stack, ThreadPoolExecutor(8) as agents:
+    with Stack(concurrency=2, hold_ttl=10) as stack, ThreadPoolExecutor(8) as agents:
         keys = new_keys(stack, 2)
         # The VMs know their keys by now, and one record of each kind has gone the usual way.
         for _ in range(4):
@@ -319,7 +320,7 @@ def test_what_a_dead_envoy_never_sent_is_in_its_access_log(service_is):
             assert [stack.key(key_id)["spent_nanodollars"] for key_id, _ in keys] == before
             assert sum(stack.key(key_id)["in_flight"] for key_id, _ in keys) == 6, "the holds outlive the Envoy"
             # The holds run out and are charged in full; the import then lowers them to what was used.
-            stack.settled(*(key_id for key_id, _ in keys), timeout=15)
+            stack.settled(*(key_id for key_id, _ in keys), timeout=30)
             books, costs = check_every_request(stack, keys, results, once=False)
             assert all(books[result.req].ends[-1]["event"] == "EXPIRED" for result in results)
             assert sum(account.charge for account in books.values()) > sum(costs.values())

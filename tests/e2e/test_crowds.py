@@ -68,6 +68,13 @@ def door():
         yield door
 
 
+@pytest.fixture(scope="module")
+def patient_door():
+    """Where hundreds are to be admitted, and not to be refused for what else this machine has to do."""
+    with Door(concurrency=1, admit_timeout_ms=8000) as door:
+        yield door
+
+
 def test_an_outage_before_hundreds_of_streams(door):
     _, token = door.new_key("1.00")
     with Crowd(door) as crowd:
@@ -92,7 +99,8 @@ def test_no_service_before_hundreds_of_streams(door):
         wait_for("admissions again", lambda: ask(door, crowd.bystander, "tokens=1").status == 200)
 
 
-def test_hundreds_that_are_admitted_together(door):
+def test_hundreds_that_are_admitted_together(patient_door):
+    door = patient_door
     key_id, token = door.new_key("10.00")
     with Crowd(door) as crowd:
         freeze(door.service.process)
@@ -100,14 +108,13 @@ def test_hundreds_that_are_admitted_together(door):
             asked = crowd.ask(token, good("[[sim tokens=1]]"))
         finally:
             door.service.process.send_signal(signal.SIGCONT)
-        statuses = crowd.statuses(asked)
-        # On a busy machine some may have waited for too long before the service went on.
-        assert set(statuses) <= {(200, None), (503, "policy_unavailable")} and statuses[200, None] > CONNECTIONS * STREAMS / 2, statuses
+        assert crowd.statuses(asked) == {(200, None): CONNECTIONS * STREAMS}
         true, charged, _ = door.books(key_id)
         assert true == charged > 0
 
 
-def test_hundreds_that_are_revoked_together(door):
+def test_hundreds_that_are_revoked_together(patient_door):
+    door = patient_door
     key_id, token = door.new_key("10.00")
     with Crowd(door) as crowd:
         asked = crowd.ask(token, good("[[sim tokens=600 pace_ms=1000]]", stream=True))
@@ -125,7 +132,7 @@ def test_hundreds_that_are_revoked_together(door):
 
 def test_hundreds_that_wait_for_one_credential():
     """Its limit is met; all of them may wait, and go on when it is usable again."""
-    with Door(concurrency=1, credentials=pool(1)) as door:
+    with Door(concurrency=1, credentials=pool(1), admit_timeout_ms=8000) as door:
         door.admin("PUT", "/v1/policies/patient", {"wait_ms": 8000})
         _, token = door.new_key("10.00", policy="patient")
         with Crowd(door) as crowd:

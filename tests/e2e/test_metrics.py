@@ -226,7 +226,7 @@ def test_tokens_and_money_are_the_providers(traffic):
 
 def test_gauges_show_the_ledger(traffic):
     stack = traffic.stack
-    with held_request(stack, traffic.token):
+    with held_request(stack, traffic.token, 6000):
         wait_for("the gauges of an open request", lambda: envoy(stack).sum("keyward_streams_open") == 1)
         time.sleep(1.1)
         scrape = service(stack)
@@ -249,9 +249,9 @@ def test_gauges_show_the_ledger(traffic):
 
 
 @contextlib.contextmanager
-def held_request(stack, token):
+def held_request(stack, token, first_ms=2500):
     """A streamed request under way; it is read to its end afterwards."""
-    content = "[[sim first_ms=2500]] Hello"
+    content = f"[[sim first_ms={first_ms}]] Hello"
     body = json.dumps({"model": "gpt-4o-mini", "stream": True, "max_tokens": 20, "messages": [{"role": "user", "content": content}]})
     with socket.create_connection(("127.0.0.1", stack.listen_port), timeout=30) as s:
         s.sendall(f"POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\nauthorization: Bearer {token}\r\ncontent-type: application/json\r\n"

@@ -363,7 +363,9 @@ def test_no_probe_smuggles_a_request(door):
     assert wrong == []
     print(outcomes)
     assert [r for r in seen if r["model"] == SMUGGLED] == [], outcomes
-    assert len(seen) <= sum(200 in statuses for _, statuses, _ in outcomes) + sum(b"HTTP/1.1 200" in rest for *_, rest in outcomes), outcomes
+    # One whose answer took longer than the probe waits was cut, which is no answer of 200.
+    whole = [r for r in seen if r["ended"] != "client_gone"]
+    assert len(whole) <= sum(200 in statuses for _, statuses, _ in outcomes) + sum(b"HTTP/1.1 200" in rest for *_, rest in outcomes), outcomes
     # Of two lengths, or a length and an encoding, none is ever believed.
     for name, statuses, _ in outcomes:
         if name in {"cl-te", "te-cl", "cl-cl", "cl-list", "te-two", "nul-value", "nul-name"}:

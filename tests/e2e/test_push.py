@@ -2,6 +2,7 @@
 of every Envoy: told why in the caller's own dialect, the provider disconnected, charged as cut, and written down so."""
 
 import contextlib
+import functools
 import os
 import threading
 import time
@@ -27,6 +28,22 @@ def fleet():
 def reader():
     with Reader() as reader:
         yield reader
+
+
+def once_more_after_silence(test):
+    """A stream is told why it ends where an event does; a provider that stands still for too long, as any process may on a busy machine,
+    leaves no such place. Then the whole test is run again; a gate that tells nothing fails each time."""
+    @functools.wraps(test)
+    def run(*args, reader, **more):
+        for _ in range(2):
+            before = len(reader.streams)
+            try:
+                return test(*args, reader=reader, **more)
+            except AssertionError:
+                if not any(stream.met_silence() for stream in reader.streams[before:]):
+                    raise
+        return test(*args, reader=reader, **more)
+    return run
 
 
 @pytest.fixture(autouse=True)
@@ -91,6 +108,7 @@ CHANGES = [(revoke, "revoked"), (forbid_the_model, "model_not_allowed"), (forbid
 
 @pytest.mark.parametrize("dialect", DIALECTS)
 @pytest.mark.parametrize(("change", "code"), CHANGES, ids=[change.__name__ for change, _ in CHANGES])
+@once_more_after_silence
 def test_a_change_ends_what_is_running(fleet, reader, dialect, change, code):
     """On both Envoys, with one well-formed error event; the bystander's streams go on to their own end."""
     key, bystander = fleet.new_key("50.00"), fleet.new_key("50.00")
@@ -110,6 +128,7 @@ def test_a_change_ends_what_is_running(fleet, reader, dialect, change, code):
     assert disconnected(fleet, bystander[0]) == {"complete"}
 
 
+@once_more_after_silence
 def test_a_policy_a_team_and_a_provider_end_what_they_no_longer_allow(fleet, reader):
     fleet.admin("PUT", "/v1/teams/push", {})
     fleet.admin("PUT", "/v1/policies/push", {})
@@ -128,6 +147,7 @@ def test_a_policy_a_team_and_a_provider_end_what_they_no_longer_allow(fleet, rea
         assert ends_of(fleet, key[0])[2] == [f"ended:{code}"] * 2
 
 
+@once_more_after_silence
 def test_a_key_that_is_frozen_ends_what_it_has_running(fleet, reader):
     """One request costs more than was held for it: the key is frozen when that is settled, and its other streams end."""
     from edge import BareGate
@@ -145,6 +165,7 @@ def test_a_key_that_is_frozen_ends_what_it_has_running(fleet, reader):
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
+@once_more_after_silence
 def test_a_stream_ends_when_its_key_expires(fleet, reader, dialect):
     """The gate sees to it by itself: it was told at the admission."""
     key = fleet.new_key("50.00", expires_in="3s")
@@ -195,6 +216,7 @@ def test_a_silent_stream_is_cut(fleet, reader):
 
 @pytest.mark.parametrize("split", [1, 7, 64, 250])
 @pytest.mark.parametrize("dialect", DIALECTS)
+@once_more_after_silence
 def test_the_error_stands_between_two_events_however_the_stream_is_cut_up(fleet, reader, dialect, split):
     """Also with line ends of two bytes, which a piece may part."""
     key = fleet.new_key("50.00")
@@ -249,9 +271,10 @@ class Between(Stack):
 def test_a_permit_that_comes_after_the_revocation_is_void(reader, dialect):
     """Admitted and written down, but the answer is still on its way when the key is revoked: the caller is refused, nothing leaves,
     and when the answer comes it changes nothing."""
-    with Between(concurrency=2) as stack:
+    with Between(concurrency=2, admit_timeout_ms=8000) as stack:
         key = stack.new_key("50.00")
         assert stack.chat(key[1])[0] == 200
+        stack.settled(key[0])
         seq = stack.last_seq()
         stack.free.clear()
         asked = [reader.open(stack.listen_port, key, "tokens=5", dialect, stream) for stream in (False, True)]
@@ -317,6 +340,7 @@ def test_the_sdks_raise_it(fleet):
 # --- what can break meanwhile ------------------------------------------------------------------------------------------
 
 
+@once_more_after_silence
 def test_a_revocation_just_before_the_service_is_killed_is_not_forgotten(fresh, reader):
     """The service dies with the news still in its memory, and is back: its first answer tells everything."""
     for _ in range(3):
@@ -335,6 +359,7 @@ def test_a_revocation_just_before_the_service_is_killed_is_not_forgotten(fresh, 
         assert ends_of(fresh, key[0])[2] == ["ended:revoked"]
 
 
+@once_more_after_silence
 def test_a_service_that_is_away_is_asked_again_and_not_in_a_spin(fresh, reader):
     key = fresh.new_key("50.00")
     stream = reader.open(fresh.listen_port, key)

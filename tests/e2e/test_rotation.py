@@ -223,7 +223,7 @@ def call(seq, credential, status, at_ms, **more):
 def honest():
     """A stream that the first key refused and the second served."""
     tries = [{"credential": "cred_1", "status": 429, "ms": 6}, {"credential": "cred_2", "status": 200, "ms": 7}]
-    chain = [{"event": "ADMITTED", "req": "1"}, {"event": "SETTLED", "req": "1", "ms": 40, "tries": tries}]
+    chain = [{"event": "ADMITTED", "req": "1", "time_ms": 0}, {"event": "SETTLED", "req": "1", "ms": 40, "tries": tries}]
     answer = Answer(Ask(("a", "vk_"), stream=True, headers=(("idempotency-key", "once"),)), 0.0, 0.5, 200,
                     {"x-keyward-request-id": "req_1", "x-keyward-attempts": "2"}, whole=True, arrivals=[n / 20 for n in range(10)])
     return Books([], {"a": chain}, [call(1, "openai-1", 429, 0), call(2, "openai-2", 200, 10)], {}, [answer])
@@ -233,7 +233,7 @@ STACK = SimpleNamespace(credential_ids={"openai-1": "cred_1", "openai-2": "cred_
 
 
 def findings(books):
-    late = [f"{one['credential']} came late" for one in too_late(books.calls)]
+    late = [f"{one['credential']} came late" for one in too_late(books.calls, books.admitted_ms())]
     return [*tries_findings(STACK, books), *answers_findings(books), *one_by_one_findings(books.answers, 10, 50), *late]
 
 
@@ -276,6 +276,8 @@ def test_forged_tries_are_found_out(forge, told):
 
 def test_what_was_on_its_way_is_not_late():
     """Nor is what comes when the limit is over."""
-    calls = [call(1, "openai-1", 429, 0), call(2, "openai-1", 429, 54), call(3, "openai-1", 200, 2000)]
-    assert [one["seq"] for one in too_late(calls, 1_999_000)] == []
-    assert [one["seq"] for one in too_late(calls)] == [3]
+    first = [call(1, "openai-1", 429, 0), call(2, "openai-2", 200, 8)]
+    others = [call(3, "openai-1", 429, 54, client_request_id="req_2"), call(4, "openai-1", 200, 2000, client_request_id="req_3")]
+    asked_ms = {"1": 0, "2": 7, "3": 9}
+    assert [one["seq"] for one in too_late(first + others, asked_ms, 1_999_000)] == []
+    assert [one["seq"] for one in too_late(first + others, asked_ms)] == [4]
