@@ -22,10 +22,10 @@ def running():
 seen = {"sdk": openai.__version__, "answer": ask("Hello").choices[0].message.content}
 
 chunks, still_running = 0, 0
-for chunk in ask("[[sim tokens=30 pace_ms=40 per_delta=3]]", stream=True):
+for chunk in ask("[[sim tokens=30 pace_ms=150 per_delta=3]]", stream=True):
     if chunk.choices and chunk.choices[0].delta.content:
         chunks += 1
-        still_running += 1 if chunks < 8 and running() else 0
+        still_running += 1 if chunks <= 5 and running() else 0
 seen["chunks"], seen["chunks_while_running"] = chunks, still_running
 
 tool = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}}

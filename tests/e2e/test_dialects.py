@@ -415,7 +415,7 @@ def test_fifty_translated_streams_side_by_side_pass_as_they_are_made(stack):
     async def one(client, number):
         model = TARGETS["claude" if number % 2 else "gemini-2.5"][0]
         raw = await client.chat.completions.with_raw_response.create(
-            model=model, messages=user(f"[[sim tokens={words} per_delta=1 pace_ms=50]] {number}"), stream=True, stream_options={"include_usage": True})
+            model=model, messages=user(f"[[sim tokens={words} per_delta=1 pace_ms=200]] {number}"), stream=True, stream_options={"include_usage": True})
         seen, text, finish, usage = [], "", None, None
         async for chunk in raw.parse():
             usage = chunk.usage or usage

@@ -22,7 +22,7 @@ def passes(trial):
 @pytest.fixture
 def own():
     """A system for one trial: what the organisation has spent is that trial's alone."""
-    with Stack(concurrency=2) as stack:
+    with Stack(concurrency=2, admit_timeout_ms=8000) as stack:
         yield stack
 
 
@@ -77,7 +77,7 @@ def restart(world, _):
     restart,
 ])
 def test_the_retry_after_stays_right(meanwhile):
-    with Stack(concurrency=2, hold_ttl=12) as stack:
+    with Stack(concurrency=2, hold_ttl=12, admit_timeout_ms=8000) as stack:
         passes(trials.honest_retry_after(stack, rounds=1, answer_s=3.0, meanwhile=meanwhile))
 
 
@@ -116,7 +116,7 @@ def test_a_stepped_clock_frees_nothing():
 
 
 def test_each_window_is_new_once_whatever_the_clock_does():
-    passes(trials.midnights(requests=25, clients=4, seconds=3.0))
+    passes(trials.midnights(requests=25, clients=4, seconds=6.0))
 
 
 def test_caps_hold_through_kills():

@@ -135,8 +135,8 @@ def test_openai_chunks_arrive_one_by_one(any_stack, ask):
         text = chunk.choices[0].delta.content if chunk.choices else None
         if text:
             texts.append(text)
-            early += len(texts) <= 3 and running(any_stack, seq)
-    assert len(texts) == 6 and early == 3
+            early += len(texts) <= 2 and running(any_stack, seq)
+    assert len(texts) == 6 and early == 2
 
 
 def test_openai_async_streams_side_by_side(any_stack):
@@ -271,9 +271,9 @@ def test_anthropic_streaming_helper(any_stack):
             model="claude-opus-4-6", max_tokens=100, messages=user("[[sim tokens=18 per_delta=3 pace_ms=200]]")) as stream:
         for text in stream.text_stream:
             texts.append(text)
-            early += len(texts) <= 3 and running(any_stack, seq)
+            early += len(texts) <= 2 and running(any_stack, seq)
         message = stream.get_final_message()
-    assert len(texts) == 6 and early == 3
+    assert len(texts) == 6 and early == 2
     assert message.content[0].text == "".join(texts) and message.usage.output_tokens == 18
     assert forwarded(any_stack, key_id) == sent
     true, charged, _ = any_stack.books(key_id)

@@ -461,7 +461,11 @@ def test_faults_meet_every_kind_of_work(sim, client, work):
     refused(openai.APIConnectionError, WORK[work], client)
     assert sim.last()["ended"] == "fault"
     sim.fault("first_ms=600000")
-    refused(openai.APITimeoutError, WORK[work], client.with_options(timeout=0.3))
+    # Where the first was gone before it was read, nothing is written down of it.
+    for patience in (0.3, 5):
+        refused(openai.APITimeoutError, WORK[work], client.with_options(timeout=patience))
+        if not sim.get("/control/faults")["faults"]:
+            break
     assert sim.last()["ended"] == "client_gone"
     before = sim.totals()["overall"]["cost_nanodollars"]
     WORK[work](client)

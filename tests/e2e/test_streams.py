@@ -318,6 +318,7 @@ def test_the_caller_leaves_while_the_policy_service_thinks(fresh, dialect):
     """Nothing was forwarded: void, whichever of admission and void comes first, and free of charge."""
     key_id, token = fresh.new_key("1.00")
     seq = fresh.last_seq()
+    voids = fresh.metrics().get("keyward_voids_total", 0)
     fresh.service.process.send_signal(signal.SIGSTOP)
     try:
         calls = fresh.callouts()
@@ -327,8 +328,9 @@ def test_the_caller_leaves_while_the_policy_service_thinks(fresh, dialect):
         time.sleep(0.1)
     finally:
         fresh.service.process.send_signal(signal.SIGCONT)
-    # Not "nothing in flight": that is so as well before the service has read what it was asked.
-    wait_for("the void", lambda: [e for e in fresh.audit(key_id) if e["event"] in ("VOIDED", "REFUSED")])
+    # Not "nothing in flight": that is so as well before the service has read what it was asked. Nor an entry: where the question never
+    # reached it, there is none.
+    wait_for("the void", lambda: fresh.metrics().get("keyward_voids_total", 0) > voids)
     true, charged, _ = fresh.books(key_id)
     assert true == charged == 0 and fresh.last_seq() == seq
     # And the next one finds everything in order.
@@ -501,6 +503,9 @@ def test_sixty_at_once_on_money_for_thirty(stack, ending):
             reason = headers.get("x-keyward-reason")
             with lock:
                 answers.append((status, reason))
+            if reason == "policy_unavailable":
+                # More than this machine could do within 0.9 s.
+                continue
             if reason != "cap_reserved":
                 return
             assert int(headers["retry-after"]) >= 1
@@ -522,8 +527,11 @@ def test_sixty_at_once_on_money_for_thirty(stack, ending):
     true, charged, ends = stack.books(key_id)
     assert not over, over[:2]
     assert true <= charged <= cap
-    assert {answer for answer in answers} <= {(200, None), (429, "cap_reserved"), (429, "cap_exhausted")}, set(answers)
-    assert (429, "cap_exhausted") in answers and len(ends) == answers.count((200, None)) >= 5
+    overloaded = (503, "policy_unavailable")
+    assert {answer for answer in answers} <= {(200, None), (429, "cap_reserved"), (429, "cap_exhausted"), overloaded}, set(answers)
+    assert answers.count(overloaded) <= len(answers) / 100
+    settled = [end for end in ends if end["event"] == "SETTLED"]
+    assert (429, "cap_exhausted") in answers and len(settled) == answers.count((200, None)) >= 5
     if not ending:
         assert true == charged
     least = len(json.dumps(body_of(OPENAI, "tokens=40 pace_ms=2", max_tokens=60))) * 150 + 16 * 600

@@ -581,7 +581,7 @@ class Clocked:
         self.directory = Path(tempfile.mkdtemp(prefix="keyward-clock-"))
         self.clock = Clock(self.directory)
         self.clock.set(unix(*date))
-        self.stack = Stack(concurrency=2, service_env=self.clock.env())
+        self.stack = Stack(concurrency=2, service_env=self.clock.env(), admit_timeout_ms=8000)
 
     def __enter__(self):
         self.stack.__enter__()
