@@ -338,10 +338,10 @@ async fn greet(options: &UpOptions, service: &Running) -> Result<(), String> {
 pub async fn stop_envoy(envoy: &mut Child, admin: u16, longest: Duration) {
     let deadline = Instant::now() + longest;
     let _ = admin_post(admin, "/drain_listeners").await;
-    // The filter tells its counts every 50 ms: quiet counts only when it lasts.
+    // The filter tells its counts every 50 ms, of a stream that has ended and of its record at once: quiet counts only when it lasts.
     let mut quiet = 0;
     while quiet < 3 && Instant::now() < deadline {
-        match admin_get(admin, "/stats?filter=downstream_rq_active|keyward_settlements_pending").await {
+        match admin_get(admin, "/stats?filter=downstream_rq_active|keyward_settlements_pending|keyward_streams_open").await {
             Ok(stats) if is_quiet(&stats) => quiet += 1,
             Ok(_) => quiet = 0,
             Err(_) => break,
@@ -354,10 +354,11 @@ pub async fn stop_envoy(envoy: &mut Child, admin: u16, longest: Duration) {
     }
 }
 
-/// Nothing in flight on our listener, and every settlement acknowledged.
+/// Nothing in flight on our listener, by Envoy's count and by the filter's, and every settlement acknowledged.
 fn is_quiet(stats: &str) -> bool {
+    const COUNTS: [&str; 3] = ["http.keyward.downstream_rq_active", "keyward_settlements_pending", "keyward_streams_open"];
     let value = |line: &str| line.rsplit_once(": ").and_then(|(_, n)| n.trim().parse::<u64>().ok());
-    let counts = |line: &&str| line.contains("http.keyward.downstream_rq_active") || line.contains("keyward_settlements_pending");
+    let counts = |line: &&str| COUNTS.iter().any(|name| line.contains(name));
     stats.lines().filter(counts).all(|line| value(line) == Some(0))
 }
 
@@ -399,5 +400,6 @@ mod tests {
         ));
         assert!(!is_quiet("http.keyward.downstream_rq_active: 2\n"));
         assert!(!is_quiet("http.keyward.downstream_rq_active: 0\nwasmcustom.keyward_settlements_pending: 3\n"));
+        assert!(!is_quiet("http.keyward.downstream_rq_active: 0\nwasmcustom.keyward_streams_open: 1\n"));
     }
 }
