@@ -85,6 +85,8 @@ struct Running {
     is_free: bool,
     /// It was sent, and nobody knows what became of it.
     is_lost: bool,
+    /// It is certain that nothing of it was sent.
+    never_left: bool,
     is_over: bool,
 }
 
@@ -304,6 +306,7 @@ impl Flight {
             answered_ms: None,
             is_free: false,
             is_lost: false,
+            never_left: false,
             is_over: false,
         });
         self.fallback = if self.replayable { self.usable_from(target + 1, ring, shared, now_ms) } else { None };
@@ -556,27 +559,37 @@ impl Flight {
         self.try_is_over(ring);
         let first_byte_ms = self.first_byte_ms();
         if let Some(last) = self.tries.last_mut().filter(|last| last.status.is_none()) {
-            let timed_out = first_byte_ms.is_some_and(|ms| now_ms.saturating_sub(last.started_ms) >= ms);
+            let timed_out = !last.never_left && first_byte_ms.is_some_and(|ms| now_ms.saturating_sub(last.started_ms) >= ms);
             last.is_lost |= timed_out;
             last.is_free = !last.is_lost;
         }
     }
 
-    /// Of a gate that makes its tries itself: the last one never connected. What comes next.
+    /// It is certain that nothing of the last try, which got no answer, was sent, however long that took to turn out.
+    pub fn never_left(&mut self, ring: &mut Keyring) {
+        self.try_is_over(ring);
+        if let Some(last) = self.tries.last_mut().filter(|last| last.status.is_none()) {
+            (last.never_left, last.is_lost, last.is_free) = (true, false, true);
+        }
+    }
+
+    /// Of a gate that makes its tries itself: nothing of the last one was sent. What comes next.
     pub fn not_connected(&mut self, ring: &mut Keyring, shared: &impl SharedData, now_ms: u64) -> Next {
-        self.never_connected(ring, now_ms);
+        self.never_left(ring);
         self.fallback = None;
         self.go_on_elsewhere(ring, shared, now_ms)
     }
 
     /// Of a gate that makes its tries itself: the last one was sent and never answered. What comes next.
-    pub fn unanswered(&mut self, ring: &mut Keyring) -> Next {
+    pub fn unanswered(&mut self, ring: &mut Keyring, shared: &impl SharedData, now_ms: u64) -> Next {
         self.try_is_over(ring);
         // Where the route sets no time, what may have been carried out is not sent again.
-        self.awaits_retry = self.fallback.is_some() && self.first_byte_ms().is_some();
-        if self.has_fallback() {
-            self.lose(self.tries.len());
+        if self.first_byte_ms().is_none() || !self.replayable || !self.has_fallback() {
+            return Next::Pass;
         }
+        self.lose(self.tries.len());
+        self.fallback = self.usable_from(self.target + 1, ring, shared, now_ms);
+        self.awaits_retry = self.fallback.is_some();
         if self.awaits_retry { Next::Retry } else { Next::Pass }
     }
 
@@ -612,9 +625,9 @@ impl Flight {
         self.tries.last().is_some_and(|t| t.status.is_some())
     }
 
-    /// Whether some try may have cost something.
+    /// Whether the last try may have cost something. Of those before it, the lost ones are marked, and the others are known to be free.
     pub fn may_have_been_sent(&self) -> bool {
-        self.tries.iter().any(|t| !t.is_free)
+        self.tries.last().is_some_and(|t| !t.is_free)
     }
 
     /// The provider's last status.
@@ -622,17 +635,18 @@ impl Flight {
         self.tries.last().and_then(|t| t.status)
     }
 
-    /// The tries for the record; one that was never answered lasted until now.
+    /// The tries for the record; one that was never answered lasted until the next, or until now.
     pub fn tries(&self, now_ms: u64) -> Vec<Try> {
-        let record = |t: &Running| Try {
+        let ends = self.tries.iter().skip(1).map(|next| next.started_ms).chain([now_ms]);
+        let record = |(t, end_ms): (&Running, u64)| Try {
             credential: self.pool_of(t.target).get(t.place).map(|credential| credential.id.clone()).unwrap_or_default(),
             status: t.status,
-            ms: t.answered_ms.unwrap_or_else(|| now_ms.saturating_sub(t.started_ms)),
+            ms: t.answered_ms.unwrap_or_else(|| end_ms.saturating_sub(t.started_ms)),
             target: t.target as u64,
             // The last one's outcome is the request's.
             lost: t.is_lost && t.answered_ms.is_none(),
         };
-        self.tries.iter().map(record).collect()
+        self.tries.iter().zip(ends).map(record).collect()
     }
 }
 
@@ -766,6 +780,10 @@ mod tests {
     const ASKED: &str = r#"{"model":"fast","messages":[{"role":"user","content":"Hi"}]}"#;
 
     impl Air {
+        fn unanswered(&mut self) -> Next {
+            self.flight.unanswered(&mut self.ring, &self.shared, self.now_ms)
+        }
+
         /// Begins a try that must be sent, and gives host, path and body.
         fn target(&mut self) -> (String, String, serde_json::Value) {
             let Begun::Go(edits) = self.begin() else { panic!("{:?}", self.flight.refusal()) };
@@ -830,16 +848,41 @@ mod tests {
     fn a_gate_that_tries_itself_goes_on_from_a_lost_try_where_the_route_says_so() {
         let mut air = routed(ASKED, |plan| plan.first_byte_ms = Some(300));
         air.target();
-        assert_eq!(air.flight.unanswered(&mut air.ring), Next::Retry);
+        air.now_ms += 40;
+        assert_eq!(air.unanswered(), Next::Retry);
         assert!(air.target().0.contains("anthropic") && air.flight.tries(0)[0].lost && air.flight.may_have_been_sent());
-        assert_eq!(air.flight.unanswered(&mut air.ring), Next::Retry);
+        assert_eq!(air.flight.tries(9_000)[0].ms, 40, "until the next began");
+        assert_eq!(air.unanswered(), Next::Retry);
         assert!(air.target().0.contains("googleapis"));
-        assert_eq!(air.flight.unanswered(&mut air.ring), Next::Pass, "nobody is left");
+        assert_eq!(air.unanswered(), Next::Pass, "nobody is left");
         assert_eq!(air.flight.refused(), None, "its outcome is the request's");
         let mut patient = routed(ASKED, |_| {});
         patient.target();
-        assert_eq!((patient.flight.unanswered(&mut patient.ring), patient.flight.refused()), (Next::Pass, None));
+        assert_eq!((patient.unanswered(), patient.flight.refused()), (Next::Pass, None));
         assert!(patient.flight.may_have_been_sent());
+        // Who has become unusable meanwhile is left out.
+        let mut air = routed(ASKED, |plan| plan.first_byte_ms = Some(300));
+        air.target();
+        let second = air.flight.pool_of(1)[0].clone();
+        air.ring.cool(&air.shared, At { provider: "anthropic", model: "claude-haiku-4-5" }, &second, limit(9_000), air.now_ms);
+        assert_eq!(air.unanswered(), Next::Retry);
+        assert!(air.target().0.contains("googleapis"));
+    }
+
+    /// It took as long as a first byte may, and is no lost try for that.
+    #[test]
+    fn what_surely_never_left_is_free_however_long_it_took() {
+        let mut air = routed(ASKED, |plan| plan.first_byte_ms = Some(300));
+        air.target();
+        air.now_ms += 5_000;
+        assert_eq!(air.flight.not_connected(&mut air.ring, &air.shared, air.now_ms), Next::Retry);
+        assert!(air.target().0.contains("anthropic"));
+        assert_eq!(air.unanswered(), Next::Retry);
+        assert!(air.target().0.contains("googleapis"));
+        air.now_ms += 5_000;
+        assert_eq!(air.flight.not_connected(&mut air.ring, &air.shared, air.now_ms), Next::Pass, "nobody is left");
+        let lost: Vec<_> = air.flight.tries(0).iter().map(|one| one.lost).collect();
+        assert_eq!((lost, air.flight.may_have_been_sent()), (vec![false, true, false], false), "the second alone has its share");
     }
 
     #[test]

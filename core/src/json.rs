@@ -282,10 +282,20 @@ impl Scanner {
             self.keep_bytes(rest.get(..run).unwrap_or_default());
             taken += run;
             match rest.get(run..) {
-                Some([b'\\', escaped, ..]) if let Some(plain) = escaped_by(*escaped) => self.keep_bytes(&[plain]),
+                Some([b'\\', escaped, ..]) if let Some(plain) = escaped_by(*escaped) => {
+                    self.keep_bytes(&[plain]);
+                    taken += 2;
+                }
+                Some(rest @ [0x80..=0xFF, ..]) => {
+                    let whole = whole_characters(rest);
+                    if whole.is_empty() {
+                        return taken;
+                    }
+                    self.keep_bytes(whole);
+                    taken += whole.len();
+                }
                 _ => return taken,
             }
-            taken += 2;
         }
     }
 
@@ -559,6 +569,15 @@ fn plain_run(bytes: &[u8]) -> usize {
         }
     }
     words.len() * 8 + rest.iter().position(|&b| !(0x20..0x80).contains(&b) || b == b'"' || b == b'\\').unwrap_or(rest.len())
+}
+
+/// The characters beyond ASCII that these bytes begin with, as far as they are whole and right; of what follows, a byte at a time tells.
+fn whole_characters(bytes: &[u8]) -> &[u8] {
+    let run = bytes.iter().position(u8::is_ascii).map_or(bytes, |length| bytes.split_at(length).0);
+    match std::str::from_utf8(run) {
+        Ok(text) => text.as_bytes(),
+        Err(wrong) => run.split_at(wrong.valid_up_to()).0,
+    }
 }
 
 /// Checks UTF-8 a byte at a time (Unicode 15, table 3-7: no overlong forms, no surrogates, nothing above U+10FFFF).

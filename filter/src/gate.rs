@@ -473,6 +473,7 @@ impl Gate {
                 }
             }
             Stage::Answering { mut answering, flight, id, replaced, own, .. } => {
+                let is_own = own.is_some();
                 if let Some(replay) = own.and_then(|own| own.replay) {
                     replay.let_go(&self.vm);
                 }
@@ -482,8 +483,11 @@ impl Gate {
                 self.vm.land(id);
                 self.vm.hold(answering.held(), 0);
                 let ring = &mut self.vm.keyring.borrow_mut();
-                if !flight.borrow().was_answered() && nothing_was_sent() {
-                    flight.borrow_mut().never_connected(ring, host::monotonic_ms());
+                // Of the gate's own tries Envoy knows here of the first alone; the others were callouts.
+                let is_the_routers = !is_own || flight.borrow().number() <= 1;
+                if is_the_routers && !flight.borrow().was_answered() && nothing_was_sent() {
+                    let mut flight = flight.borrow_mut();
+                    if is_own { flight.never_left(ring) } else { flight.never_connected(ring, host::monotonic_ms()) }
                 }
                 flight.borrow_mut().try_is_over(ring);
                 let clocks = host::clocks();

@@ -301,6 +301,8 @@ class Stack:
         wait_for("Envoy", lambda: call(f"http://127.0.0.1:{self.envoy_admin_port}", "GET", "/ready")[0] == 200 or not self.envoy.running())
         if not self.envoy.running():
             raise RuntimeError("Envoy ended at once\n" + self.envoy.log.read_text(errors="replace")[-4000:])
+        # The filter names its counts at its first tick, 50 ms later.
+        wait_for("the filter's counts", lambda: self.stats("keyward_vm_starts_total"))
 
     # --- asking ----------------------------------------------------------------------------------------------------
 

@@ -36,6 +36,23 @@ def test_a_request_goes_through_every_supported_envoy(version):
         assert stack.unadmitted([key_id, key[0]]) == [] and stack.sim.totals()["violations"] == []
 
 
+@pytest.mark.parametrize("version", sorted(set(VERSIONS)))
+def test_every_supported_envoy_repeats_a_try_by_callout(version):
+    """And shows the provider's last word, not its own, although its own first try never connected."""
+    binary = subprocess.run([ROOT / "tools/fetch-envoy", version], check=True, capture_output=True, text=True).stdout.strip()
+    with Stack(envoy_bin=binary, envoy_minor=int(version.split(".")[1]), rotation="callout", render_options=("--provider", "dead=http://127.0.0.1:9")) as stack:
+        stack.admin("PUT", "/v1/providers/dead", {"dialect": "openai", "url": "http://127.0.0.1:9"})
+        stack.admin("POST", "/v1/credentials", {"provider": "dead", "label": "dead", "secret": "gsk_Dm3LqV8xTz5KrWf2CjNp9SbYh6EgXa4U"})
+        targets = [{"provider": "dead", "model": "llama-3.3-70b-versatile"}, {"provider": "openai", "model": "gpt-4o-mini"}]
+        stack.admin("PUT", "/v1/routes/dead-first", {"targets": targets})
+        _, token = stack.new_key()
+        status, headers, _ = stack.chat(token, model="dead-first")
+        assert (status, headers["x-keyward-served-by"], headers["x-keyward-attempts"]) == (200, "openai/gpt-4o-mini", "2")
+        stack.sim.fault("status=500")
+        status, headers, body = stack.chat(token, model="dead-first")
+        assert (status, headers.get("x-keyward-reason")) == (500, None) and b"provider_unreachable" not in body
+
+
 def test_validate_finds_a_broken_configuration(tmp_path):
     file = tmp_path / "envoy.yaml"
     file.write_text("static_resources: {listeners: [{no_such_field: 1}]}")

@@ -20,6 +20,7 @@ CREDENTIALS = [
     {"id": "groq", "provider": "compatible", "secret": "gsk_Hw6VbQ9xMz2JrTf7CkLp4SnYd8EgKa3V", "at": "groq"},
     {"id": "claude", "provider": "anthropic", "secret": "sk-ant-api03-Rd5WzLp3XvN7qKt9BhMy2JcSaE"},
     {"id": "dead", "provider": "compatible", "secret": "gsk_Dm3LqV8xTz5KrWf2CjNp9SbYh6EgXa4U", "at": "dead"},
+    {"id": "unknown", "provider": "compatible", "secret": "gsk_Un5KtW2xPz8MrLf4CjQp7SdYb3EgHa6V", "at": "unknown"},
     {"id": "fickle", "provider": "compatible", "secret": "gsk_Fc7NrX4vLp2QtKz9WmHd5YbJs3EgVa8R", "at": "fickle"},
 ]
 OPENAI = {"provider": "openai", "model": "gpt-4o-mini"}
@@ -27,6 +28,8 @@ GROQ = {"provider": "groq", "model": "llama-3.3-70b-versatile"}
 CLAUDE = {"provider": "anthropic", "model": "claude-haiku-4-5"}
 DEAD = {"provider": "dead", "model": "llama-3.3-70b-versatile"}
 FICKLE = {"provider": "fickle", "model": "llama-3.3-70b-versatile"}
+# Of the organisation's own, and in no Envoy's configuration.
+UNKNOWN = {"provider": "unknown", "model": "llama-3.3-70b-versatile"}
 # Nobody listens there.
 NOWHERE = "http://127.0.0.1:9"
 ROUTES = {
@@ -36,6 +39,8 @@ ROUTES = {
     "dead-second": {"targets": [OPENAI, DEAD, CLAUDE]},
     "dead-only": {"targets": [DEAD]},
     "patient": {"targets": [OPENAI, CLAUDE], "first_byte_timeout_ms": 1500},
+    "patient-three": {"targets": [OPENAI, CLAUDE, GROQ], "first_byte_timeout_ms": 1500},
+    "unknown-second": {"targets": [OPENAI, UNKNOWN, CLAUDE]},
     "fickle-first": {"targets": [FICKLE, CLAUDE]},
     "fickle-patient": {"targets": [FICKLE, CLAUDE], "first_byte_timeout_ms": 1500},
     "fickle-second": {"targets": [OPENAI, FICKLE, CLAUDE]},
@@ -73,6 +78,7 @@ class Routed(Stack):
     def start_service(self):
         super().start_service()
         self.admin("PUT", "/v1/providers/dead", {"dialect": "openai", "url": NOWHERE})
+        self.admin("PUT", "/v1/providers/unknown", {"dialect": "openai", "url": NOWHERE})
         prices = {FICKLE["model"]: {"input": "0.60", "output": "0.80", "context": 131072, "max_output": 32768}}
         self.admin("PUT", "/v1/providers/fickle", {"dialect": "openai", "url": FICKLE_HOST.url, "prices": prices})
         for name, route in ROUTES.items():
@@ -175,6 +181,49 @@ def test_who_can_not_be_reached_after_others_costs_nothing(any_stack):
     assert tries(any_stack, key_id)[0] == [500, 0, 200]
     true, charged, ends = any_stack.books(key_id)
     assert true == charged and not any(end["estimated"] for end in ends)
+
+
+def test_who_leaves_after_a_target_could_not_be_reached_pays_for_the_next(any_stack):
+    """What Envoy knows of the try that never connected says nothing of the one that is under way."""
+    key_id, token = any_stack.new_key()
+    seq = any_stack.last_seq()
+    hasty = client(any_stack, token).with_options(timeout=1.0)
+    with pytest.raises(openai.APITimeoutError):
+        hasty.chat.completions.create(model="dead-first", messages=[{"role": "user", "content": "[[sim first_ms=3000 tokens=12]] Hi"}])
+    assert len(any_stack.sim.ledger(seq)) == 1
+    true, charged, ends = any_stack.books(key_id)
+    assert [[one["status"] for one in end["tries"]] for end in ends] == [[0, 0]]
+    assert 0 < true <= charged
+
+
+def test_an_error_after_a_target_could_not_be_reached_is_the_providers_own(any_stack):
+    _, token = any_stack.new_key()
+    any_stack.sim.fault("status=500", credential="claude")
+    with pytest.raises(openai.InternalServerError) as error:
+        ask(any_stack, token, "dead-first")
+    headers = error.value.response.headers
+    assert (headers["x-keyward-served-by"], headers.get("x-keyward-reason")) == ("anthropic/claude-haiku-4-5", None)
+    assert error.value.code != "provider_unreachable" and "keyward" not in error.value.message.lower()
+
+
+def test_a_target_that_envoy_does_not_know_is_passed_over():
+    with routed("callout") as stack:
+        key_id, token = stack.new_key()
+        stack.sim.fault("status=500", credential="openai")
+        assert ask(stack, token, "unknown-second")[:2] == ("anthropic/claude-haiku-4-5", "3")
+        assert tries(stack, key_id)[0] == [500, 0, 200]
+        true, charged, ends = stack.books(key_id)
+        assert true == charged and not any(end["estimated"] for end in ends)
+        # An answer that has begun and broke off is an answer: nobody else is asked, and it is paid.
+        key_id, token = stack.new_key("5.00")
+        stack.sim.fault("status=500", credential="openai")
+        stack.sim.fault("cut_after_bytes=20", credential="claude")
+        with pytest.raises(openai.InternalServerError) as error:
+            ask(stack, token, "patient-three")
+        assert error.value.response.headers["x-keyward-reason"] == "provider_unreachable"
+        assert tries(stack, key_id)[0] == [500, 0]
+        true, charged, _ = stack.books(key_id)
+        assert 0 < true <= charged
 
 
 def test_a_connection_that_breaks_after_others_were_asked(any_stack):

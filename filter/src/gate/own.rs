@@ -31,8 +31,8 @@ impl Gate {
     pub(super) fn judge_own(&mut self, end_of_stream: bool) -> Option<Action> {
         let Stage::Answering { flight, own: Some(own), .. } = &mut self.stage else { return None };
         if !host::property("response\0code_details").is_some_and(|details| details.starts_with(b"via_upstream")) {
-            // Envoy itself has answered.
-            if !flight.borrow().has_fallback() {
+            // Envoy itself has answered, or this is the gate's own word.
+            if !flight.borrow().has_fallback() || flight.borrow().refusal().is_some() {
                 return None;
             }
             let never_left = super::nothing_was_sent();
@@ -62,7 +62,8 @@ impl Gate {
     fn without_answer(&self, never_left: bool) -> Next {
         let Stage::Answering { flight, .. } = &self.stage else { return Next::Pass };
         let (mut flight, mut ring) = (flight.borrow_mut(), self.vm.keyring.borrow_mut());
-        if never_left { flight.not_connected(&mut ring, &ProcessData, host::monotonic_ms()) } else { flight.unanswered(&mut ring) }
+        let now_ms = host::monotonic_ms();
+        if never_left { flight.not_connected(&mut ring, &ProcessData, now_ms) } else { flight.unanswered(&mut ring, &ProcessData, now_ms) }
     }
 
     /// What becomes of a try that has been judged. `Some`: another is on its way, or has been refused.
@@ -70,26 +71,41 @@ impl Gate {
         if next != Next::Retry {
             return None;
         }
+        let must_end = self.must_end();
         let timeout = self.desk.config.callout_timeout();
-        let Stage::Answering { flight, own: Some(own), .. } = &mut self.stage else { return None };
-        own.holds = true;
-        let Some(replay) = &mut own.replay else { return None };
-        let begun = flight.borrow_mut().begin(&mut self.vm.keyring.borrow_mut(), &ProcessData, &replay.pairs(), host::monotonic_ms());
-        match begun {
-            Begun::Go(mut edits) => {
-                attempt::limit_own(flight, &mut edits);
-                replay.write(&edits);
-                let cluster = self.desk.config.cluster(flight.borrow().cluster()).to_owned();
-                let body = if flight.borrow().rewrites() { flight.borrow_mut().body(replay.body()) } else { Some(Vec::new()) };
-                let Some(body) = body else { return self.refuse_flight() };
-                if replay.send(&cluster, &body, timeout) {
-                    return Some(Action::Pause);
-                }
-                flight.borrow_mut().give_up(Refusal::new(Code::PolicyUnavailable, "the request could not be forwarded").retry_after(1));
+        loop {
+            let Stage::Answering { flight, own: Some(own), .. } = &mut self.stage else { return None };
+            own.holds = true;
+            // Nothing is tried for a request that is about to be ended.
+            if must_end {
+                return Some(Action::Pause);
             }
-            // A callout can't be held back.
-            Begun::Wait { .. } => flight.borrow_mut().exhaust(&mut self.vm.keyring.borrow_mut(), &ProcessData, host::monotonic_ms()),
-            Begun::Stop => {}
+            let Some(replay) = &mut own.replay else { return None };
+            let begun = flight.borrow_mut().begin(&mut self.vm.keyring.borrow_mut(), &ProcessData, &replay.pairs(), host::monotonic_ms());
+            match begun {
+                Begun::Go(mut edits) => {
+                    attempt::limit_own(flight, &mut edits);
+                    replay.write(&edits);
+                    let cluster = self.desk.config.cluster(flight.borrow().cluster()).to_owned();
+                    let body = if flight.borrow().rewrites() { flight.borrow_mut().body(replay.body()) } else { Some(Vec::new()) };
+                    let Some(body) = body else { break };
+                    if replay.send(&cluster, &body, timeout) {
+                        return Some(Action::Pause);
+                    }
+                    // Envoy knows of no host, or has no room for it.
+                    let flight = flight.clone();
+                    if self.without_answer(true) == Next::Retry {
+                        continue;
+                    }
+                    flight
+                        .borrow_mut()
+                        .give_up(Refusal::new(Code::ProviderUnreachable, "the provider could not be reached").retry_after(1));
+                }
+                // A callout can't be held back.
+                Begun::Wait { .. } => flight.borrow_mut().exhaust(&mut self.vm.keyring.borrow_mut(), &ProcessData, host::monotonic_ms()),
+                Begun::Stop => {}
+            }
+            break;
         }
         self.refuse_flight()
     }
@@ -107,12 +123,12 @@ impl Gate {
         let Stage::Answering { answering, flight, replaced, own: Some(_), .. } = &mut self.stage else { return };
         let map = host::headers(Map::CallResponseHeaders);
         let headers = map.pairs();
-        // Envoy answers a callout that was reset or took too long by itself; only a provider's answer has the time that it took.
+        // Envoy answers a callout that got none, or took too long, by itself; only a provider's answer has the time that it took. Without any
+        // headers the answer broke off, or was too large: there was one.
         if !has_headers || header(&headers, "x-envoy-upstream-service-time").is_none() {
             let flight = flight.clone();
-            let never_left =
-                has_headers && says_that_nothing_left(&host::buffer(Buffer::CallResponseBody, 0, body_size).unwrap_or_default());
-            if self.without_answer(never_left) == Next::Retry {
+            let body = host::buffer(Buffer::CallResponseBody, 0, body_size).unwrap_or_default();
+            if has_headers && self.without_answer(says_that_nothing_left(&body)) == Next::Retry {
                 self.go_on(Next::Retry);
                 return;
             }
