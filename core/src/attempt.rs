@@ -45,8 +45,12 @@ pub struct Flight {
     told: bool,
     /// The router was asked for another try, which has not begun.
     awaits_retry: bool,
+    /// The try that is to come has its target and no credential yet; what became of the one before is settled.
+    is_waiting: bool,
     /// How often it was found that it has to wait.
     waits: usize,
+    /// The cluster on which the next try begins, where that has to be looked at.
+    cluster: Option<Vec<u8>>,
     /// The clusters on which tries of targets were made, by the target's provider.
     clusters: Vec<(String, Vec<u8>)>,
     /// The body of the try in hand has come, while it waits.
@@ -144,7 +148,9 @@ impl Flight {
             replayable,
             told: false,
             awaits_retry: false,
+            is_waiting: false,
             waits: 0,
+            cluster: None,
             clusters: Vec::new(),
             body_came: false,
         };
@@ -209,9 +215,14 @@ impl Flight {
         self.permit.plan().targets.len() > 1
     }
 
+    /// The next try begins on this cluster of Envoy's.
+    pub fn runs_on(&mut self, cluster: Vec<u8>) {
+        self.cluster = Some(cluster);
+    }
+
     /// Whether a try of the target in hand may be made on this cluster. Two providers on one cluster: the router did not follow, and the
     /// credential of one would reach the other.
-    pub fn may_run_on(&mut self, cluster: Vec<u8>) -> bool {
+    fn may_run_on(&mut self, cluster: Vec<u8>) -> bool {
         let provider = self.permit.provider(self.target);
         if self.clusters.iter().any(|(other, name)| other != provider && *name == cluster) {
             return false;
@@ -258,19 +269,32 @@ impl Flight {
 
     /// Begins a try on a request with these headers.
     pub fn begin(&mut self, ring: &mut Keyring, shared: &impl SharedData, headers: &Headers<'_>, now_ms: u64) -> Begun {
+        if self.refusal.is_some() {
+            return Begun::Stop;
+        }
         self.answer = None;
-        self.awaits_retry = false;
         self.body_came = false;
-        // The router tries again by itself only where no byte was sent, or where the route lets it go on after such a try.
-        self.never_connected(ring, now_ms);
-        let (unanswered, lost) = self.tries.last().map_or((false, false), |last| (last.status.is_none(), last.is_lost));
-        match self.fallback.take().filter(|_| unanswered) {
-            Some(target) => self.aim_at(target),
-            // What may have been carried out is not sent there again.
-            None if unanswered && lost => {
-                return self.stop(Refusal::new(Code::ProviderUnreachable, "the provider did not answer in time").retry_after(1));
+        let (was_asked_for, has_waited) = (std::mem::take(&mut self.awaits_retry), std::mem::take(&mut self.is_waiting));
+        let fallback = self.fallback.take();
+        if !has_waited {
+            self.never_connected(ring, now_ms);
+        }
+        if !was_asked_for && !has_waited {
+            // The router tries again by itself where no byte was sent, where the route lets it go on after such a try, or where an error broke
+            // off before it was judged: to where it was told when the last try began.
+            match fallback {
+                Some(target) => self.aim_at(target),
+                // What may have been carried out is not sent there again.
+                None if self.tries.last().is_some_and(|last| last.status.is_none() && last.is_lost) => {
+                    return self.stop(Refusal::new(Code::ProviderUnreachable, "the provider did not answer in time").retry_after(1));
+                }
+                None => {}
             }
-            None => {}
+        }
+        if let Some(cluster) = self.cluster.take()
+            && !self.may_run_on(cluster)
+        {
+            return self.stop(Refusal::new(Code::PolicyUnavailable, "this Envoy can't go on to another provider"));
         }
         let here = self.tries.iter().filter(|t| t.status.is_none() && t.target == self.target);
         if here.count() >= MAX_UNCONNECTED {
@@ -283,6 +307,7 @@ impl Flight {
                 // A router that can't connect meanwhile begins anew each time.
                 Some(until_ms) if self.waits < MAX_WAITS => {
                     self.waits += 1;
+                    self.is_waiting = true;
                     return Begun::Wait { until_ms };
                 }
                 _ => {
@@ -568,9 +593,18 @@ impl Flight {
     /// It is certain that nothing of the last try, which got no answer, was sent, however long that took to turn out.
     pub fn never_left(&mut self, ring: &mut Keyring) {
         self.try_is_over(ring);
-        if let Some(last) = self.tries.last_mut().filter(|last| last.status.is_none()) {
-            (last.never_left, last.is_lost, last.is_free) = (true, false, true);
+        self.spare(self.tries.len());
+    }
+
+    /// The connection of this try never came about.
+    pub fn spare(&mut self, number: usize) {
+        if let Some(spared) = self.unanswered_try(number).filter(|spared| !spared.is_lost) {
+            (spared.never_left, spared.is_free) = (true, true);
         }
+    }
+
+    fn unanswered_try(&mut self, number: usize) -> Option<&mut Running> {
+        number.checked_sub(1).and_then(|at| self.tries.get_mut(at)).filter(|one| one.status.is_none())
     }
 
     /// Of a gate that makes its tries itself: nothing of the last one was sent. What comes next.
@@ -588,9 +622,10 @@ impl Flight {
             return Next::Pass;
         }
         self.lose(self.tries.len());
-        self.fallback = self.usable_from(self.target + 1, ring, shared, now_ms);
-        self.awaits_retry = self.fallback.is_some();
-        if self.awaits_retry { Next::Retry } else { Next::Pass }
+        let Some(target) = self.usable_from(self.target + 1, ring, shared, now_ms) else { return Next::Pass };
+        self.aim_at(target);
+        self.awaits_retry = true;
+        Next::Retry
     }
 
     /// The connection of this try came about, and it ended without an answer. Where the route sets no time for that, the router goes on only
@@ -599,7 +634,7 @@ impl Flight {
         if self.first_byte_ms().is_none() {
             return;
         }
-        if let Some(lost) = number.checked_sub(1).and_then(|at| self.tries.get_mut(at)).filter(|lost| lost.status.is_none()) {
+        if let Some(lost) = self.unanswered_try(number) {
             lost.is_lost = true;
             lost.is_free = false;
         }
@@ -910,10 +945,58 @@ mod tests {
     #[test]
     fn two_providers_never_meet_on_one_cluster() {
         let mut air = routed(ASKED, |_| {});
-        assert!(air.flight.may_run_on(b"one".to_vec()) && air.flight.may_run_on(b"one".to_vec()));
+        air.flight.runs_on(b"one".to_vec());
+        air.target();
+        // Two that can't be connected to: each is looked at with the target that it is for.
+        for cluster in ["two", "three"] {
+            air.flight.runs_on(cluster.into());
+            air.target();
+        }
+        assert!(air.flight.may_run_on(b"three".to_vec()) && !air.flight.may_run_on(b"two".to_vec()));
+        let mut air = routed(ASKED, |_| {});
+        air.flight.runs_on(b"one".to_vec());
         air.target();
         air.answer("500", &[], "{}");
-        assert!(!air.flight.may_run_on(b"one".to_vec()) && air.flight.may_run_on(b"two".to_vec()));
+        air.flight.runs_on(b"one".to_vec());
+        assert_eq!((air.begin(), air.refused().0), (Begun::Stop, Code::PolicyUnavailable), "nothing leaves");
+        assert_eq!(air.flight.number(), 1);
+    }
+
+    /// The router goes to where it was told when the try began, as it does without any answer.
+    #[test]
+    fn an_error_that_breaks_off_before_it_was_judged_is_followed_by_where_the_router_goes() {
+        let mut air = routed(ASKED, |plan| plan.first_byte_ms = Some(300));
+        air.target();
+        let clocks = Clocks { now_ms: air.now_ms, unix_ms: 1 };
+        let headers: [(&[u8], &[u8]); 1] = [(b":status", b"429")];
+        assert_eq!(air.flight.answered(&mut air.ring, &air.shared, &headers, clocks).1, Next::ReadBody);
+        assert_eq!(air.flight.cluster_without_answer(), Some("anthropic"));
+        assert_eq!(air.target().0, "api.anthropic.com");
+    }
+
+    /// What became of the try before is judged once, by its own time and not by that of the wait.
+    #[test]
+    fn a_try_that_waits_for_its_credential_keeps_its_target() {
+        for lost in [false, true] {
+            let mut air = routed(ASKED, |plan| (plan.first_byte_ms, plan.wait_ms) = (Some(300), 5_000));
+            air.target();
+            for (target, at) in
+                [(1, At { provider: "anthropic", model: "claude-haiku-4-5" }), (2, At { provider: "gemini", model: "gemini-2.5-flash" })]
+            {
+                let credential = air.flight.pool_of(target)[0].clone();
+                air.ring.cool(&air.shared, at, &credential, limit(2_000), air.now_ms);
+            }
+            if lost {
+                air.flight.lose(1)
+            } else {
+                air.flight.spare(1)
+            }
+            air.now_ms += 10;
+            assert!(matches!(air.begin(), Begun::Wait { .. }));
+            air.now_ms += 2_000;
+            assert_eq!(air.target().0, "api.anthropic.com");
+            assert_eq!(air.flight.tries(0)[0].lost, lost);
+        }
     }
 
     fn limit(wait_ms: u64) -> crate::verdict::Verdict {

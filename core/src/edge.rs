@@ -310,7 +310,7 @@ pub struct Settlement {
     /// Why the gate ended it before its end.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ended: Option<Code>,
-    /// Some try may have reached the provider.
+    /// The last try may have reached the provider; of those before it, the lost ones may.
     pub sent: bool,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub status: Option<u16>,

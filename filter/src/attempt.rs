@@ -11,6 +11,7 @@ use keyward_core::operation::Dialect;
 use keyward_core::refusal::{Code, Refusal};
 use proxy_wasm::traits::{Context, HttpContext};
 use proxy_wasm::types::Action;
+use std::cell::Cell;
 use std::rc::Rc;
 
 /// How long an error's headers wait for its body, which tells more of the credential.
@@ -26,8 +27,8 @@ pub struct AttemptStream {
     reads_body: bool,
     /// The request's headers wait for its body, which is written anew.
     rewrites: bool,
-    /// Which of the flight's tries it is.
-    number: usize,
+    /// Which of the flight's tries it carries; 0: none yet.
+    number: Rc<Cell<usize>>,
 }
 
 /// A try that stands still until a time, and how it goes on then.
@@ -39,6 +40,8 @@ pub struct Paused {
     on: Direction,
     /// Which of the flight's tries it is.
     number: usize,
+    /// Where the attempt is told which one it carries, as soon as it does.
+    carried: Rc<Cell<usize>>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,11 +58,13 @@ pub enum Direction {
 
 impl AttemptStream {
     pub fn new(context: u32) -> Self {
-        AttemptStream { context, vm: vm(), flight: None, reads_body: false, rewrites: false, number: 0 }
+        AttemptStream { context, vm: vm(), flight: None, reads_body: false, rewrites: false, number: Rc::default() }
     }
 
     fn pause(&self, flight: &SharedFlight, until_ms: u64, on: Direction) {
-        pause(&self.vm, self.context, flight, until_ms, on);
+        let number = flight.borrow().number();
+        let paused = Paused { context: self.context, flight: flight.clone(), until_ms, on, number, carried: self.number.clone() };
+        self.vm.paused.borrow_mut().push(paused);
     }
 
     /// No credential is usable yet: nothing of the request goes on.
@@ -101,10 +106,10 @@ impl AttemptStream {
 impl Context for AttemptStream {
     /// The try is over. One that was sent and not answered may have been carried out.
     fn on_done(&mut self) -> bool {
-        if let Some(flight) = self.flight.take().filter(|flight| flight.borrow().has_fallback())
-            && host::property("upstream\0local_address").is_some_and(|address| !address.is_empty())
-        {
-            flight.borrow_mut().lose(self.number);
+        if let Some(flight) = self.flight.take().filter(|flight| flight.borrow().first_byte_ms().is_some()) {
+            let had_connection = host::property("upstream\0local_address").is_some_and(|address| !address.is_empty());
+            let (mut flight, number) = (flight.borrow_mut(), self.number.get());
+            if had_connection { flight.lose(number) } else { flight.spare(number) }
         }
         true
     }
@@ -119,17 +124,14 @@ impl HttpContext for AttemptStream {
             return Action::Pause;
         };
         if flight.borrow().has_fallback() {
-            let cluster = host::property("xds\0cluster_name").unwrap_or_default();
-            if !flight.borrow_mut().may_run_on(cluster) {
-                flight.borrow_mut().give_up(Refusal::new(Code::PolicyUnavailable, "this Envoy can't go on to another provider"));
-            }
+            flight.borrow_mut().runs_on(host::property("xds\0cluster_name").unwrap_or_default());
         }
         self.rewrites = flight.borrow().rewrites();
-        let start = begin(&self.vm, &flight, Direction::Request);
-        self.number = flight.borrow().number();
-        match start {
-            Start::Sent if self.rewrites => Action::Pause,
-            Start::Sent => Action::Continue,
+        match begin(&self.vm, &flight, Direction::Request) {
+            Start::Sent => {
+                self.number.set(flight.borrow().number());
+                if self.rewrites { Action::Pause } else { Action::Continue }
+            }
             Start::Wait(until_ms) => {
                 self.pause(&flight, until_ms, Direction::Request);
                 Action::Pause
@@ -200,10 +202,10 @@ impl HttpContext for AttemptStream {
 /// Envoy takes it out before the request leaves.
 pub const FIRST_BYTE_LIMIT: &str = "x-envoy-upstream-rq-per-try-timeout-ms";
 
-/// Lets a stream stand still until a time.
+/// Lets a stream of the gate's stand still until a time.
 pub fn pause(vm: &Vm, context: u32, flight: &SharedFlight, until_ms: u64, on: Direction) {
     let number = flight.borrow().number();
-    vm.paused.borrow_mut().push(Paused { context, flight: flight.clone(), until_ms, on, number });
+    vm.paused.borrow_mut().push(Paused { context, flight: flight.clone(), until_ms, on, number, carried: Rc::default() });
 }
 
 /// How a try has begun.
@@ -328,6 +330,9 @@ fn begin_waiting(vm: &Vm, paused: &Paused) -> Start {
     let came = paused.flight.borrow().body_came || paused.on == Direction::Own;
     let start = begin(vm, &paused.flight, paused.on);
     paused.flight.borrow_mut().body_came = came;
+    if start == Start::Sent {
+        paused.carried.set(paused.flight.borrow().number());
+    }
     if start == Start::Sent && came && paused.flight.borrow().rewrites() && !write_request(&paused.flight, usize::MAX) {
         return Start::Stopped;
     }

@@ -172,6 +172,7 @@ impl Gate {
         if let Some(plan) = answer.as_mut().and_then(|answer| answer.plan.as_mut()).filter(|_| !self.desk.config.falls_back()) {
             // This Envoy's router stays on one cluster.
             plan.targets.truncate(1);
+            plan.first_byte_ms = None;
         }
         if let (Some(vm_id), Some(key)) = (self.vm.id(), answer.as_ref().and_then(|a| a.edge_key)) {
             self.vm.settlements.borrow_mut().has_key(vm_id, key);
@@ -486,8 +487,7 @@ impl Gate {
                 // Of the gate's own tries Envoy knows here of the first alone; the others were callouts.
                 let is_the_routers = !is_own || flight.borrow().number() <= 1;
                 if is_the_routers && !flight.borrow().was_answered() && nothing_was_sent() {
-                    let mut flight = flight.borrow_mut();
-                    if is_own { flight.never_left(ring) } else { flight.never_connected(ring, host::monotonic_ms()) }
+                    flight.borrow_mut().never_left(ring);
                 }
                 flight.borrow_mut().try_is_over(ring);
                 let clocks = host::clocks();

@@ -51,12 +51,12 @@ ROUTES = {
 
 
 class Fickle:
-    """A provider that takes a request and resets its connection without a word."""
+    """A provider that takes a request, says what it is to say, by default nothing, and resets its connection."""
 
     def __init__(self):
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
-        self.taken = 0
+        self.taken, self.says = 0, []
         threading.Thread(target=self.serve, daemon=True).start()
 
     def serve(self):
@@ -68,6 +68,10 @@ class Fickle:
                     if line.lower().startswith(b"content-length:"):
                         length = int(line.split(b":")[1])
                 self.taken += bool(length and len(request.read(length)) == length)
+                if self.says:
+                    connection.sendall(self.says.pop(0))
+                    # A reset overtakes what has not been read.
+                    time.sleep(0.1)
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
@@ -290,6 +294,32 @@ def test_a_connection_that_breaks_after_the_request_was_sent(any_stack):
     true, charged, ends = any_stack.books(key_id)
     assert [[one["status"] for one in end["tries"]] for end in ends] == [[0], [0, 200]]
     assert true < charged and all(end["charge"] > 0 for end in ends)
+
+
+def test_an_error_that_breaks_off_sends_no_credential_to_another_provider(stack):
+    """Its headers are held back until its body tells more, and the router goes on to the next target by itself."""
+    key_id, token = stack.new_key("5.00")
+    FICKLE_HOST.says = [b"HTTP/1.1 429 Too Many Requests\r\ncontent-type: application/json\r\ncontent-length: 500\r\n\r\n{"]
+    assert ask(stack, token, "fickle-patient")[:2] == ("anthropic/claude-haiku-4-5", "2")
+    assert FICKLE_HOST.says == [] and tries(stack, key_id)[0] == [429, 200]
+    assert stack.books(key_id)[0] > 0 and stack.sim.totals()["violations"] == []
+
+
+def test_a_try_that_had_to_wait_and_was_lost_is_paid_and_not_repeated(stack):
+    stack.admin("PUT", "/v1/policies/patient", {"wait_ms": 8000})
+    key_id, token = stack.new_key("5.00", policy="patient")
+    limited = b'{"error":{"message":"slow down","type":"rate_limit_error"}}'
+    FICKLE_HOST.says = [b"HTTP/1.1 429 Too Many Requests\r\nretry-after: 2\r\ncontent-type: application/json\r\n"
+                        b"content-length: %d\r\n\r\n%s" % (len(limited), limited)]
+    stack.sim.fault("status=429 retry_after=60", credential="claude")
+    with pytest.raises(openai.APIStatusError) as error:
+        ask(stack, stack.new_key("5.00")[1], "fickle-patient")
+    assert error.value.code == "pool_exhausted"
+    taken = FICKLE_HOST.taken
+    with pytest.raises(openai.InternalServerError) as error:
+        ask(stack, token, "fickle-patient")
+    assert error.value.code == "provider_unreachable" and FICKLE_HOST.taken == taken + 1
+    assert tries(stack, key_id)[0] == [0] and stack.books(key_id)[1] > 0
 
 
 def test_when_every_first_byte_takes_too_long(any_stack):
