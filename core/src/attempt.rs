@@ -49,8 +49,8 @@ pub struct Flight {
     is_waiting: bool,
     /// How often it was found that it has to wait.
     waits: usize,
-    /// The cluster on which the next try begins, where that has to be looked at.
-    cluster: Option<Vec<u8>>,
+    /// The cluster on which the next try begins, and the name by which the router came to it, where that has to be looked at.
+    cluster: Option<(Vec<u8>, Vec<u8>)>,
     /// The clusters on which tries of targets were made, by the target's provider.
     clusters: Vec<(String, Vec<u8>)>,
     /// The body of the try in hand has come, while it waits.
@@ -215,15 +215,18 @@ impl Flight {
         self.permit.plan().targets.len() > 1
     }
 
-    /// The next try begins on this cluster of Envoy's.
-    pub fn runs_on(&mut self, cluster: Vec<u8>) {
-        self.cluster = Some(cluster);
+    /// The next try begins on this cluster of Envoy's, to which the router came by the name that was told to it.
+    pub fn runs_on(&mut self, cluster: Vec<u8>, named: Vec<u8>) {
+        self.cluster = Some((cluster, named));
     }
 
     /// Whether a try of the target in hand may be made on this cluster. Two providers on one cluster: the router did not follow, and the
     /// credential of one would reach the other.
-    fn may_run_on(&mut self, cluster: Vec<u8>) -> bool {
+    fn may_run_on(&mut self, cluster: Vec<u8>, named: &[u8]) -> bool {
         let provider = self.permit.provider(self.target);
+        if provider.as_bytes() != named {
+            return false;
+        }
         if self.clusters.iter().any(|(other, name)| other != provider && *name == cluster) {
             return false;
         }
@@ -276,6 +279,7 @@ impl Flight {
         self.body_came = false;
         let (was_asked_for, has_waited) = (std::mem::take(&mut self.awaits_retry), std::mem::take(&mut self.is_waiting));
         let fallback = self.fallback.take();
+        let broke_off = self.tries.last().is_some_and(|last| last.status.is_some() && !last.is_over);
         if !has_waited {
             self.never_connected(ring, now_ms);
         }
@@ -288,11 +292,14 @@ impl Flight {
                 None if self.tries.last().is_some_and(|last| last.status.is_none() && last.is_lost) => {
                     return self.stop(Refusal::new(Code::ProviderUnreachable, "the provider did not answer in time").retry_after(1));
                 }
+                None if broke_off => {
+                    return self.stop(Refusal::new(Code::ProviderUnreachable, "the provider's error did not come whole").retry_after(1));
+                }
                 None => {}
             }
         }
-        if let Some(cluster) = self.cluster.take()
-            && !self.may_run_on(cluster)
+        if let Some((cluster, named)) = self.cluster.take()
+            && !self.may_run_on(cluster, &named)
         {
             return self.stop(Refusal::new(Code::PolicyUnavailable, "this Envoy can't go on to another provider"));
         }
@@ -945,21 +952,23 @@ mod tests {
     #[test]
     fn two_providers_never_meet_on_one_cluster() {
         let mut air = routed(ASKED, |_| {});
-        air.flight.runs_on(b"one".to_vec());
+        air.flight.runs_on("one".into(), "openai".into());
         air.target();
         // Two that can't be connected to: each is looked at with the target that it is for.
-        for cluster in ["two", "three"] {
-            air.flight.runs_on(cluster.into());
+        for (cluster, named) in [("two", "anthropic"), ("three", "gemini")] {
+            air.flight.runs_on(cluster.into(), named.into());
             air.target();
         }
-        assert!(air.flight.may_run_on(b"three".to_vec()) && !air.flight.may_run_on(b"two".to_vec()));
-        let mut air = routed(ASKED, |_| {});
-        air.flight.runs_on(b"one".to_vec());
-        air.target();
-        air.answer("500", &[], "{}");
-        air.flight.runs_on(b"one".to_vec());
-        assert_eq!((air.begin(), air.refused().0), (Begun::Stop, Code::PolicyUnavailable), "nothing leaves");
-        assert_eq!(air.flight.number(), 1);
+        assert!(air.flight.may_run_on("three".into(), b"gemini") && !air.flight.may_run_on("two".into(), b"gemini"));
+        for (cluster, named) in [("one", "anthropic"), ("two", "openai")] {
+            let mut stray = routed(ASKED, |_| {});
+            stray.flight.runs_on("one".into(), "openai".into());
+            stray.target();
+            stray.answer("500", &[], "{}");
+            stray.flight.runs_on(cluster.into(), named.into());
+            assert_eq!((stray.begin(), stray.refused().0), (Begun::Stop, Code::PolicyUnavailable), "nothing leaves");
+            assert_eq!(stray.flight.number(), 1);
+        }
     }
 
     /// The router goes to where it was told when the try began, as it does without any answer.
@@ -972,6 +981,10 @@ mod tests {
         assert_eq!(air.flight.answered(&mut air.ring, &air.shared, &headers, clocks).1, Next::ReadBody);
         assert_eq!(air.flight.cluster_without_answer(), Some("anthropic"));
         assert_eq!(air.target().0, "api.anthropic.com");
+        // With nobody left it is not asked for ever.
+        air.target();
+        assert_eq!(air.flight.answered(&mut air.ring, &air.shared, &headers, clocks).1, Next::ReadBody);
+        assert_eq!((air.begin(), air.refused().0), (Begun::Stop, Code::ProviderUnreachable));
     }
 
     /// What became of the try before is judged once, by its own time and not by that of the wait.

@@ -44,6 +44,12 @@ pub struct Paused {
     carried: Rc<Cell<usize>>,
 }
 
+impl Paused {
+    pub fn is_of(&self, context: u32) -> bool {
+        self.context == context
+    }
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Direction {
     /// No credential is usable yet.
@@ -107,10 +113,12 @@ impl Context for AttemptStream {
     /// The try is over. One that was sent and not answered may have been carried out.
     fn on_done(&mut self) -> bool {
         if let Some(flight) = self.flight.take().filter(|flight| flight.borrow().first_byte_ms().is_some()) {
-            let had_connection = host::property("upstream\0local_address").is_some_and(|address| !address.is_empty());
+            let had_connection = host::may_have_connected();
             let (mut flight, number) = (flight.borrow_mut(), self.number.get());
             if had_connection { flight.lose(number) } else { flight.spare(number) }
         }
+        // Envoy may know its context for a moment longer.
+        self.vm.goes_on_no_more(self.context);
         true
     }
 }
@@ -124,7 +132,8 @@ impl HttpContext for AttemptStream {
             return Action::Pause;
         };
         if flight.borrow().has_fallback() {
-            flight.borrow_mut().runs_on(host::property("xds\0cluster_name").unwrap_or_default());
+            let named = host::property(TARGET).unwrap_or_default();
+            flight.borrow_mut().runs_on(host::property("xds\0cluster_name").unwrap_or_default(), named);
         }
         self.rewrites = flight.borrow().rewrites();
         match begin(&self.vm, &flight, Direction::Request) {

@@ -482,6 +482,7 @@ impl Gate {
                     answering.break_off(code);
                 }
                 self.vm.land(id);
+                self.vm.goes_on_no_more(self.context);
                 self.vm.hold(answering.held(), 0);
                 let ring = &mut self.vm.keyring.borrow_mut();
                 // Of the gate's own tries Envoy knows here of the first alone; the others were callouts.
@@ -506,7 +507,7 @@ impl Gate {
 /// Whether it is certain that no byte of the request reached the provider: Envoy says so, or it never had a connection for it.
 fn nothing_was_sent() -> bool {
     const CERTAIN: [&str; 5] = ["connection_failure", "no_healthy_upstream", "overflow", "cluster_not_found", "route_not_found"];
-    if host::property("upstream\0local_address").is_none_or(|address| address.is_empty()) {
+    if !host::may_have_connected() {
         return true;
     }
     let details = host::property("response\0code_details").unwrap_or_default();

@@ -198,6 +198,12 @@ pub fn property(path: &str) -> Option<Vec<u8>> {
     received(|data, size| unsafe { proxy_get_property(path.as_ptr(), path.len(), data, size) })
 }
 
+/// Whether this stream's last try may have had a connection to its provider: it has an address of its own then, but on a Unix socket.
+pub fn may_have_connected() -> bool {
+    let is_there = |name| property(name).is_some_and(|address| !address.is_empty());
+    is_there("upstream\0local_address") || property("upstream\0address").is_some_and(|address| matches!(address.first(), Some(b'/' | b'@')))
+}
+
 /// Writes filter state: seen by the attempt, by the route matcher and by the access log as `wasm.{name}`.
 pub fn set_filter_state(name: &str, value: impl AsRef<[u8]>) -> bool {
     let value = value.as_ref();

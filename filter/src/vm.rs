@@ -184,6 +184,14 @@ impl Vm {
         flight
     }
 
+    /// This stream is over: what of it stands still is let go.
+    pub fn goes_on_no_more(&self, context: u32) {
+        let mut paused = self.paused.borrow_mut();
+        if !paused.is_empty() {
+            paused.retain(|paused| !paused.is_of(context));
+        }
+    }
+
     pub fn land(&self, id: RequestId) {
         self.flights.borrow_mut().remove(&id);
     }

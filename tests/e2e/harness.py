@@ -335,6 +335,13 @@ class Stack:
         body = {"model": "gpt-4o-mini", "messages": [{"role": "user", "content": content}], **more}
         return call(self.base, "POST", path, body, {"authorization": f"Bearer {token}", **(headers or {})}, timeout)
 
+    def heard(self):
+        """Waits until Envoy has no news to take in: it asks for more as soon as it has been told some, and counts that 50 ms later."""
+        readings = []
+        while len(readings) < 4 or len(set(readings[-4:])) > 1:
+            time.sleep(0.1)
+            readings.append(self.stats("keyward_watch_polls_total").get("wasmcustom.keyward_watch_polls_total"))
+
     def recover(self):
         """Every credential is usable again, as after an operator acted: what its provider said of it is forgotten, and Envoy has heard so.
         Only when all requests are settled: what a gate has yet to tell would stand after it."""
@@ -343,6 +350,7 @@ class Stack:
         models = {(credential["provider"], state["model"]) for credential in stored for state in credential["states"]}
         for credential in stored:
             self.admin("POST", f"/v1/credentials/{credential['id']}/reset")
+        self.heard()
         _, token = self.new_key("1.00")
 
         def works(provider, model):

@@ -114,6 +114,8 @@ def usable(request):
         stack = request.getfixturevalue(name)
         for credential in stack.admin("GET", "/v1/credentials")["data"]:
             stack.admin("POST", f"/v1/credentials/{credential['id']}/reset")
+        # What comes late would take away what is found out in the next test.
+        stack.heard()
         _, token = stack.new_key()
         for model in (OPENAI["model"], f"groq/{GROQ['model']}", CLAUDE["model"]):
             wait_for(model, lambda: stack.chat(token, model=model, max_tokens=5)[0] == 200, 10)
